@@ -1,0 +1,181 @@
+"""A small factorized spatio-temporal DiT (Peebles & Xie, arXiv 2212.09748; Latte, arXiv 2401.03048).
+
+Every block attends over the patches of a frame, then over the frames of a patch, then applies an MLP; each of
+the three is modulated by adaLN-Zero. Nothing here knows about diffusion: a video and its conditions go in, a
+video of the same shape comes out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that fixes the weights' shapes. H, W and T are free: positions are computed, not stored."""
+
+    channels: int = 1
+    patch: int = 4
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    stages: int = 3
+    classes: int = 0  # 0: unconditional
+
+    def __post_init__(self):
+        for name in ("channels", "patch", "width", "depth", "heads", "stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.classes < 0:
+            raise ValueError(f"classes must be at least 0, not {self.classes}")
+        if self.width % 4 or self.width % self.heads:
+            raise ValueError(f"width {self.width} must divide by 4 and by the number of heads, {self.heads}")
+
+
+def sinusoids(positions: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
+    """Sines and cosines of `positions` (...,) at width / 2 frequencies from 1 to 1 / longest: (..., width)."""
+    exponent = torch.arange(width // 2, device=positions.device, dtype=torch.float32) / (width // 2)
+    angles = positions.float().unsqueeze(-1) * longest**-exponent
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def spatial_positions(rows: int, columns: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """2-D positions of a frame's patches, row by row: (rows * columns, width)."""
+    y = sinusoids(torch.arange(rows, device=device), width // 2)[:, None].expand(-1, columns, -1)
+    x = sinusoids(torch.arange(columns, device=device), width // 2)[None].expand(rows, -1, -1)
+    return torch.cat([y, x], dim=-1).flatten(0, 1)
+
+
+def temporal_positions(frames: int, stage: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Positions of a stage's frames, measured in full-rate frames (index times 2^stage): (frames, width).
+
+    Frame 2 at half the rate and frame 4 at the full rate show the same instant, so they get the same position.
+    """
+    return sinusoids(torch.arange(frames, device=device) * 2**stage, width)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over (..., tokens, d): written out on CPU, torch's fused kernel elsewhere.
+
+    At these short sequences torch's fused CPU kernel takes 5 to 10 times as long, forward plus backward.
+    """
+    if q.device.type == "cpu":
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: normalize the channels of `x` (B, T, N, D), then scale and shift them by the condition."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over dimension `dim` of (B, T, N, D): 2 = a frame's patches, 1 = a patch's frames."""
+
+    def __init__(self, width: int, heads: int, dim: int):
+        super().__init__()
+        self.heads, self.dim = heads, dim
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, N, 3, heads, d)
+        if self.dim == 2:
+            q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, T, heads, N, d) each
+            y = attention(q, k, v).transpose(2, 3)
+        else:
+            q, k, v = qkv.permute(3, 0, 2, 4, 1, 5)  # (B, N, heads, T, d) each
+            y = attention(q, k, v).permute(0, 3, 1, 2, 4)
+        return self.out(y.flatten(-2))  # (B, T, N, D)
+
+
+class Block(nn.Module):
+    """Spatial attention, temporal attention, MLP; adaLN-Zero on each, so that a new block is the identity."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.spatial = Attention(width, heads, dim=2)
+        self.temporal = Attention(width, heads, dim=1)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.condition = nn.Linear(width, 9 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
+        """x (B, T, N, D), condition (B, D), time (T, 1, D); the time enters the temporal attention alone, so
+        with that attention's gate at zero a video model is its image model on every frame."""
+        parts = self.condition(condition)[:, None, None].to(x.dtype).chunk(9, dim=-1)  # 9 x (B, 1, 1, D)
+        shift, scale, gate = parts[0:3]
+        x = torch.addcmul(x, gate, self.spatial(modulate(x, shift, scale)))
+        shift, scale, gate = parts[3:6]
+        x = torch.addcmul(x, gate, self.temporal(modulate(x, shift + time, scale)))
+        shift, scale, gate = parts[6:9]
+        return torch.addcmul(x, gate, self.mlp(modulate(x, shift, scale)))
+
+
+class DiT(nn.Module):
+    """Predicts a video from a video, a time `t`, a stage and, if the config has classes, a label."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        width, pixels = config.width, config.channels * config.patch**2
+        self.embed_patch = nn.Linear(pixels, width)
+        self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.embed_stage = nn.Embedding(config.stages, width)
+        self.embed_label = nn.Embedding(config.classes + 1, width) if config.classes else None
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.final_condition = nn.Linear(width, 2 * width)
+        self.unembed = nn.Linear(width, pixels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        # adaLN-Zero: all gates start at 0, so every block is the identity and the output is 0.
+        for linear in [block.condition for block in self.blocks] + [self.final_condition, self.unembed]:
+            nn.init.zeros_(linear.weight)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no label": trained by dropping labels, used by classifier-free guidance."""
+        return self.config.classes
+
+    def forward(self, x: Tensor, t: Tensor, stage: int, y: Tensor | None = None) -> Tensor:
+        """x (B, C, T, H, W) at the frame rate of `stage` (1 / 2^stage of the full one), t (B,) in [0, 1],
+        y (B,) labels in [0, classes], where `classes` is the null label, as is y = None. Returns x's shape.
+
+        Raises ValueError if H or W does not divide by the patch, the channels differ, the stage is unknown, or
+        labels are given to an unconditional model.
+        """
+        channels, patch = self.config.channels, self.config.patch
+        B, C, T, H, W = x.shape
+        if channels != C or H % patch or W % patch:
+            raise ValueError(f"the model takes {channels} channels, H and W divisible by {patch}, not {tuple(x.shape)}")
+        if not 0 <= stage < self.config.stages:
+            raise ValueError(f"stage {stage} is not one of the model's {self.config.stages}")
+        if y is not None and self.embed_label is None:
+            raise ValueError("labels were given to a model without classes")
+
+        condition = self.embed_t(sinusoids(1000 * t, 256)) + self.embed_stage.weight[stage]
+        if self.embed_label is not None:
+            y = torch.full((B,), self.null_label, device=x.device) if y is None else y
+            condition = condition + self.embed_label(y)
+        condition = F.silu(condition)
+
+        rows, columns, width = H // patch, W // patch, self.config.width
+        x = x.view(B, C, T, rows, patch, columns, patch).permute(0, 2, 3, 5, 1, 4, 6)
+        x = self.embed_patch(x.reshape(B, T, rows * columns, -1))  # (B, T, N, D)
+        x = x + spatial_positions(rows, columns, width, x.device).to(x.dtype)
+        time = temporal_positions(T, stage, width, x.device).to(x.dtype).unsqueeze(1)
+        for block in self.blocks:
+            x = block(x, condition, time)
+        shift, scale = self.final_condition(condition)[:, None, None].to(x.dtype).chunk(2, dim=-1)
+        x = self.unembed(modulate(x, shift, scale)).float()
+
+        x = x.view(B, T, rows, columns, C, patch, patch).permute(0, 4, 1, 2, 5, 3, 6)
+        return x.reshape(B, C, T, H, W)

@@ -1,0 +1,247 @@
+"""Sample clips from trained weights: `python sample.py --stages 3` writes a GIF and a PNG strip and says where."""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from data import save_gif, save_strip
+from model import DiT, DiTConfig
+from tpdiff import Pyramid, split_steps
+
+FORMAT = 1  # of the weight files; raised when old ones can no longer be read
+SHIPPED = Path(__file__).parent / "weights"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as one sentence on stderr and exit code 2."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
+    return int(text)
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """ "auto": bfloat16 on a GPU that has it, and on a CPU whose matrix units do (elsewhere it is slower than fp32)."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass
+class Weights:
+    """What a weight file holds: the EMA model, and what the sampler must know of how it was trained."""
+
+    model: DiT
+    mode: str
+    stages: int
+    frames: int
+    size: int
+    classes: tuple[str, ...]
+    step: int
+
+
+def load_file(path: Path) -> dict:
+    """A checkpoint's or weight file's contents, tensors on the CPU; no code in it is run. Raises ValueError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py (format {FORMAT})")
+    return content
+
+
+def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
+    """The EMA weights of a file that train.py wrote: `weights.pt`, or a whole `checkpoint.pt`. Raises ValueError."""
+    content = load_file(path)
+    model = DiT(DiTConfig(**content["config"]))
+    model.load_state_dict({name: value.float() for name, value in content["ema"].items()})
+    names = ("mode", "stages", "frames", "size", "step")
+    return Weights(
+        model.to(device).eval(), classes=tuple(content["classes"]), **{name: content[name] for name in names}
+    )
+
+
+def find_weights(mode: str, stages: int) -> Path:
+    """The newest run under runs/ that matches, else the shipped weights. Raises ValueError if there are neither."""
+    runs = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in runs:
+        content = load_file(path)
+        if (content["mode"], content["stages"]) == (mode, stages):
+            return path
+    shipped = SHIPPED / f"{mode}-{stages}.pt"
+    if not shipped.exists():
+        raise ValueError(
+            f"no weights for --mode {mode} --stages {stages}: none in runs/ and none shipped; "
+            f"train them with: python train.py --mode {mode} --stages {stages}"
+        )
+    return shipped
+
+
+def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool):
+    """The sampler's `predict(x, t, k)`: the model, with classifier-free guidance unless it is 1 (arXiv 2207.12598)."""
+
+    def predict(x: Tensor, t: Tensor, k: int) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            if labels is None or guidance == 1:
+                return model(x, t, k, labels)
+            both = torch.cat([labels, torch.full_like(labels, model.null_label)])
+            conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), k, both).chunk(2)
+            return unconditional + guidance * (conditional - unconditional)
+
+    return predict
+
+
+def full_rate_steps(counts: list[int], calls: int = 1) -> float:
+    """Cost of a clip in network calls at the full frame rate: stage k's calls weigh 1 / 2^k. Noisiest first."""
+    return calls * sum(count / 2**k for k, count in zip(reversed(range(len(counts))), counts, strict=True))
+
+
+def generate(
+    weights: Weights,
+    pyramid: Pyramid,
+    labels: Tensor | None,
+    number: int,
+    steps: int | list[int] = 30,
+    solver: str = "euler",
+    guidance: float = 1.0,
+    seed: int = 0,
+    bf16: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """`number` clips (B, C, T, H, W). Clip i has a noise of its own, from `seed` and i, whatever the number."""
+    device = next(weights.model.parameters()).device
+    shape = (number, weights.model.config.channels, weights.frames, weights.size, weights.size)
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(number)]
+    predict = make_predict(weights.model, labels, guidance, bf16)
+    return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
+
+
+def choose_labels(classes: tuple[str, ...], number: int, label: str | None) -> Tensor | None:
+    """(B,) labels: all `label`, or every class in turn; None for a model without classes. Raises ValueError."""
+    if label is None:
+        return torch.arange(number) % len(classes) if classes else None
+    if label not in classes:
+        known = f"its labels are {', '.join(classes)}" if classes else "it was trained without labels"
+        raise ValueError(f"--label {label} is unknown to the model: {known}")
+    return torch.full((number,), classes.index(label))
+
+
+def free_name(stem: Path) -> Path:
+    """`stem` with the first number at which neither its .gif nor its .png exists."""
+    for index in range(1_000_000):
+        candidate = stem.with_name(f"{stem.name}-{index:03d}")
+        if not any(candidate.with_suffix(suffix).exists() for suffix in (".gif", ".png")):
+            return candidate
+    raise ValueError(f"{stem.parent} is full")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="sample.py", description="Sample clips from trained weights, as a GIF and a PNG strip.")
+    parser.add_argument("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion")
+    parser.add_argument("--stages", type=positive_int, default=3, help="pyramid stages; 1 is vanilla diffusion")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="weights.pt or checkpoint.pt of a run [newest match in runs/, else shipped]"
+    )
+    parser.add_argument("--number", type=positive_int, default=10, help="clips to sample")
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        nargs="+",
+        default=[30],
+        help="solver steps: a total, or one count per stage, noisiest first",
+    )
+    parser.add_argument(
+        "--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order"
+    )
+    parser.add_argument("--label", help="class to sample [every class in turn]")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, help="classifier-free guidance scale; other than 1 doubles the cost"
+    )
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone"
+    )
+    parser.add_argument(
+        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it"
+    )
+    parser.add_argument("--out", type=Path, help="file name without suffix [samples/MODE-STAGES-NNN]")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    device = choose_device()
+    path = args.checkpoint or find_weights(args.mode, args.stages)
+    path = path / "weights.pt" if path.is_dir() else path
+    weights = load_weights(path, device)
+    if (weights.mode, weights.stages) != (args.mode, args.stages):
+        raise ValueError(
+            f"{path} was trained with --mode {weights.mode} --stages {weights.stages}, "
+            f"not --mode {args.mode} --stages {args.stages}"
+        )
+    labels = choose_labels(weights.classes, args.number, args.label)
+    if labels is None and args.guidance != 1:
+        raise ValueError("--guidance needs a model trained with labels, and this one has none")
+    steps = args.steps[0] if len(args.steps) == 1 else args.steps
+    counts = split_steps(steps, args.stages)
+    out = args.out or free_name(Path("samples") / f"{args.mode}-{args.stages}")
+    gif, strip = out.with_name(out.name + ".gif"), out.with_name(out.name + ".png")
+    if gif.exists() or strip.exists():
+        raise ValueError(f"--out {out}: {gif if gif.exists() else strip} exists already; choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    print(f"weights: {path} ({args.mode}, {args.stages} stages, step {weights.step})")
+    labels = labels if labels is None else labels.to(device)
+    bf16, start = use_bf16(args.precision, device), time.perf_counter()
+    pyramid = Pyramid(args.mode, args.stages)
+    clips = generate(
+        weights, pyramid, labels, args.number, steps, args.solver, args.guidance, args.seed, bf16, progress=True
+    ).cpu()
+    seconds = time.perf_counter() - start
+    cost = full_rate_steps(counts, calls=1 if args.guidance == 1 else 2)
+    save_gif(clips, gif, columns=min(5, args.number))
+    save_strip(clips, strip)
+    print(f"{args.number} clips of {weights.frames} frames, {seconds / args.number:.2f} s a clip")
+    print(f"steps {counts} (noisiest first) with {args.solver}: {cost:.4g} full-rate network calls a clip")
+    print(f"wrote {gif} and {strip}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

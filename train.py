@@ -1,0 +1,412 @@
+"""Train a video diffusion model with or without the temporal pyramid: Algorithm 2 of TPDiff (arXiv 2503.09566).
+
+  python train.py --mode flow                              one process
+  torchrun --nproc_per_node=8 train.py --mode flow         one process a GPU
+
+Every random draw belongs to a step (its stage) or to a sample number (its clip, noise, time and label dropout), not
+to a process. So a resumed run is the same run, and n processes train on the same batch as one with n times as many.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import open_data, save_gif
+from model import DiT, DiTConfig
+from sample import (
+    FORMAT,
+    Parser,
+    Weights,
+    choose_device,
+    choose_labels,
+    generate,
+    load_file,
+    non_negative_int,
+    positive_int,
+    use_bf16,
+)
+from tpdiff import Pyramid, align, downsample, randn
+
+# What makes a run the run it is: on --resume these come from the checkpoint and cannot be changed.
+FIXED = ("mode", "stages", "align", "data", "digits", "frames", "size", "patch", "width", "depth", "heads", "batch")
+FIXED += ("accumulate", "lr", "warmup", "weight_decay", "ema", "clip", "label_dropout", "precision", "seed")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="train.py", description="Train a video diffusion model on the temporal pyramid.")
+    add = parser.add_argument_group("method").add_argument
+    add("--mode", choices=["flow", "ddim"], default="flow", help="flow matching, or DDIM's noise prediction")
+    add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
+    add("--align", action=argparse.BooleanOptionalAction, default=True, help="pair noise with data within a batch")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="folder of animated GIF, WebP or APNG [moving digits, made on the fly]")
+    add("--digits", type=positive_int, default=1, help="moving digits in a clip")
+    add("--frames", type=positive_int, default=16, help="frames a clip; must divide by 2^(stages - 1)")
+    add("--size", type=positive_int, default=32, help="height and width in pixels; must divide by the patch")
+    add("--workers", type=non_negative_int, default=1, help="processes that prepare clips")
+    add = parser.add_argument_group("model").add_argument
+    add("--patch", type=positive_int, default=4, help="patch size in pixels")
+    add("--width", type=positive_int, default=128, help="channels of a token")
+    add("--depth", type=positive_int, default=4, help="blocks")
+    add("--heads", type=positive_int, default=4, help="attention heads")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=positive_int, default=3000, help="optimizer steps")
+    add("--batch", type=positive_int, default=16, help="clips a process and micro-batch")
+    add("--accumulate", type=positive_int, default=1, help="micro-batches whose gradients make one step")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (AdamW)")
+    add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up; a cosine to 0 follows")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's weight decay")
+    add("--ema", type=float, default=0.999, help="decay of the weights' moving average")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--label-dropout", type=float, default=0.1, help="share of labels dropped, for classifier-free guidance")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=non_negative_int, default=0, help="of everything random")
+    add("--out", type=Path, help="folder of the run [runs/MODE-STAGES]")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--log-interval", type=positive_int, default=50, help="steps between rows of metrics.jsonl")
+    add("--sample-interval", type=positive_int, default=1000, help="steps between sample GIFs")
+    add("--save-interval", type=positive_int, default=500, help="steps between checkpoints")
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The arguments, and on --resume the checkpoint, whose arguments are then the defaults. Raises ValueError."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    out = args.out or Path("runs") / f"{args.mode}-{args.stages}"
+    checkpoint = None
+    if args.resume:
+        checkpoint = load_file(out / "checkpoint.pt")
+        parser.set_defaults(**checkpoint["args"])
+        args = parser.parse_args(argv)
+        for name in FIXED:
+            if getattr(args, name) != checkpoint["args"][name]:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{out} was trained with {flag} {checkpoint['args'][name]}, and --resume cannot change it to "
+                    f"{getattr(args, name)}; leave {flag} out, or start another run with another --out"
+                )
+    elif (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
+    args.out = out
+    if args.frames % 2 ** (args.stages - 1):
+        raise ValueError(
+            f"--frames {args.frames} does not divide by {2 ** (args.stages - 1)}, as --stages {args.stages} needs"
+        )
+    if args.size % args.patch:
+        raise ValueError(f"--size {args.size} does not divide by --patch {args.patch}")
+    for name, low, high in (
+        ("lr", 0, 10),
+        ("clip", 0, 1e9),
+        ("ema", 0, 1),
+        ("label_dropout", 0, 1),
+        ("weight_decay", 0, 10),
+    ):
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [{low}, {high:g}], not {getattr(args, name)}")
+    return args, checkpoint
+
+
+def sample_numbers(args: argparse.Namespace, start: int, rank: int, world: int) -> Iterator[list[int]]:
+    """The sample numbers of this rank's micro-batches from step `start` on: ranks take turns, nothing is shared."""
+    for micro in range(start * args.accumulate, args.steps * args.accumulate):
+        first = (micro * world + rank) * args.batch
+        yield list(range(first, first + args.batch))
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def make_loader(dataset: Dataset, numbers: Iterator[list[int]], args: argparse.Namespace, pin: bool) -> Iterator:
+    loader = DataLoader(
+        dataset,
+        batch_sampler=numbers,
+        num_workers=args.workers,
+        worker_init_fn=_ignore_interrupts,
+        pin_memory=pin,
+        prefetch_factor=4 if args.workers else None,
+    )
+    return iter(loader)
+
+
+def draw_stage(seed: int, step: int, stages: int) -> int:
+    """The stage of a step, uniform; it depends on the step alone, so that no rank waits for a longer stage."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return int(torch.randint(stages, (), generator=generator))
+
+
+def training_loss(
+    model, pyramid: Pyramid, x0: Tensor, labels: Tensor, k: int, numbers: list[int], args, bf16
+) -> Tensor:
+    """Algorithm 2 for one batch at stage k: noise, alignment, end points, a point between them, the squared error.
+
+    Sample n's draws come from a generator of its own. `labels` are -1 where the data has none.
+    """
+    generators = [torch.Generator().manual_seed((args.seed + 1) * 2**40 + number) for number in numbers]
+    u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
+    x0_stage = downsample(x0, pyramid[k].stride)
+    noise = randn(x0_stage.shape, generators, x0.device, x0.dtype)
+    if args.align:
+        noise = align(x0_stage, noise)  # Algorithm 1
+    x_start, x_end = pyramid.endpoints(x0, noise, k)  # Eq. 7-8
+    x_t, target, t = pyramid.interpolate(x_start, x_end, k, u)  # Eq. 10-13
+    y = None
+    if labels[0] >= 0:
+        y = labels.where(dropout >= args.label_dropout, unwrap(model).null_label).to(x0.device)
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+        prediction = model(x_t, t, k, y)
+    return (prediction - target).square().mean()
+
+
+def unwrap(model: torch.nn.Module) -> DiT:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up to the peak, then half a cosine down to 0 at the last step."""
+    warmup = min(1.0, (step + 1) / (args.warmup + 1))
+    return args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
+
+
+@dataclass
+class State:
+    """What a run is made of, at the start of `step`."""
+
+    model: DiT
+    ema: DiT
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0  # spent in training steps, over all resumptions
+
+
+def make_state(config: DiTConfig, args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> State:
+    torch.manual_seed(args.seed)
+    model = DiT(config).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
+    )
+    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        state.ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        state.step, state.seconds = checkpoint["step"], checkpoint["seconds"]
+    return state
+
+
+def write_whole(content: dict, path: Path) -> None:
+    """torch.save that leaves a whole file or none: written aside, then renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def save(state: State, classes: tuple[str, ...], args: argparse.Namespace) -> None:
+    """checkpoint.pt to resume from, and weights.pt (the EMA in bf16) to sample from and to ship."""
+    head = {"format": FORMAT, "config": asdict(state.model.config), "classes": list(classes), "step": state.step}
+    head |= {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
+    ema = state.ema.state_dict()
+    whole = head | {"ema": ema, "model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    whole |= {"seconds": state.seconds, "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")}}
+    write_whole(whole, args.out / "checkpoint.pt")
+    write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
+
+
+def save_samples(
+    state: State, pyramid: Pyramid, classes: tuple[str, ...], args: argparse.Namespace, bf16: bool
+) -> None:
+    """A GIF of ten clips by the EMA weights, 30 Euler steps; the same noises every time, so that progress shows."""
+    weights = Weights(state.ema, args.mode, args.stages, args.frames, args.size, classes, state.step)
+    labels = choose_labels(classes, 10, None)
+    labels = labels if labels is None else labels.to(next(state.ema.parameters()).device)
+    clips = generate(weights, pyramid, labels, 10, bf16=bf16)
+    save_gif(clips, args.out / f"step-{state.step:07d}.gif", columns=5)
+
+
+class Log:
+    """The loss by stage since the last row, summed on the device; metrics.jsonl gets a row per log interval."""
+
+    def __init__(self, path: Path, stages: int, device: torch.device, step: int):
+        self.path, self.sums = path, torch.zeros(2, stages, dtype=torch.float64, device=device)
+        if is_first():
+            rows = path.read_text().splitlines() if step and path.exists() else []
+            kept = [row for row in rows if json.loads(row)["step"] <= step]  # the later ones will be run again
+            path.write_text("".join(row + "\n" for row in kept))
+
+    def add(self, k: int, loss: Tensor) -> None:
+        self.sums[0, k] += loss.double()
+        self.sums[1, k] += 1
+
+    def write(self, state: State, lr: float, clips_per_second: float) -> float:
+        """Returns the loss, the mean over ranks and micro-batches."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        sums, counts = self.sums.tolist()
+        self.sums.zero_()
+        loss = sum(sums) / sum(counts)
+        by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+        row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
+        row |= {"clips_per_second": round(clips_per_second, 2), "seconds": round(state.seconds, 2)}
+        if is_first():
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return loss
+
+
+def optimize(state: State, model, pyramid: Pyramid, loader: Iterator, args, k: int, first: list, bf16: bool) -> Tensor:
+    """One optimizer step at stage k. Returns its loss, the mean over this rank's micro-batches."""
+    device, total = next(model.parameters()).device, 0.0
+    for micro in range(args.accumulate):
+        x0, labels = next(loader)
+        x0 = x0.to(device, non_blocking=True)
+        last = micro == args.accumulate - 1
+        with nullcontext() if last or model is state.model else model.no_sync():
+            loss = training_loss(model, pyramid, x0, labels, k, next(first), args, bf16) / args.accumulate
+            loss.backward()
+        total += loss.detach()
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, args)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    decay = min(args.ema, (1 + state.step) / (10 + state.step))  # short at first, when the weights move fast
+    torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
+    return total
+
+
+class StopRequest:
+    """Set by Ctrl-C or SIGTERM; the loop then saves and stops, all ranks at the same step."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame) -> None:
+        self.signal = number
+
+    def agreed(self) -> int:
+        if dist.is_initialized():
+            flag = torch.tensor(self.signal)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        return self.signal
+
+
+def is_first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device), joined through torchrun's environment if it is there."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world, choose_device()
+
+
+def train(args: argparse.Namespace, checkpoint: dict | None) -> int:
+    """The whole run. Returns 0, or 128 + the number of the signal that stopped it. Raises ValueError."""
+    rank, world, device = start_processes()
+    stop, pyramid = StopRequest(), Pyramid(args.mode, args.stages)
+    dataset = open_data(args.data, args.frames, args.size, args.digits, args.seed)
+    config = DiTConfig(
+        dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
+    )
+    state = make_state(config, args, device, checkpoint)
+    bf16 = use_bf16(args.precision, device)
+    model = state.model
+    if args.compile:
+        model.compile(dynamic=False)  # one graph a stage
+    if dist.is_initialized():
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = Log(args.out / "metrics.jsonl", args.stages, device, state.step)
+    numbers = list(sample_numbers(args, state.step, rank, world))
+    loader = make_loader(dataset, iter(numbers), args, pin=device.type == "cuda")
+    if is_first():
+        describe(dataset, state, args, world, device, bf16)
+
+    numbers = iter(numbers)
+    bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not is_first())
+    mark, clips = time.perf_counter(), 0
+    while state.step < args.steps and not stop.agreed():
+        k = draw_stage(args.seed, state.step, args.stages)
+        lr = learning_rate(state.step, args)
+        log.add(k, optimize(state, model, pyramid, loader, args, k, numbers, bf16))
+        state.step += 1
+        clips += args.batch * args.accumulate * world
+        bar.update()
+        done = state.step == args.steps
+        due = [done or state.step % n == 0 for n in (args.log_interval, args.save_interval, args.sample_interval)]
+        if any(due):
+            now = time.perf_counter()
+            state.seconds += now - mark
+            rate = clips / (now - mark)
+            if due[0]:
+                bar.set_postfix(loss=f"{log.write(state, lr, rate):.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
+            if due[1] and is_first():
+                save(state, dataset.classes, args)
+            if due[2] and is_first():
+                save_samples(state, pyramid, dataset.classes, args, bf16)
+            mark, clips = time.perf_counter(), 0
+    bar.close()
+    if stop.signal:
+        state.seconds += time.perf_counter() - mark
+        if is_first():
+            save(state, dataset.classes, args)
+            print(f"stopped at step {state.step} and saved; continue with --resume --out {args.out}")
+    elif is_first():
+        print(f"wrote {args.out}/weights.pt; sample it with: python sample.py --checkpoint {args.out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 128 + stop.signal if stop.signal else 0
+
+
+def describe(
+    dataset: Dataset, state: State, args: argparse.Namespace, world: int, device: torch.device, bf16: bool
+) -> None:
+    if hasattr(dataset, "summary"):
+        print(dataset.summary)
+        for path in dataset.broken:
+            print(f"  not decodable: {path}")
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    print(
+        f"{args.mode}, {args.stages} stages, {parameters / 1e6:.2f} M parameters, {'bf16' if bf16 else 'fp32'} on "
+        f"{world} x {device.type}, {args.batch * args.accumulate * world} clips a step, step {state.step} of {args.steps}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        raise SystemExit(train(*parse_args(argv)))
+    except (ValueError, OSError) as error:
+        make_parser().error(str(error))
+
+
+if __name__ == "__main__":
+    main()
