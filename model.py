@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LONGEST = 100.0  # patches or frames; with the usual 10,000 most frequencies would be constant over a clip
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -30,30 +32,42 @@ class DiTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.classes < 0:
             raise ValueError(f"classes must be at least 0, not {self.classes}")
-        if self.width % 4 or self.width % self.heads:
-            raise ValueError(f"width {self.width} must divide by 4 and by the number of heads, {self.heads}")
+        if self.width % (4 * self.heads):
+            raise ValueError(f"width {self.width} must divide by 4 times the number of heads, {self.heads}")
 
 
-def sinusoids(positions: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
-    """Sines and cosines of `positions` (...,) at width / 2 frequencies from 1 to 1 / longest: (..., width)."""
-    exponent = torch.arange(width // 2, device=positions.device, dtype=torch.float32) / (width // 2)
-    angles = positions.float().unsqueeze(-1) * longest**-exponent
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+def angles(positions: Tensor, count: int, longest: float) -> Tensor:
+    """`positions` (...,) times `count` frequencies falling from 1 to almost 1 / longest: (..., count)."""
+    exponent = torch.arange(count, device=positions.device, dtype=torch.float32) / count
+    return positions.float().unsqueeze(-1) * longest**-exponent
 
 
-def spatial_positions(rows: int, columns: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """2-D positions of a frame's patches, row by row: (rows * columns, width)."""
-    y = sinusoids(torch.arange(rows, device=device), width // 2)[:, None].expand(-1, columns, -1)
-    x = sinusoids(torch.arange(columns, device=device), width // 2)[None].expand(rows, -1, -1)
-    return torch.cat([y, x], dim=-1).flatten(0, 1)
+def embed_angles(angle: Tensor) -> Tensor:
+    """(..., count) -> (..., 2 * count): cosines and sines."""
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def temporal_positions(frames: int, stage: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Positions of a stage's frames, measured in full-rate frames (index times 2^stage): (frames, width).
+def temporal_positions(frames: int, stage: int, device: torch.device | str | None = None) -> Tensor:
+    """When the frames of a stage are shown, counted in full-rate frames (index times 2^stage): (frames,).
 
     Frame 2 at half the rate and frame 4 at the full rate show the same instant, so they get the same position.
     """
-    return sinusoids(torch.arange(frames, device=device) * 2**stage, width)
+    return torch.arange(frames, device=device) * 2**stage
+
+
+def spatial_angles(rows: int, columns: int, count: int, device: torch.device | str | None = None) -> Tensor:
+    """2-D positions of a frame's patches, row by row, half the angles for each axis: (rows * columns, count)."""
+    y = angles(torch.arange(rows, device=device), count // 2, LONGEST)[:, None].expand(-1, columns, -1)
+    x = angles(torch.arange(columns, device=device), count // 2, LONGEST)[None].expand(rows, -1, -1)
+    return torch.cat([y, x], dim=-1).flatten(0, 1)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): turns the channel pairs of queries and keys (..., d) by the angles whose
+    cos and sin are `rotation` (2, ..., d / 2), so that attention sees how far apart two tokens are."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,8 +94,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, N, 3, heads, d)
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """`rotation`: cos and sin of the tokens' angles, (2, T or 1, N or 1, 1, 1, d / 2)."""
+        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split([2, 1], dim=3)
+        qkv = torch.cat([rotate(qk, rotation), v], dim=3)  # (B, T, N, 3, heads, d)
         if self.dim == 2:
             q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, T, heads, N, d) each
             y = attention(q, k, v).transpose(2, 3)
@@ -101,14 +117,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.condition = nn.Linear(width, 9 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
-        """x (B, T, N, D), condition (B, D), time (T, 1, D); the time enters the temporal attention alone, so
-        with that attention's gate at zero a video model is its image model on every frame."""
+    def forward(self, x: Tensor, condition: Tensor, space: Tensor, time: Tensor) -> Tensor:
+        """x (B, T, N, D), condition (B, D), rotations by place and by time. The time enters the temporal attention
+        alone, so with that attention's gate at zero a video model is its image model on every frame."""
         parts = self.condition(condition)[:, None, None].to(x.dtype).chunk(9, dim=-1)  # 9 x (B, 1, 1, D)
         shift, scale, gate = parts[0:3]
-        x = torch.addcmul(x, gate, self.spatial(modulate(x, shift, scale)))
+        x = torch.addcmul(x, gate, self.spatial(modulate(x, shift, scale), space))
         shift, scale, gate = parts[3:6]
-        x = torch.addcmul(x, gate, self.temporal(modulate(x, shift + time, scale)))
+        x = torch.addcmul(x, gate, self.temporal(modulate(x, shift, scale), time))
         shift, scale, gate = parts[6:9]
         return torch.addcmul(x, gate, self.mlp(modulate(x, shift, scale)))
 
@@ -135,7 +151,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.5)  # as large as the time embedding, so that labels count early
         # adaLN-Zero: all gates start at 0, so every block is the identity and the output is 0.
         for linear in [block.condition for block in self.blocks] + [self.final_condition, self.unembed]:
             nn.init.zeros_(linear.weight)
@@ -144,6 +160,13 @@ class DiT(nn.Module):
     def null_label(self) -> int:
         """The label that means "no label": trained by dropping labels, used by classifier-free guidance."""
         return self.config.classes
+
+    def _rotations(self, T: int, rows: int, columns: int, stage: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the patches' angles (2, 1, N, 1, 1, d / 2) and of the frames' (2, T, 1, 1, 1, d / 2)."""
+        count = self.config.width // self.config.heads // 2
+        space = spatial_angles(rows, columns, count, like.device)[None, :, None, None]
+        time = angles(temporal_positions(T, stage, like.device), count, LONGEST)[:, None, None, None]
+        return tuple(torch.stack([angle.cos(), angle.sin()]).to(like.dtype) for angle in (space, time))
 
     def forward(self, x: Tensor, t: Tensor, stage: int, y: Tensor | None = None) -> Tensor:
         """x (B, C, T, H, W) at the frame rate of `stage` (1 / 2^stage of the full one), t (B,) in [0, 1],
@@ -161,19 +184,19 @@ class DiT(nn.Module):
         if y is not None and self.embed_label is None:
             raise ValueError("labels were given to a model without classes")
 
-        condition = self.embed_t(sinusoids(1000 * t, 256)) + self.embed_stage.weight[stage]
+        condition = self.embed_t(embed_angles(angles(1000 * t, 128, 10_000.0))) + self.embed_stage.weight[stage]
         if self.embed_label is not None:
             y = torch.full((B,), self.null_label, device=x.device) if y is None else y
             condition = condition + self.embed_label(y)
         condition = F.silu(condition)
 
-        rows, columns, width = H // patch, W // patch, self.config.width
+        rows, columns = H // patch, W // patch
         x = x.view(B, C, T, rows, patch, columns, patch).permute(0, 2, 3, 5, 1, 4, 6)
         x = self.embed_patch(x.reshape(B, T, rows * columns, -1))  # (B, T, N, D)
-        x = x + spatial_positions(rows, columns, width, x.device).to(x.dtype)
-        time = temporal_positions(T, stage, width, x.device).to(x.dtype).unsqueeze(1)
+        x = x + embed_angles(spatial_angles(rows, columns, self.config.width // 2, x.device)).to(x.dtype)
+        space, time = self._rotations(T, rows, columns, stage, x)
         for block in self.blocks:
-            x = block(x, condition, time)
+            x = block(x, condition, space, time)
         shift, scale = self.final_condition(condition)[:, None, None].to(x.dtype).chunk(2, dim=-1)
         x = self.unembed(modulate(x, shift, scale)).float()
 

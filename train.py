@@ -44,7 +44,18 @@ from tpdiff import Pyramid, align, downsample, randn
 
 # What makes a run the run it is: on --resume these come from the checkpoint and cannot be changed.
 FIXED = ("mode", "stages", "align", "data", "digits", "frames", "size", "patch", "width", "depth", "heads", "batch")
-FIXED += ("accumulate", "lr", "warmup", "weight_decay", "ema", "clip", "label_dropout", "precision", "seed")
+FIXED += (
+    "accumulate",
+    "optimizer",
+    "lr",
+    "warmup",
+    "weight_decay",
+    "ema",
+    "clip",
+    "label_dropout",
+    "precision",
+    "seed",
+)
 
 
 def make_parser() -> Parser:
@@ -65,13 +76,14 @@ def make_parser() -> Parser:
     add("--depth", type=positive_int, default=4, help="blocks")
     add("--heads", type=positive_int, default=4, help="attention heads")
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=positive_int, default=3000, help="optimizer steps")
-    add("--batch", type=positive_int, default=16, help="clips a process and micro-batch")
+    add("--steps", type=positive_int, default=2400, help="optimizer steps")
+    add("--batch", type=positive_int, default=8, help="clips a process and micro-batch")
     add("--accumulate", type=positive_int, default=1, help="micro-batches whose gradients make one step")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (AdamW)")
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
+    add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up; a cosine to 0 follows")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's weight decay")
-    add("--ema", type=float, default=0.999, help="decay of the weights' moving average")
+    add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
+    add("--ema", type=float, default=0.995, help="decay of the weights' moving average")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--label-dropout", type=float, default=0.1, help="share of labels dropped, for classifier-free guidance")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
@@ -81,8 +93,8 @@ def make_parser() -> Parser:
     add("--out", type=Path, help="folder of the run [runs/MODE-STAGES]")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--log-interval", type=positive_int, default=50, help="steps between rows of metrics.jsonl")
-    add("--sample-interval", type=positive_int, default=1000, help="steps between sample GIFs")
-    add("--save-interval", type=positive_int, default=500, help="steps between checkpoints")
+    add("--sample-interval", type=positive_int, default=800, help="steps between sample GIFs")
+    add("--save-interval", type=positive_int, default=400, help="steps between checkpoints")
     return parser
 
 
@@ -193,22 +205,33 @@ class State:
 
     model: DiT
     ema: DiT
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0  # spent in training steps, over all resumptions
+
+
+def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW for everything; or, at the same learning rate, Muon (arXiv 2502.16982) for the matrices of the attentions
+    and MLPs and AdamW for the rest."""
+    matrices = []
+    if args.optimizer == "muon":
+        inner = [module for block in model.blocks for module in (block.spatial, block.temporal, block.mlp)]
+        matrices = [parameter for module in inner for parameter in module.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
+    common = {"lr": args.lr, "weight_decay": args.weight_decay}
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True, **common)
+    return [adamw, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common)] if matrices else [adamw]
 
 
 def make_state(config: DiTConfig, args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> State:
     torch.manual_seed(args.seed)
     model = DiT(config).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
-    )
-    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
+    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), make_optimizers(model, args))
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         state.ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, content in zip(state.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
         state.step, state.seconds = checkpoint["step"], checkpoint["seconds"]
     return state
 
@@ -228,7 +251,8 @@ def save(state: State, classes: tuple[str, ...], args: argparse.Namespace) -> No
     head = {"format": FORMAT, "config": asdict(state.model.config), "classes": list(classes), "step": state.step}
     head |= {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
     ema = state.ema.state_dict()
-    whole = head | {"ema": ema, "model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    whole = head | {"ema": ema, "model": state.model.state_dict()}
+    whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
     whole |= {"seconds": state.seconds, "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")}}
     write_whole(whole, args.out / "checkpoint.pt")
     write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
@@ -287,10 +311,11 @@ def optimize(state: State, model, pyramid: Pyramid, loader: Iterator, args, k: i
             loss.backward()
         total += loss.detach()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, args)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, args)
+        optimizer.step()
+        optimizer.zero_grad()
     decay = min(args.ema, (1 + state.step) / (10 + state.step))  # short at first, when the weights move fast
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
     return total
@@ -397,7 +422,8 @@ def describe(
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(
         f"{args.mode}, {args.stages} stages, {parameters / 1e6:.2f} M parameters, {'bf16' if bf16 else 'fp32'} on "
-        f"{world} x {device.type}, {args.batch * args.accumulate * world} clips a step, step {state.step} of {args.steps}"
+        f"{world} x {device.type}, {args.batch * args.accumulate * world} clips a step, "
+        f"step {state.step} of {args.steps}"
     )
 
 

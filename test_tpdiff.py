@@ -1,0 +1,967 @@
+"""The proof, in the paper's order. A test's name says what is true; break the formula it guards and it goes red."""
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import sample
+import tpdiff
+import train
+from data import DataError, FolderClips, MovingDigits, save_gif, save_strip
+from model import DiT, DiTConfig, attention, temporal_positions
+from tpdiff import Pyramid, align, downsample, randn, split_steps, upsample
+
+ROOT = Path(__file__).parent
+# A schedule of another kind than the default: Stable Diffusion's, 300 steps, and one far from linear.
+SCALED_LINEAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 300, dtype=torch.float64) ** 2 * 3).cumprod(0)
+COSINE = torch.cos(torch.linspace(0.05, 1.55, 50, dtype=torch.float64)) ** 2
+PYRAMIDS = [("flow", None), ("ddim", None), ("ddim", SCALED_LINEAR), ("ddim", COSINE)]
+every_pyramid = pytest.mark.parametrize("mode, alphas_cumprod", PYRAMIDS)
+every_depth = pytest.mark.parametrize("stages", [1, 2, 3, 4])
+both_modes = pytest.mark.parametrize("mode", ["flow", "ddim"])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def clips(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def gamma_sigma(mode: str, t: float, alphas_cumprod=None) -> tuple[float, float]:
+    """Eq. 6 by hand, in plain Python."""
+    if mode == "flow":
+        return 1 - t, t
+    if alphas_cumprod is None:
+        alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    log_abar = np.concatenate([[0.0], np.log(np.asarray(alphas_cumprod))])
+    abar = math.exp(np.interp(t, np.linspace(0, 1, len(log_abar)), log_abar))
+    return math.sqrt(abar), math.sqrt(1 - abar)
+
+
+# ---- Section 3.1: vanilla diffusion is the one-stage pyramid (Eq. 1-5)
+
+
+def test_one_stage_of_flow_is_vanilla_flow_matching():
+    p, x0, noise, u = (
+        Pyramid("flow", 1),
+        clips(3, 2, 5, 4, 4),
+        clips(3, 2, 5, 4, 4, seed=1),
+        torch.tensor([0.0, 0.3, 1.0]),
+    )
+    x_t, target, t = p.interpolate(*p.endpoints(x0, noise, 0), 0, u)
+    t_ = u.double().view(3, 1, 1, 1, 1)
+    torch.testing.assert_close(t, u.double())
+    torch.testing.assert_close(x_t, (1 - t_) * x0 + t_ * noise)  # Eq. 4
+    torch.testing.assert_close(target, noise - x0)  # Eq. 5
+
+
+def test_one_stage_of_ddim_is_vanilla_ddim():
+    p, x0, noise, u = (
+        Pyramid("ddim", 1),
+        clips(3, 2, 5, 4, 4),
+        clips(3, 2, 5, 4, 4, seed=1),
+        torch.tensor([0.0, 0.3, 1.0]),
+    )
+    x_t, target, _ = p.interpolate(*p.endpoints(x0, noise, 0), 0, u)
+    for i in range(3):
+        gamma, sigma = gamma_sigma("ddim", float(u[i].double()))
+        torch.testing.assert_close(x_t[i], gamma * x0[i] + sigma * noise[i])  # Eq. 1
+    torch.testing.assert_close(target, noise)  # Eq. 2
+
+
+def test_one_stage_sampler_is_the_vanilla_loop():
+    x1, N = clips(2, 1, 3, 4, 4), 25
+    predictions = clips(N, 2, 1, 3, 4, 4, seed=1)
+    for mode in ("flow", "ddim"):
+        given = iter(predictions)
+        ours = Pyramid(mode, 1)._integrate(lambda x, t, k, given=given: next(given), x1, 0, N, "euler")
+        x = x1
+        for i in range(N):
+            (g, s), (g_, s_) = gamma_sigma(mode, 1 - i / N), gamma_sigma(mode, 1 - (i + 1) / N)
+            if mode == "flow":
+                x = x - predictions[i] / N
+            else:
+                x = g_ * (x - s * predictions[i]) / g + s_ * predictions[i]  # Eq. 3
+        torch.testing.assert_close(ours, x)
+
+
+def test_n_steps_of_one_ddim_stage_visit_exactly_the_given_schedule():
+    alphas_cumprod, visited = SCALED_LINEAR, []
+    p = Pyramid("ddim", 1, alphas_cumprod)
+
+    def predict(x, t, k):
+        visited.append(t[0].item())
+        return torch.zeros_like(x)
+
+    x = p._integrate(predict, torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), 0, len(alphas_cumprod), "euler")
+    abar_visited = [p._gamma_sigma(t)[0].item() ** 2 for t in visited]
+    torch.testing.assert_close(torch.tensor(abar_visited), alphas_cumprod.flip(0).float())
+    torch.testing.assert_close(x.item(), alphas_cumprod[-1].item() ** -0.5)  # eps = 0: x0 = x / sqrt(abar_N)
+
+
+# ---- Section 3.2: the stages
+
+
+def test_down_takes_every_stride_th_frame_and_up_repeats_each_frame():
+    x = torch.arange(8.0).view(1, 1, 8, 1, 1)
+    assert downsample(x, 1).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert downsample(x, 4).flatten().tolist() == [0, 4]
+    assert upsample(downsample(x, 4)).flatten().tolist() == [0, 0, 4, 4]
+    with pytest.raises(ValueError, match="8 frames.*3"):
+        downsample(x, 3)
+
+
+@every_pyramid
+@every_depth
+def test_stage_ends_are_uniform_and_ratio_of_next_start_is_sqrt_2_larger(mode, alphas_cumprod, stages):
+    """Eq. 16."""
+    p = Pyramid(mode, stages, alphas_cumprod)
+    assert len(p) == stages and [s.index for s in p] == list(range(stages))
+    assert [s.stride for s in p] == [2**k for k in range(stages)]
+    assert [s.t_end for s in p] == [k / stages for k in range(stages)] and p[stages - 1].t_start == 1
+    assert (p[0].gamma_end, p[0].sigma_end) == (1, 0)
+    for s in p:
+        assert (s.gamma_start, s.sigma_start) == pytest.approx(gamma_sigma(mode, s.t_start, alphas_cumprod), abs=1e-12)
+        assert (s.gamma_end, s.sigma_end) == pytest.approx(gamma_sigma(mode, s.t_end, alphas_cumprod), abs=1e-12)
+        assert s.t_start > s.t_end and all(type(value) in (int, float) for value in vars(s).values())
+    for s, noisier in itertools.pairwise(p):
+        assert noisier.sigma_end / noisier.gamma_end == pytest.approx(
+            s.sigma_start / s.gamma_start / math.sqrt(2), rel=1e-12
+        )
+        assert noisier.t_end < s.t_start < noisier.t_start  # neighbouring windows overlap
+
+
+def test_flow_windows_of_three_stages_are_those_of_the_closed_form():
+    windows = [(s.t_start, s.t_end) for s in Pyramid("flow", 3)]
+    starts = [math.sqrt(2) * e / ((1 - e) + math.sqrt(2) * e) for e in (1 / 3, 2 / 3)] + [1]
+    assert windows == [pytest.approx((s, e)) for s, e in zip(starts, (0, 1 / 3, 2 / 3), strict=True)]
+
+
+# ---- Section 3.3-3.4: end points, the points between them, and the target (Eq. 7-13)
+
+
+@every_pyramid
+@every_depth
+def test_endpoints_are_equations_7_and_8(mode, alphas_cumprod, stages):
+    p, x0 = Pyramid(mode, stages, alphas_cumprod), clips(2, 3, 16, 2, 2)
+    for k in range(stages):
+        noise = clips(2, 3, 16 // 2**k, 2, 2, seed=k)
+        gs, ss = gamma_sigma(mode, p[k].t_start, alphas_cumprod)
+        ge, se = gamma_sigma(mode, p[k].t_end, alphas_cumprod)
+        index = torch.arange(0, 16, 2**k)
+        coarse = index if k == stages - 1 else index // 2 ** (k + 1) * 2 ** (k + 1)
+        x_start, x_end = p.endpoints(x0, noise, k)
+        torch.testing.assert_close(x_start, gs * x0[:, :, coarse] + ss * noise)
+        torch.testing.assert_close(x_end, ge * x0[:, :, index] + se * noise)
+
+
+@every_pyramid
+@every_depth
+def test_interpolate_is_equations_10_to_13(mode, alphas_cumprod, stages):
+    p = Pyramid(mode, stages, alphas_cumprod)
+    x_start, x_end, u = clips(5, 2, 4, 2, 2), clips(5, 2, 4, 2, 2, seed=1), torch.tensor([0, 0.1, 0.5, 0.9, 1]).double()
+    for k, s in enumerate(p):
+        x_t, target, t = p.interpolate(x_start, x_end, k, u)
+        torch.testing.assert_close(t, s.t_end + u * (s.t_start - s.t_end))
+        torch.testing.assert_close(x_t[0], x_end[0])
+        torch.testing.assert_close(x_t[4], x_start[4])
+        (gs, ss), (ge, se) = (gamma_sigma(mode, time_, alphas_cumprod) for time_ in (s.t_start, s.t_end))
+        for i in range(5):
+            if mode == "flow":
+                line, slope = u[i] * x_start[i] + (1 - u[i]) * x_end[i], x_start[i] - x_end[i]  # Eq. 12-13
+            else:
+                g, n = gamma_sigma(mode, t[i].item(), alphas_cumprod)
+                slope = (x_end[i] / ge - x_start[i] / gs) / (se / ge - ss / gs)  # Eq. 11
+                line = g / gs * x_start[i] + g * (n / g - ss / gs) * slope  # Eq. 10
+            torch.testing.assert_close(x_t[i], line)
+            torch.testing.assert_close(target[i], slope)
+
+
+@every_pyramid
+@every_depth
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_constant_target_integrates_from_start_exactly_to_end(mode, alphas_cumprod, stages, solver):
+    """The partitioned ODE: whatever the number of steps, the stage's line ends at its end point."""
+    p, x0 = Pyramid(mode, stages, alphas_cumprod), clips(2, 1, 8, 2, 2)
+    for k, steps in itertools.product(range(stages), (1, 2, 7)):
+        x_start, x_end = p.endpoints(x0, clips(2, 1, 8 // 2**k, 2, 2, seed=1), k)
+        _, target, _ = p.interpolate(x_start, x_end, k, torch.rand(2))
+        landed = p._integrate(lambda x, t, k, target=target: target, x_start, k, steps, solver)
+        torch.testing.assert_close(landed, x_end, rtol=1e-11, atol=1e-11)
+
+
+@both_modes
+def test_float32_is_close_to_float64(mode):
+    p, x0, u = Pyramid(mode, 3), clips(4, 1, 8, 4, 4), torch.rand(4, generator=seeded())
+    for k in range(3):
+        noise = clips(4, 1, 8 // 2**k, 4, 4, seed=1)
+        exact = p.interpolate(*p.endpoints(x0, noise, k), k, u)
+        single = p.interpolate(*p.endpoints(x0.float(), noise.float(), k), k, u)
+        for a, b in zip(single, exact, strict=True):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+# ---- Algorithm 1: data-noise alignment
+
+
+def distance(x: torch.Tensor, noise: torch.Tensor) -> float:
+    return (x - noise).flatten(1).norm(dim=1).sum().item()
+
+
+def test_alignment_returns_the_same_noises_at_no_greater_distance():
+    for seed in range(5):
+        x, noise = clips(32, 1, 4, 3, 3, seed=seed), clips(32, 1, 4, 3, 3, seed=seed + 100)
+        aligned = align(x, noise)
+        assert sorted(n.sum().item() for n in aligned) == sorted(n.sum().item() for n in noise)
+        assert {tuple(n.flatten().tolist()) for n in aligned} == {tuple(n.flatten().tolist()) for n in noise}
+        assert distance(x, aligned) < distance(x, noise)
+        assert torch.equal(aligned, align(x, noise))
+
+
+def test_alignment_is_optimal_by_brute_force():
+    for seed in range(20):
+        x, noise = clips(6, 1, 2, 1, 2, seed=seed), clips(6, 1, 2, 1, 2, seed=seed + 100)
+        best = min(distance(x, noise[list(order)]) for order in itertools.permutations(range(6)))
+        assert distance(x, align(x, noise)) == pytest.approx(best, rel=1e-5)
+
+
+def test_alignment_of_one_clip_is_the_identity_and_shapes_must_agree():
+    noise = clips(1, 1, 4, 2, 2)
+    assert torch.equal(align(clips(1, 1, 4, 2, 2, seed=1), noise), noise)
+    with pytest.raises(ValueError, match=r"\(2, 1, 4, 2, 2\).*\(2, 1, 2, 2, 2\)"):
+        align(clips(2, 1, 4, 2, 2), clips(2, 1, 2, 2, 2))
+
+
+def test_alignment_is_not_rounded_by_autocast():
+    x = 30 + clips(16, 1, 4, 4, 4).float()
+    noise = 30 + clips(16, 1, 4, 4, 4, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = align(x, noise)
+    assert torch.equal(inside, align(x, noise))
+
+
+# ---- Section 3.5: renoising (Eq. 14-16) and the whole sampler, against matrices
+
+
+def give_basis_noise(monkeypatch, dimensions: int) -> None:
+    """Lets clip i's draws, all of them in a row, be the i-th unit vector: a run then returns the sampler's matrix."""
+    drawn = [0]
+
+    def unit_vectors(shape, generator=None, device=None, dtype=None):
+        rows = torch.zeros(dimensions, shape[2], dtype=torch.float64)
+        rows[drawn[0] : drawn[0] + shape[2]] = torch.eye(shape[2], dtype=torch.float64)
+        drawn[0] += shape[2]
+        return rows.view(dimensions, 1, shape[2], 1, 1)
+
+    monkeypatch.setattr(tpdiff, "randn", unit_vectors)
+
+
+def down_matrix(frames: int, stride: int) -> torch.Tensor:
+    return torch.eye(frames, dtype=torch.float64)[::stride]
+
+
+def data_covariance(frames: int) -> torch.Tensor:
+    i = torch.arange(frames, dtype=torch.float64)
+    return torch.exp(-(i[:, None] - i[None]).abs() / 5)
+
+
+def start_and_end_matrices(p: Pyramid, k: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 7-8 by hand, as matrices on the pair (x0, noise)."""
+    s, down = p[k], down_matrix(frames, 2**k)
+    eye = torch.eye(len(down), dtype=torch.float64)
+    coarse = down if k == len(p) - 1 else down_matrix(frames, 2 ** (k + 1)).repeat_interleave(2, 0)
+    start = torch.cat([s.gamma_start * coarse, s.sigma_start * eye], 1)
+    end = torch.cat([s.gamma_end * down, s.sigma_end * eye], 1)
+    return start, end
+
+
+def pair_covariance(frames: int, stage_frames: int) -> torch.Tensor:
+    return torch.block_diag(data_covariance(frames), torch.eye(stage_frames, dtype=torch.float64))
+
+
+@every_pyramid
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_renoised_stage_end_is_start_of_next(mode, alphas_cumprod, stages, monkeypatch):
+    """Mean and covariance, pairs of frames included; without the noise the covariance is off."""
+    p, T = Pyramid(mode, stages, alphas_cumprod), 16
+    for k in range(1, stages):
+        frames = T // 2**k
+        _, end = start_and_end_matrices(p, k, T)
+        start, _ = start_and_end_matrices(p, k - 1, T)
+        as_clips = torch.eye(frames, dtype=torch.float64).view(frames, 1, frames, 1, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(tpdiff, "randn", lambda shape, *rest: torch.zeros(*shape, dtype=torch.float64))
+            carry = p.renoise(as_clips, k).flatten(1).T
+        with monkeypatch.context() as patch:
+            give_basis_noise(patch, frames)
+            inject = p.renoise(torch.zeros_like(as_clips), k).flatten(1).T
+
+        torch.testing.assert_close(carry @ end[:, :T], start[:, :T])  # means match for every x0
+        x_end_covariance = end @ pair_covariance(T, frames) @ end.T
+        wanted = start @ pair_covariance(T, 2 * frames) @ start.T
+        torch.testing.assert_close(carry @ x_end_covariance @ carry.T + inject @ inject.T, wanted)
+        without_noise = carry @ x_end_covariance @ carry.T
+        assert (without_noise - wanted).norm() > 0.05 * wanted.norm()
+
+
+def optimal_predictor(p: Pyramid, T: int):
+    """E[target | x_t] for Gaussian clips, in closed form from Eq. 7-13: the predictor that a perfect training gives."""
+
+    def predict(x, t, k):
+        start, end = start_and_end_matrices(p, k, T)
+        s, now = p[k], t[0].item()
+        if p.mode == "flow":
+            w = (now - s.t_end) / (s.t_start - s.t_end)
+            point, target = w * start + (1 - w) * end, start - end
+        else:
+            gamma, sigma = gamma_sigma("ddim", now)
+            r, r_s, r_e = sigma / gamma, s.sigma_start / s.gamma_start, s.sigma_end / s.gamma_end
+            target = (end / s.gamma_end - start / s.gamma_start) / (r_e - r_s)
+            point = gamma * (start / s.gamma_start + (r - r_s) * target)
+        covariance = pair_covariance(T, len(start))
+        regression = torch.linalg.solve(point @ covariance @ point.T, point @ covariance @ target.T)
+        return (x.flatten(1) @ regression).view_as(x)
+
+    return predict
+
+
+def covariance_error(p: Pyramid, steps: int, solver: str, monkeypatch, T: int = 16) -> float:
+    """Relative error of the final covariance with `steps` a stage, exactly: the sampler is run on unit vectors."""
+    dimensions = T // 2 ** (len(p) - 1) + sum(T // 2**k for k in range(1, len(p)))
+    with monkeypatch.context() as patch:
+        give_basis_noise(patch, dimensions)
+        out = p.sample(
+            optimal_predictor(p, T), (dimensions, 1, T, 1, 1), [steps] * len(p), solver, dtype=torch.float64
+        ).flatten(1)
+    return ((out.T @ out - data_covariance(T)).norm() / data_covariance(T).norm()).item()
+
+
+# EQUATIONS, "What was checked": three stages, error by steps per stage.
+KNOWN_ERRORS = {
+    ("flow", "euler"): {5: 1.9e-1, 10: 1.0e-1, 20: 5.2e-2, 100: 1.1e-2, 1000: 1.1e-3},
+    ("flow", "ab2"): {5: 4.1e-2, 10: 1.0e-2, 20: 2.5e-3, 100: 9.8e-5, 1000: 9.8e-7},
+    ("ddim", "euler"): {5: 2.1e-1, 10: 1.1e-1, 20: 5.8e-2, 100: 1.2e-2, 1000: 1.2e-3},
+    ("ddim", "ab2"): {5: 1.1e-1, 10: 3.3e-2, 20: 9.1e-3, 100: 4.2e-4, 1000: 3.7e-5},
+}
+
+
+@pytest.mark.parametrize("mode, solver", KNOWN_ERRORS)
+def test_whole_sampler_reproduces_gaussian_covariance_with_the_known_errors(mode, solver, monkeypatch):
+    for steps, known in KNOWN_ERRORS[mode, solver].items():
+        error = covariance_error(Pyramid(mode, 3), steps, solver, monkeypatch)
+        assert error == pytest.approx(known, rel=0.06), (steps, error)
+
+
+@both_modes
+@every_depth
+def test_error_shrinks_at_first_order_with_euler_and_second_with_ab2(mode, stages, monkeypatch):
+    p = Pyramid(mode, stages)
+    for solver, order in (("euler", 1), ("ab2", 2)):
+        coarse, fine = (covariance_error(p, steps, solver, monkeypatch) for steps in (40, 80))
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+@both_modes
+@pytest.mark.parametrize("scaled", [True, False])
+def test_without_the_noise_an_error_stays_that_no_number_of_steps_removes(mode, scaled, monkeypatch):
+    """About 0.14 with Eq. 15's scaling alone, over 1 with neither scaling nor noise."""
+
+    def upsample_only(self, x_end, k, generator=None):
+        return (self[k - 1].gamma_start / self[k].gamma_end if scaled else 1) * upsample(x_end)
+
+    monkeypatch.setattr(Pyramid, "renoise", upsample_only)
+    errors = [covariance_error(Pyramid(mode, 3), steps, "euler", monkeypatch) for steps in (100, 400)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05) and errors[1] > (0.13 if scaled else 1)
+
+
+# ---- The sampler's interface
+
+
+def test_steps_are_split_evenly_with_the_remainder_to_the_noisiest():
+    assert split_steps(30, 3) == [10, 10, 10]
+    assert split_steps(32, 3) == [12, 10, 10]
+    assert split_steps([15, 10, 5], 3) == [15, 10, 5]
+    for steps in (2, [10, 10], [10, 0, 10], [1, 1, 1, 1]):
+        with pytest.raises(ValueError, match=re.escape(str(steps))):
+            split_steps(steps, 3)
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_every_step_is_one_call_at_its_stage_s_rate_and_time(solver):
+    p, calls = Pyramid("flow", 3), []
+
+    def predict(x, t, k):
+        calls.append((k, x.shape[2], t.tolist()))
+        return torch.zeros_like(x)
+
+    assert p.sample(predict, (2, 3, 8, 4, 4), steps=[1, 3, 2], solver=solver).shape == (2, 3, 8, 4, 4)
+    assert [(k, frames) for k, frames, _ in calls] == [(2, 2)] + [(1, 4)] * 3 + [(0, 8)] * 2
+    s1, s0 = p[1], p[0]
+    expected = [1.0] + [s1.t_start + i / 3 * (s1.t_end - s1.t_start) for i in range(3)] + [s0.t_start, s0.t_start / 2]
+    assert [t for _, _, (t, _) in calls] == pytest.approx(expected)
+
+
+def test_ab2_corrects_the_slope_by_the_change_since_the_last_step():
+    """On a slope that is linear in the line's position, ab2 after its first step is exact to the midpoint's rule."""
+    p, s = Pyramid("flow", 1), torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)
+    x = p._integrate(lambda x, t, k: t.view(-1, 1, 1, 1, 1).expand_as(x), s, 0, 4, "ab2")
+    assert x.item() == pytest.approx(-(0.25 * 1 + 0.25 * 0.625 + 0.25 * 0.375 + 0.25 * 0.125))
+
+
+def test_a_clip_s_noise_does_not_depend_on_its_batch():
+    p, predict = Pyramid("ddim", 3), lambda x, t, k: 0.1 * x
+    together = p.sample(predict, (3, 1, 8, 4, 4), 6, generator=[seeded(i) for i in range(3)])
+    for i in range(3):
+        alone = p.sample(predict, (1, 1, 8, 4, 4), 6, generator=[seeded(i)])
+        assert torch.equal(together[i : i + 1], alone)
+    assert torch.equal(*(p.sample(predict, (3, 1, 8, 4, 4), 6, generator=seeded(7)) for _ in range(2)))
+    with pytest.raises(ValueError, match="2 generators.*3"):
+        p.sample(predict, (3, 1, 8, 4, 4), 6, generator=[seeded(0), seeded(1)])
+
+
+def test_renoising_adds_opposite_noise_to_the_two_frames_of_a_pair():
+    p = Pyramid("flow", 3)
+    injected = p.renoise(torch.zeros(1, 1, 4, 8, 8, dtype=torch.float64), 1, seeded())
+    torch.testing.assert_close(injected[:, :, 0::2], -injected[:, :, 1::2])
+    n = torch.randn(1, 1, 4, 8, 8, generator=seeded(), dtype=torch.float64)
+    torch.testing.assert_close(injected[:, :, 0::2], p[0].sigma_start / math.sqrt(2) * n)
+    with pytest.raises(ValueError, match="stage 0"):
+        p.renoise(injected, 0)
+
+
+def test_progress_bar_counts_the_steps(capfd):
+    Pyramid("flow", 2).sample(lambda x, t, k: x, (1, 1, 2, 2, 2), 4, progress=True)
+    assert "4/4" in capfd.readouterr().err
+    Pyramid("flow", 2).sample(lambda x, t, k: x, (1, 1, 2, 2, 2), 4)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: Pyramid("edm"), "edm"),
+        (lambda: Pyramid("flow", 0), "0"),
+        (lambda: Pyramid("flow", 2, [0.9, 0.5]), "alphas_cumprod"),
+        (lambda: Pyramid("ddim", 1, [0.5, 0.9]), "decrease"),
+        (lambda: Pyramid("ddim", 1, [0.9, 0.0]), "inside"),
+        (lambda: Pyramid("ddim", 1, [1.0, 0.5]), "inside"),
+        (lambda: Pyramid("ddim", 1, [0.9, float("nan")]), "inside"),
+        (lambda: Pyramid("ddim", 1, [[0.9, 0.5]]), "1-D"),
+        (lambda: Pyramid("ddim", 4, [0.9, 0.5, 0.49]), "fewer stages"),
+        (lambda: Pyramid("flow").endpoints(clips(1, 1, 6, 2, 2), clips(1, 1, 6, 2, 2), 0), "divisible by 4.*6"),
+        (lambda: Pyramid("flow").endpoints(clips(1, 1, 8, 2, 2), clips(1, 1, 8, 2, 2), 1), "4, 2, 2.*8, 2, 2"),
+        (lambda: Pyramid("flow").interpolate(clips(2, 1, 8, 2, 2), clips(2, 1, 8, 2, 2), 0, torch.rand(3)), "u.*2.*3"),
+        (lambda: Pyramid("flow").sample(lambda x, t, k: x, (1, 1, 6, 2, 2)), "divisible by 4.*6"),
+        (lambda: Pyramid("flow").sample(lambda x, t, k: x, (1, 1, 8, 2, 2), steps=2), "3 stages.*2"),
+        (lambda: Pyramid("flow").sample(lambda x, t, k: x, (1, 1, 8, 2, 2), solver="heun"), "heun"),
+        (lambda: Pyramid("flow").sample(lambda x, t, k: x[:, :, :1], (1, 1, 8, 2, 2)), "predict returned"),
+    ],
+)
+def test_bad_input_raises_value_error_that_names_the_numbers(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---- The model
+
+
+def small_model(classes: int = 0, live: bool = True, **options) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(width=32, depth=2, heads=2, classes=classes, **options))
+    if live:  # away from the zero init, where the output is 0 whatever goes in
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("T, H, W, channels", [(8, 16, 16, 1), (4, 8, 24, 3), (2, 16, 16, 1), (1, 4, 4, 2)])
+def test_model_keeps_the_shape_at_every_stage_and_its_first_output_is_zero(T, H, W, channels):
+    for live in (False, True):
+        model = small_model(live=live, channels=channels)
+        for stage in range(3):
+            out = model(torch.randn(2, channels, T, H, W), torch.rand(2), stage)
+            assert out.shape == (2, channels, T, H, W) and out.dtype == torch.float32
+            assert bool(out.abs().max() > 0) == live
+
+
+def test_same_instant_has_the_same_temporal_position_at_every_rate():
+    full, model = temporal_positions(16, 0), small_model(stages=4)
+    rotation = model._rotations(16, 2, 2, 0, torch.zeros(1))[1]
+    for stage in (1, 2, 3):
+        assert torch.equal(temporal_positions(16 // 2**stage, stage), full[:: 2**stage])
+        slower = model._rotations(16 // 2**stage, 2, 2, stage, torch.zeros(1))[1]
+        assert torch.equal(slower, rotation[:, :: 2**stage]) and slower.shape[1] == 16 // 2**stage
+    assert not torch.equal(temporal_positions(4, 1), full[:4])
+
+
+def test_model_sees_the_order_of_frames_their_rate_the_time_the_stage_and_the_label():
+    model, x, t = small_model(classes=3), torch.randn(1, 1, 4, 8, 8), torch.tensor([0.5])
+    y, base = torch.tensor([0]), None
+    base = model(x, t, 0, y)
+    assert not torch.allclose(model(x.flip(2), t, 0, y).flip(2), base, atol=1e-4)
+    assert not torch.allclose(model(x.flip(4), t, 0, y).flip(4), base, atol=1e-4)
+    assert not torch.allclose(model(x, t + 0.1, 0, y), base, atol=1e-4)
+    assert not torch.allclose(model(x, t, 1, y), base, atol=1e-4)
+    assert not torch.allclose(model(x, t, 0, y + 1), base, atol=1e-4)
+    torch.testing.assert_close(model(x, t, 0), model(x, t, 0, torch.tensor([model.null_label])))
+
+
+def test_one_frame_and_any_batch_give_what_a_clip_alone_gives():
+    model, x = small_model(), torch.randn(3, 1, 4, 8, 8)
+    t = torch.rand(3)
+    torch.testing.assert_close(model(x, t, 0)[1:2], model(x[1:2], t[1:2], 0), rtol=1e-4, atol=1e-5)
+    # with the temporal attention's gate at zero, as in a new block, every frame is treated as an image
+    for block in model.blocks:
+        for part in (block.condition.weight, block.condition.bias):
+            part.data[5 * 32 : 6 * 32] = 0
+    video = model(x, t, 0)
+    for frame in range(4):
+        image = model(x[:, :, frame : frame + 1], t, 0)
+        torch.testing.assert_close(video[:, :, frame : frame + 1], image, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_on_cpu_is_scaled_dot_product_attention():
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    reference = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attention(q, k, v), reference)
+
+
+def test_gradients_are_finite_in_bf16_and_reach_every_parameter():
+    model, x = small_model(classes=3), torch.randn(2, 1, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, torch.tensor([0.0, 1.0]), 1, torch.tensor([0, 3]))
+    assert out.dtype == torch.float32
+    out.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: DiTConfig(width=30), "30"),
+        (lambda: DiTConfig(depth=0), "depth"),
+        (lambda: small_model()(torch.zeros(1, 1, 4, 6, 8), torch.zeros(1), 0), "divisible by 4"),
+        (lambda: small_model()(torch.zeros(1, 3, 4, 8, 8), torch.zeros(1), 0), "1 channels"),
+        (lambda: small_model()(torch.zeros(1, 1, 4, 8, 8), torch.zeros(1), 3), "stage 3"),
+        (lambda: small_model()(torch.zeros(1, 1, 4, 8, 8), torch.zeros(1), 0, torch.tensor([1])), "labels"),
+    ],
+)
+def test_model_names_what_does_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---- Data
+
+
+def test_moving_digits_are_pixels_in_range_with_their_label_and_move_smoothly():
+    data, seen = MovingDigits(), set()
+    for n in range(40):
+        clip, label = data[n]
+        seen.add(label)
+        assert clip.shape == (1, 16, 32, 32) and clip.dtype == torch.float32
+        assert clip.min() >= -1 and clip.max() <= 1 and clip.max() > 0.5
+        ink = (clip[0] + 1) / 2
+        mass = ink.sum((1, 2))
+        assert mass.std() < 0.02 * mass.mean()  # the same digit in every frame, whole
+        center = torch.stack([(ink.sum(d) * torch.arange(32)).sum(1) / mass for d in (1, 2)], 1)
+        speed = center.diff(dim=0).norm(dim=1)
+        assert 0.3 < speed.max() < 32 / 16 + 0.01
+    assert seen == set(range(10))
+    two, one = MovingDigits(digits=2)[0][0], MovingDigits()[0][0]
+    assert two.sum() > one.sum()
+    with pytest.raises(DataError, match="size >= 16"):
+        MovingDigits(size=8)
+
+
+def test_a_sample_number_is_the_same_clip_in_every_process():
+    data = MovingDigits(seed=3)
+    batches = [list(range(i, i + 4)) for i in range(0, 16, 4)]
+    here = list(DataLoader(data, batch_sampler=batches))
+    workers = list(DataLoader(data, batch_sampler=batches, num_workers=2))
+    for (clip, label), (clip_, label_) in zip(here, workers, strict=True):
+        assert torch.equal(clip, clip_) and torch.equal(label, label_)
+    assert torch.equal(here[1][0][0], MovingDigits(seed=3)[4][0])
+    assert not torch.equal(here[1][0][0], MovingDigits(seed=4)[4][0])
+    assert not torch.equal(data[0][0], data[1][0])
+
+
+def animation(path: Path, frames: int, size: tuple[int, int] = (20, 30), mode: str = "RGB", **options) -> None:
+    """Frame i is one plain colour, 10 i of red."""
+    colors = [(10 * i, 100, 200) + ((0,) if mode == "RGBA" else ()) for i in range(frames)]
+    images = [Image.new(mode, size, color) for color in colors]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=80, **options)
+
+
+@pytest.fixture
+def clip_folder(tmp_path) -> Path:
+    folder = tmp_path / "clips"
+    animation(folder / "a.gif", 8)
+    animation(folder / "deep" / "b.webp", 9, lossless=True)
+    animation(folder / "deep" / "er" / "c.png", 8)
+    animation(folder / "clear.webp", 8, mode="RGBA", lossless=True)
+    animation(folder / "short.gif", 3)
+    animation(folder / "still.gif", 1)
+    Image.new("RGB", (9, 9)).save(folder / "still.png")
+    (folder / "broken.gif").write_bytes(b"GIF89a, not really")
+    (folder / "empty.webp").write_bytes(b"")
+    (folder / "notes.txt").write_text("not a clip")
+    return folder
+
+
+def test_folder_finds_animations_and_counts_what_it_skips(clip_folder):
+    data = FolderClips(clip_folder, frames=6, size=8)
+    assert {path.name for path in data.paths} == {"a.gif", "b.webp", "c.png", "clear.webp"}
+    assert {path.name for path in data.broken} == {"broken.gif", "empty.webp"}
+    for part in ("9 files found", "4 used", "1 shorter than 6 frames", "2 not decodable", "2 stills"):
+        assert part in data.summary
+    windows = [data[n][0] for n in range(40)]
+    assert all(w.shape == (3, 6, 8, 8) and w.min() >= -1 and w.max() <= 1 for w in windows)
+    white = [n for n, w in enumerate(windows) if w.min() == 1]  # the fully transparent clip is white
+    assert len(white) == 10 and {n // 4 for n in white} == set(range(10))  # every epoch shows every file once
+    starts = set()
+    for w in windows:
+        if w.min() < 1 and w[2].std() < 0.01:  # a window is consecutive frames of one file
+            red = (w[0, :, 4, 4] + 1) * 127.5
+            starts.add(round(red[0].item() / 10))
+            assert (red.diff() - 10).abs().max() < 6
+    assert starts >= {0, 1, 2}
+    assert torch.equal(FolderClips(clip_folder, 6, 8)[17][0], windows[17])
+    assert torch.equal(FolderClips(clip_folder, 6, 8, cache_bytes=0)[17][0], windows[17])
+
+
+def test_folder_crops_without_distortion(tmp_path):
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (10, 0, 30, 20))  # the central square, and nothing else
+    image.save(tmp_path / "a.gif", save_all=True, append_images=[image.rotate(180), image.rotate(90)])
+    clip, label = FolderClips(tmp_path, frames=1, size=10)[0]
+    assert label == -1 and clip.max() == -1
+
+
+def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder):
+    whole = (clip_folder / "deep" / "b.webp").read_bytes()
+    for path in clip_folder.rglob("*"):
+        if path.is_file() and path.name != "a.gif":
+            path.unlink()
+    damaged = clip_folder / "damaged.webp"
+    damaged.write_bytes(whole[:150] + bytes(len(whole) - 150))
+    data = FolderClips(clip_folder, frames=6, size=8)
+    if damaged in data.paths:
+        with pytest.warns(UserWarning, match="damaged.webp"):
+            assert all(data[n][0].shape == (3, 6, 8, 8) for n in range(4))
+    else:
+        assert data.broken == [damaged]
+
+
+def test_nothing_usable_is_an_error_that_names_the_folder(tmp_path):
+    with pytest.raises(DataError, match="gone is not a folder"):
+        FolderClips(tmp_path / "gone")
+    animation(tmp_path / "short.gif", 3)
+    with pytest.raises(DataError, match=f"{tmp_path}.*1 files found, 0 used.*1 shorter than 16"):
+        FolderClips(tmp_path)
+
+
+def test_gif_and_strip_show_every_clip_and_frame(tmp_path):
+    x = torch.stack([torch.full((1, 6, 8, 8), value) for value in (-1.0, 0.0, 1.0)])
+    x = x * torch.linspace(0.5, 1, 6).view(1, 1, 6, 1, 1)
+    save_gif(x, tmp_path / "a.gif", columns=3, scale=2)
+    save_strip(x, tmp_path / "a.png", scale=2)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 6 and gif.size == (64, 24) and gif.info["loop"] == 0
+        gif.seek(5)
+        assert [gif.convert("L").getpixel((12 + 20 * i, 12)) for i in range(3)] == pytest.approx([0, 128, 255], abs=2)
+    with Image.open(tmp_path / "a.png") as strip:
+        assert strip.size == ((6 * 10 + 2) * 2, (3 * 10 + 2) * 2)
+    with pytest.raises(ValueError, match="4 channels"):
+        save_gif(torch.zeros(1, 4, 2, 4, 4), tmp_path / "b.gif")
+
+
+# ---- Training
+
+TINY = "--frames 8 --size 16 --patch 8 --width 32 --depth 1 --heads 2 --batch 4 --precision fp32 --workers 0".split()
+TINY += "--log-interval 2 --save-interval 100 --sample-interval 100".split()
+
+
+def run_training(out: Path, *options: str) -> dict:
+    """train.py in this process, and the checkpoint it leaves."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*TINY, "--out", str(out), *options])
+    assert stopped.value.code == 0
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_weights(a: dict, b: dict, **tolerance) -> None:
+    for part in ("model", "ema"):
+        for name in a[part]:
+            torch.testing.assert_close(a[part][name], b[part][name], rtol=0, **(tolerance or {"atol": 0}))
+
+
+@both_modes
+@pytest.mark.parametrize("stages", [1, 3])
+def test_loss_falls_on_one_batch(mode, stages):
+    args = train.make_parser().parse_args([*TINY, "--mode", mode, "--stages", str(stages)])
+    p, data, model = Pyramid(mode, stages), MovingDigits(8, 16), small_model(classes=10, live=False, stages=stages)
+    x0, labels = torch.stack([data[n][0] for n in range(4)]), torch.tensor([data[n][1] for n in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for k in range(stages):
+        losses = []
+        for _ in range(80):
+            losses.append(train.training_loss(model, p, x0, labels, k, [0, 1, 2, 3], args, bf16=False))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < 0.7 * losses[0], (k, losses[0], losses[-1])
+
+
+def test_training_loss_is_that_of_algorithm_2(monkeypatch):
+    """By hand, for a model that returns zeros: the mean square of the target of aligned end points."""
+    args = train.make_parser().parse_args(TINY)
+    p, data = Pyramid("flow", 3), MovingDigits(8, 16)
+    x0 = torch.stack([data[n][0] for n in range(8)])
+    for k, aligned in itertools.product(range(3), (True, False)):
+        args.align = aligned
+        loss = train.training_loss(small_model(live=False), p, x0, torch.full((8,), -1), k, list(range(8)), args, False)
+        generators = [torch.Generator().manual_seed(2**40 + n) for n in range(8)]
+        for generator in generators:
+            torch.rand(2, generator=generator)
+        noise = randn((8, 1, 8 // 2**k, 16, 16), generators)
+        noise = align(downsample(x0, 2**k), noise) if aligned else noise
+        x_start, x_end = p.endpoints(x0, noise, k)
+        torch.testing.assert_close(loss, (x_start - x_end).square().mean())
+
+
+def test_labels_are_dropped_at_the_given_rate(monkeypatch):
+    seen = []
+
+    class Spy(DiT):
+        def forward(self, x, t, stage, y=None):
+            seen.append(y)
+            return super().forward(x, t, stage, y)
+
+    args = train.make_parser().parse_args([*TINY, "--label-dropout", "0.25"])
+    model, x0 = Spy(DiTConfig(width=8, depth=1, heads=1, patch=8, classes=10)), torch.zeros(400, 1, 4, 8, 8)
+    train.training_loss(model, Pyramid("flow"), x0, torch.full((400,), 7), 2, list(range(400)), args, False)
+    assert set(seen[0].tolist()) == {7, 10} and 0.15 < (seen[0] == 10).float().mean() < 0.35
+
+
+def test_stages_are_drawn_evenly_and_by_the_step_alone():
+    drawn = [train.draw_stage(0, step, 3) for step in range(3000)]
+    assert drawn == [train.draw_stage(0, step, 3) for step in range(3000)]
+    assert drawn != [train.draw_stage(1, step, 3) for step in range(3000)]
+    assert all(900 < drawn.count(k) < 1100 for k in range(3))
+
+
+@pytest.mark.parametrize("options", [["--mode", "flow"], ["--mode", "ddim", "--accumulate", "2"]])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, monkeypatch):
+    whole = run_training(tmp_path / "whole", "--steps", "7", *options)
+    asked = []
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+
+        def stop_at_step_3(request):
+            asked.append(0)
+            request.signal = signal.SIGTERM if len(asked) > 3 else 0
+            return request.signal
+
+        patch.setattr(train.StopRequest, "agreed", stop_at_step_3)
+        train.main([*TINY, "--out", str(tmp_path / "halves"), "--steps", "7", *options])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert torch.load(tmp_path / "halves" / "checkpoint.pt", weights_only=True)["step"] == 3
+    with pytest.raises(SystemExit) as finished:
+        train.main(["--resume", "--out", str(tmp_path / "halves"), "--workers", "1"])
+    assert finished.value.code == 0
+    halves = torch.load(tmp_path / "halves" / "checkpoint.pt", weights_only=True)
+    assert_same_weights(whole, halves)
+    for a, b in zip(whole["optimizers"], halves["optimizers"], strict=True):
+        for index, values in a["state"].items():
+            assert all(torch.equal(values[name], b["state"][index][name]) for name in values)
+    rows = [[json.loads(row) for row in open(tmp_path / run / "metrics.jsonl")] for run in ("whole", "halves")]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [2, 4, 6, 7]
+    assert rows[0][-1]["loss"] == rows[1][-1]["loss"] and len(rows[0][0]["loss_by_stage"]) == 3
+
+
+def train_as_rank(rank: int, world: int, port: int, out: Path, options: list[str]) -> None:
+    """One process of a gloo group; each keeps a checkpoint of its own, for the test to compare."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    train.is_first = lambda: True
+    train.train(*train.parse_args([*TINY, "--out", str(out / str(rank)), *options]))
+
+
+def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path):
+    options = ["--steps", "4", "--no-align"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(train_as_rank, (2, port, tmp_path, options), nprocs=2)
+    ranks = [torch.load(tmp_path / str(rank) / "checkpoint.pt", weights_only=True) for rank in (0, 1)]
+    assert_same_weights(*ranks)
+    one = run_training(tmp_path / "one", *options, "--batch", "8")
+    assert_same_weights(ranks[0], one, atol=2e-5)
+    accumulated = run_training(tmp_path / "accumulated", *options, "--accumulate", "2")
+    assert_same_weights(accumulated, one, atol=2e-5)
+    other = run_training(tmp_path / "other", *options, "--batch", "8", "--seed", "1")
+    with pytest.raises(AssertionError):
+        assert_same_weights(other, one, atol=1e-3)
+
+
+def command(*words: str | Path, **options) -> subprocess.Popen:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, words)], **streams, **options)
+
+
+def test_sigterm_saves_first(tmp_path):
+    process = command(ROOT / "train.py", *TINY, "--steps", "100000", "--out", tmp_path / "run")
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "--resume" in out
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] > 0
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+# ---- The commands
+
+
+def fails_with_one_line(capsys, main, *words: str | Path) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--frames 10", "--frames 10 does not divide by 4"),
+        ("--size 30", "--size 30 does not divide by --patch 4"),
+        ("--steps 0", "--steps"),
+        ("--stages -1", "--stages"),
+        ("--mode edm", "edm"),
+        ("--lr -1", "--lr"),
+        ("--lr nan", "--lr"),
+        ("--width 30", "30"),
+        ("--size 8 --patch 4", "size >= 16"),
+        ("--data {tmp}/gone", "gone is not a folder"),
+        ("--data {tmp}", "0 files found"),
+        ("--resume", "checkpoint.pt does not exist"),
+    ],
+)
+def test_train_refuses_bad_input_in_one_sentence(words, message, tmp_path, capsys):
+    words = [word.format(tmp=tmp_path) for word in words.split()]
+    assert message in fails_with_one_line(capsys, train.main, *words, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsys):
+    run_training(tmp_path / "run", "--steps", "1")
+    capsys.readouterr()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert "--resume" in fails_with_one_line(capsys, train.main, *TINY, "--out", tmp_path / "run")
+    error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--width", "64")
+    assert "--width 32" in error and "64" in error
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(before[: len(before) // 2])
+    assert "not a whole checkpoint" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
+    torch.save({"weights": 1}, tmp_path / "run" / "checkpoint.pt")
+    assert "format" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
+
+
+def test_train_on_a_folder_then_sample_writes_a_gif_with_every_frame(clip_folder, tmp_path, capsys):
+    run_training(
+        tmp_path / "run", "--steps", "2", "--data", str(clip_folder), "--mode", "ddim", "--sample-interval", "2"
+    )
+    assert (tmp_path / "run" / "step-0000002.gif").exists()
+    assert "4 used" in capsys.readouterr().out
+    words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 3, "--solver", "ab2"]
+    sample.main([*map(str, words), "--mode", "ddim", "--steps", "4", "2", "1"])
+    out = capsys.readouterr().out
+    assert f"{4 / 4 + 2 / 2 + 1:.4g} full-rate network calls" in out and str(tmp_path / "it.gif") in out
+    with Image.open(tmp_path / "it.gif") as gif:
+        assert gif.n_frames == 8
+    sampled = fails_with_one_line(capsys, sample.main, *words, "--mode", "ddim")
+    assert "it.gif exists already" in sampled
+
+
+@both_modes
+def test_shipped_weights_sample_in_a_fresh_clone(mode, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sample.find_weights(mode, 3) == ROOT / "weights" / f"{mode}-3.pt"
+    assert (ROOT / "weights" / f"{mode}-3.pt").stat().st_size < 8e6
+    sample.main(["--mode", mode, "--stages", "3", "--number", "2", "--steps", "3", "--label", "7", "--guidance", "2"])
+    assert "7 full-rate" not in capsys.readouterr().err
+    with Image.open(tmp_path / "samples" / f"{mode}-3-000.gif") as gif:
+        assert gif.n_frames == 16
+    sample.main(["--mode", mode, "--number", "1", "--steps", "3"])
+    assert (tmp_path / "samples" / f"{mode}-3-001.png").exists()
+
+
+def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for index, (name, mode) in enumerate([("old", "flow"), ("new", "flow"), ("other", "ddim")]):
+        run_training(Path("runs") / name, "--steps", "1", "--mode", mode)
+        os.utime(Path("runs") / name / "weights.pt", (index, index))
+    assert sample.find_weights("flow", 3) == Path("runs/new/weights.pt")
+    assert sample.find_weights("ddim", 3) == Path("runs/other/weights.pt")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--stages 1 --checkpoint {weights}", "--stages 3, not --mode flow --stages 1"),
+        ("--mode ddim --checkpoint {weights}", "--mode flow"),
+        ("--mode flow --stages 5", "train.py --mode flow --stages 5"),
+        ("--steps 2", "3 stages need at least one step each"),
+        ("--steps 5 5", "[5, 5]"),
+        ("--steps 10 0 10", "--steps"),
+        ("--label cat", "cat is unknown"),
+        ("--solver heun", "heun"),
+        ("--checkpoint {tmp}/gone.pt", "gone.pt does not exist"),
+        ("--checkpoint {tmp}/hostile.pt", "not a whole checkpoint"),
+        ("--number 0", "--number"),
+    ],
+)
+def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "code": subprocess.Popen}, tmp_path / "hostile.pt")
+    places = {"tmp": tmp_path, "weights": ROOT / "weights" / "flow-3.pt"}
+    assert message in fails_with_one_line(capsys, sample.main, *[word.format(**places) for word in words.split()])
+    assert not (tmp_path / "samples").exists()
+
+
+def test_guidance_is_the_line_through_both_predictions():
+    model, x, t, y = small_model(classes=3), torch.randn(2, 1, 4, 8, 8), torch.rand(2), torch.tensor([0, 2])
+    conditional, unconditional = model(x, t, 1, y), model(x, t, 1)
+    torch.testing.assert_close(sample.make_predict(model, y, 1.0, False)(x, t, 1), conditional)
+    guided = sample.make_predict(model, y, 3.0, False)(x, t, 1)
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+
+
+def test_sampled_clip_is_the_same_in_any_batch(tmp_path):
+    weights = sample.load_weights(ROOT / "weights" / "flow-3.pt")
+    p, labels = Pyramid("flow", 3), torch.arange(3)
+    three = sample.generate(weights, p, labels, 3, steps=3)
+    one = sample.generate(weights, p, labels[:1], 1, steps=3)
+    torch.testing.assert_close(three[:1], one, rtol=1e-3, atol=1e-4)
