@@ -3,10 +3,12 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from model import DiT, DiTConfig
 from tpdiff import Pyramid, split_steps
 
 FORMAT = 1  # of the weight files; raised when old ones can no longer be read
+SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -39,6 +42,26 @@ def non_negative_int(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
     return int(text)
+
+
+def real_number(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number in [{low:g}, {high:g}], not {text!r}")
+        return value
+
+    return parse
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on the numbers alone. Hashed, as torch keeps only 32 bits of a CPU seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def choose_device() -> torch.device:
@@ -142,7 +165,7 @@ def generate(
     """`number` clips (B, C, T, H, W). Clip i has a noise of its own, from `seed` and i, whatever the number."""
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, weights.size, weights.size)
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(number)]
+    generators = [generator_for(seed, SAMPLING, index) for index in range(number)]
     predict = make_predict(weights.model, labels, guidance, bf16)
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
 

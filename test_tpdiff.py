@@ -741,13 +741,32 @@ def test_training_loss_is_that_of_algorithm_2(monkeypatch):
     for k, aligned in itertools.product(range(3), (True, False)):
         args.align = aligned
         loss = train.training_loss(small_model(live=False), p, x0, torch.full((8,), -1), k, list(range(8)), args, False)
-        generators = [torch.Generator().manual_seed(2**40 + n) for n in range(8)]
+        generators = [sample.generator_for(0, sample.TRAINING, n) for n in range(8)]
         for generator in generators:
             torch.rand(2, generator=generator)
         noise = randn((8, 1, 8 // 2**k, 16, 16), generators)
         noise = align(downsample(x0, 2**k), noise) if aligned else noise
         x_start, x_end = p.endpoints(x0, noise, k)
         torch.testing.assert_close(loss, (x_start - x_end).square().mean())
+
+
+def test_noise_and_time_follow_the_seed_and_the_sample_number():
+    draws = {
+        torch.rand(4, generator=sample.generator_for(*numbers)).sum().item()
+        for numbers in itertools.product(range(3), repeat=3)
+    }
+    assert len(draws) == 27
+    losses = set()
+    for seed in ("0", "1"):
+        args = train.make_parser().parse_args([*TINY, "--seed", seed])
+        for numbers in ([0, 1], [2, 3]):
+            x0, labels = torch.zeros(2, 1, 8, 16, 16), torch.tensor([-1, -1])
+            losses.add(
+                train.training_loss(
+                    small_model(live=False), Pyramid("flow"), x0, labels, 0, numbers, args, False
+                ).item()
+            )
+    assert len(losses) == 4
 
 
 def test_labels_are_dropped_at_the_given_rate(monkeypatch):

@@ -30,32 +30,24 @@ from data import open_data, save_gif
 from model import DiT, DiTConfig
 from sample import (
     FORMAT,
+    STAGE,
+    TRAINING,
     Parser,
     Weights,
     choose_device,
     choose_labels,
     generate,
+    generator_for,
     load_file,
     non_negative_int,
     positive_int,
+    real_number,
     use_bf16,
 )
 from tpdiff import Pyramid, align, downsample, randn
 
-# What makes a run the run it is: on --resume these come from the checkpoint and cannot be changed.
-FIXED = ("mode", "stages", "align", "data", "digits", "frames", "size", "patch", "width", "depth", "heads", "batch")
-FIXED += (
-    "accumulate",
-    "optimizer",
-    "lr",
-    "warmup",
-    "weight_decay",
-    "ema",
-    "clip",
-    "label_dropout",
-    "precision",
-    "seed",
-)
+# All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
+FREE = ("steps", "out", "resume", "workers", "compile", "log_interval", "sample_interval", "save_interval")
 
 
 def make_parser() -> Parser:
@@ -76,16 +68,21 @@ def make_parser() -> Parser:
     add("--depth", type=positive_int, default=4, help="blocks")
     add("--heads", type=positive_int, default=4, help="attention heads")
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=positive_int, default=2400, help="optimizer steps")
+    add("--steps", type=positive_int, default=2200, help="optimizer steps")
     add("--batch", type=positive_int, default=8, help="clips a process and micro-batch")
     add("--accumulate", type=positive_int, default=1, help="micro-batches whose gradients make one step")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
+    add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up; a cosine to 0 follows")
-    add("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
-    add("--ema", type=float, default=0.995, help="decay of the weights' moving average")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--label-dropout", type=float, default=0.1, help="share of labels dropped, for classifier-free guidance")
+    add("--weight-decay", type=real_number(0, 10), default=0.01, help="decoupled weight decay")
+    add("--ema", type=real_number(0, 1), default=0.995, help="decay of the weights' moving average")
+    add("--clip", type=real_number(0, 1e9), default=1.0, help="largest norm of the gradient")
+    add(
+        "--label-dropout",
+        type=real_number(0, 1),
+        default=0.1,
+        help="share of labels dropped, for classifier-free guidance",
+    )
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add = parser.add_argument_group("run").add_argument
@@ -108,7 +105,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         checkpoint = load_file(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args(argv)
-        for name in FIXED:
+        for name in checkpoint["args"].keys() - set(FREE):
             if getattr(args, name) != checkpoint["args"][name]:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(
@@ -124,15 +121,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
         )
     if args.size % args.patch:
         raise ValueError(f"--size {args.size} does not divide by --patch {args.patch}")
-    for name, low, high in (
-        ("lr", 0, 10),
-        ("clip", 0, 1e9),
-        ("ema", 0, 1),
-        ("label_dropout", 0, 1),
-        ("weight_decay", 0, 10),
-    ):
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [{low}, {high:g}], not {getattr(args, name)}")
     return args, checkpoint
 
 
@@ -148,22 +136,23 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def make_loader(dataset: Dataset, numbers: Iterator[list[int]], args: argparse.Namespace, pin: bool) -> Iterator:
+def make_batches(dataset: Dataset, args, start: int, rank: int, world: int, device: torch.device) -> Iterator:
+    """This rank's micro-batches from step `start` on: (sample numbers, clips (B, C, T, H, W), labels (B,))."""
     loader = DataLoader(
         dataset,
-        batch_sampler=numbers,
+        batch_sampler=sample_numbers(args, start, rank, world),
         num_workers=args.workers,
         worker_init_fn=_ignore_interrupts,
-        pin_memory=pin,
+        pin_memory=device.type == "cuda",
         prefetch_factor=4 if args.workers else None,
     )
-    return iter(loader)
+    for numbers, (x0, labels) in zip(sample_numbers(args, start, rank, world), loader, strict=True):
+        yield numbers, x0.to(device, non_blocking=True), labels
 
 
 def draw_stage(seed: int, step: int, stages: int) -> int:
     """The stage of a step, uniform; it depends on the step alone, so that no rank waits for a longer stage."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return int(torch.randint(stages, (), generator=generator))
+    return int(torch.randint(stages, (), generator=generator_for(seed, STAGE, step)))
 
 
 def training_loss(
@@ -173,7 +162,7 @@ def training_loss(
 
     Sample n's draws come from a generator of its own. `labels` are -1 where the data has none.
     """
-    generators = [torch.Generator().manual_seed((args.seed + 1) * 2**40 + number) for number in numbers]
+    generators = [generator_for(args.seed, TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     x0_stage = downsample(x0, pyramid[k].stride)
     noise = randn(x0_stage.shape, generators, x0.device, x0.dtype)
@@ -206,6 +195,7 @@ class State:
     model: DiT
     ema: DiT
     optimizers: list[torch.optim.Optimizer]
+    losses: Tensor  # (2, K): sum and number of the losses of each stage since the last row of metrics.jsonl
     step: int = 0
     seconds: float = 0.0  # spent in training steps, over all resumptions
 
@@ -226,12 +216,15 @@ def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Op
 def make_state(config: DiTConfig, args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> State:
     torch.manual_seed(args.seed)
     model = DiT(config).to(device)
-    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), make_optimizers(model, args))
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    losses = torch.zeros(2, args.stages, device=device)
+    state = State(model, ema, make_optimizers(model, args), losses)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         state.ema.load_state_dict(checkpoint["ema"])
         for optimizer, content in zip(state.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(content)
+        losses.copy_(checkpoint["losses"])
         state.step, state.seconds = checkpoint["step"], checkpoint["seconds"]
     return state
 
@@ -253,7 +246,8 @@ def save(state: State, classes: tuple[str, ...], args: argparse.Namespace) -> No
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict()}
     whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
-    whole |= {"seconds": state.seconds, "args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")}}
+    whole |= {"losses": state.losses, "seconds": state.seconds}
+    whole |= {"args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")}}
     write_whole(whole, args.out / "checkpoint.pt")
     write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
 
@@ -269,47 +263,15 @@ def save_samples(
     save_gif(clips, args.out / f"step-{state.step:07d}.gif", columns=5)
 
 
-class Log:
-    """The loss by stage since the last row, summed on the device; metrics.jsonl gets a row per log interval."""
-
-    def __init__(self, path: Path, stages: int, device: torch.device, step: int):
-        self.path, self.sums = path, torch.zeros(2, stages, dtype=torch.float64, device=device)
-        if is_first():
-            rows = path.read_text().splitlines() if step and path.exists() else []
-            kept = [row for row in rows if json.loads(row)["step"] <= step]  # the later ones will be run again
-            path.write_text("".join(row + "\n" for row in kept))
-
-    def add(self, k: int, loss: Tensor) -> None:
-        self.sums[0, k] += loss.double()
-        self.sums[1, k] += 1
-
-    def write(self, state: State, lr: float, clips_per_second: float) -> float:
-        """Returns the loss, the mean over ranks and micro-batches."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-        sums, counts = self.sums.tolist()
-        self.sums.zero_()
-        loss = sum(sums) / sum(counts)
-        by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-        row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
-        row |= {"clips_per_second": round(clips_per_second, 2), "seconds": round(state.seconds, 2)}
-        if is_first():
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        return loss
-
-
-def optimize(state: State, model, pyramid: Pyramid, loader: Iterator, args, k: int, first: list, bf16: bool) -> Tensor:
-    """One optimizer step at stage k. Returns its loss, the mean over this rank's micro-batches."""
-    device, total = next(model.parameters()).device, 0.0
+def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args, bf16: bool) -> None:
+    """One optimizer step at stage k, its loss added to the state's sums."""
     for micro in range(args.accumulate):
-        x0, labels = next(loader)
-        x0 = x0.to(device, non_blocking=True)
+        numbers, x0, labels = next(batches)
         last = micro == args.accumulate - 1
         with nullcontext() if last or model is state.model else model.no_sync():
-            loss = training_loss(model, pyramid, x0, labels, k, next(first), args, bf16) / args.accumulate
-            loss.backward()
-        total += loss.detach()
+            loss = training_loss(model, pyramid, x0, labels, k, numbers, args, bf16)
+            (loss / args.accumulate).backward()
+        state.losses[:, k] += torch.stack([loss.detach(), torch.ones_like(loss)])
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -318,7 +280,28 @@ def optimize(state: State, model, pyramid: Pyramid, loader: Iterator, args, k: i
         optimizer.zero_grad()
     decay = min(args.ema, (1 + state.step) / (10 + state.step))  # short at first, when the weights move fast
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
-    return total
+    state.step += 1
+
+
+def start_metrics(path: Path, step: int) -> None:
+    """Drops the rows past `step` from metrics.jsonl: those steps will be run again."""
+    rows = path.read_text().splitlines() if step and path.exists() else []
+    path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
+
+
+def write_metrics(path: Path, state: State, lr: float, clips_per_second: float) -> float:
+    """Appends a row and returns its loss: the means since the last row, over the ranks, in all and by stage."""
+    if dist.is_initialized():
+        dist.all_reduce(state.losses)
+    sums, counts = state.losses.tolist()
+    state.losses.zero_()
+    by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+    row = {"step": state.step, "loss": sum(sums) / sum(counts), "loss_by_stage": by_stage, "lr": lr}
+    row |= {"clips_per_second": round(clips_per_second, 2), "seconds": round(state.seconds, 2)}
+    if is_first():
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    return row["loss"]
 
 
 class StopRequest:
@@ -369,21 +352,19 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> int:
         model.compile(dynamic=False)  # one graph a stage
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out / "metrics.jsonl", args.stages, device, state.step)
-    numbers = list(sample_numbers(args, state.step, rank, world))
-    loader = make_loader(dataset, iter(numbers), args, pin=device.type == "cuda")
+    batches = make_batches(dataset, args, state.step, rank, world, device)
+    metrics = args.out / "metrics.jsonl"
     if is_first():
+        args.out.mkdir(parents=True, exist_ok=True)
+        start_metrics(metrics, state.step)
         describe(dataset, state, args, world, device, bf16)
 
-    numbers = iter(numbers)
     bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not is_first())
     mark, clips = time.perf_counter(), 0
     while state.step < args.steps and not stop.agreed():
         k = draw_stage(args.seed, state.step, args.stages)
         lr = learning_rate(state.step, args)
-        log.add(k, optimize(state, model, pyramid, loader, args, k, numbers, bf16))
-        state.step += 1
+        optimize(state, model, pyramid, batches, k, args, bf16)
         clips += args.batch * args.accumulate * world
         bar.update()
         done = state.step == args.steps
@@ -393,7 +374,9 @@ def train(args: argparse.Namespace, checkpoint: dict | None) -> int:
             state.seconds += now - mark
             rate = clips / (now - mark)
             if due[0]:
-                bar.set_postfix(loss=f"{log.write(state, lr, rate):.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
+                bar.set_postfix(
+                    loss=f"{write_metrics(metrics, state, lr, rate):.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}"
+                )
             if due[1] and is_first():
                 save(state, dataset.classes, args)
             if due[2] and is_first():
