@@ -7,6 +7,7 @@ A clip is float32 (C, T, H, W) with pixels in [-1, 1]; the label is an int, or -
 
 import warnings
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ class MovingDigits(Dataset):
         if size < 16 or frames < 1 or digits < 1:
             raise DataError(f"moving digits need size >= 16, frames and digits >= 1, not {size}, {frames}, {digits}")
         self.frames, self.size, self.digits, self.seed = frames, size, digits, seed
+        self.summary = f"moving digits, {digits} a clip, made on the fly"
         self.glyphs = [_glyph(digit, round(size * 5 / 8)) for digit in range(10)]
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
@@ -92,63 +94,72 @@ def _read_frames(path: Path, size: int) -> np.ndarray:
     return np.stack(frames)
 
 
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return _random(seed, epoch).permutation(count)
+
+
 class FolderClips(Dataset):
     """Random windows of the animated GIF, WebP and APNG files under a folder, (3, T, size, size), searched recursively.
 
     Every epoch goes through the files in a new order. Stills, clips shorter than `frames` and files that cannot be
-    decoded are left out: `summary` counts them, `broken` names the last kind. Decoded files are kept in memory, up
-    to `cache_bytes` a process. Raises DataError if the folder does not exist or holds nothing usable.
+    decoded are left out; `summary` counts them and names the last kind. Files are decoded at the start and kept, up to
+    `cache_bytes`; of those past it only the header is read then, and a warning names one that turns out damaged.
+    Raises DataError if the folder does not exist or holds nothing usable.
     """
 
     channels = 3
     classes = ()
 
     def __init__(self, folder: str | Path, frames: int = 16, size: int = 32, seed: int = 0, cache_bytes: int = 2**30):
-        if frames < 1 or size < 1:
-            raise DataError(f"frames and size must be at least 1, not {frames}, {size}")
         self.frames, self.size, self.seed = frames, size, seed
-        self.cache, self.room = {}, cache_bytes
-        self.paths, self.broken, reasons = [], [], Counter()
+        self.cache, self.room, self.paths, broken, reasons = {}, cache_bytes, [], [], Counter()
         for path in _clip_files(Path(folder)):
             reason = self._reason_to_skip(path)
             reasons[reason] += 1
             if reason is None:
                 self.paths.append(path)
+            elif reason == "not decodable":
+                broken.append(f"\n  not decodable: {path}")
         found, used = reasons.total(), reasons.pop(None, 0)
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
-        self.summary = f"{folder}: {found} files found, {used} used; skipped: {skipped}"
+        summary = f"{folder}: {found} files found, {used} used; skipped: {skipped}"
+        self.summary = summary + "".join(broken)
         if not self.paths:
-            raise DataError(f"{self.summary}. Looked for animations ({', '.join(CLIP_SUFFIXES)}) of {frames}+ frames")
+            raise DataError(f"{summary}. Looked for animations ({', '.join(CLIP_SUFFIXES)}) of {frames}+ frames")
 
     def _reason_to_skip(self, path: Path) -> str | None:
         try:
-            with Image.open(path) as image:
-                count = getattr(image, "n_frames", 1)
+            if self.room > 0:
+                clip = _read_frames(path, self.size)
+                count = len(clip)
+            else:
+                with Image.open(path) as image:
+                    clip, count = None, getattr(image, "n_frames", 1)
         except Exception:  # Pillow raises many kinds for a damaged file
-            self.broken.append(path)
             return "not decodable"
         if count == 1 and self.frames > 1:
             return "stills"
-        return f"shorter than {self.frames} frames" if count < self.frames else None
+        if count < self.frames:
+            return f"shorter than {self.frames} frames"
+        if clip is not None:
+            self.cache[path] = clip
+            self.room -= clip.nbytes
+        return None
 
     def _decode(self, path: Path) -> np.ndarray | None:
-        """The file's frames, or None, with a warning that names it, if it is damaged further in."""
-        if path not in self.cache:
-            try:
-                clip = _read_frames(path, self.size)
-            except Exception as error:
-                warnings.warn(f"{path} cannot be decoded and is skipped: {error}", stacklevel=2)
-                clip = None
-            size = 0 if clip is None else clip.nbytes
-            if size > self.room:
-                return clip
-            self.room -= size
-            self.cache[path] = clip
-        return self.cache[path]
+        """The file's frames; None, with a warning that names it, if it is damaged past its header."""
+        if path in self.cache:
+            return self.cache[path]
+        try:
+            return _read_frames(path, self.size)
+        except Exception as error:
+            warnings.warn(f"{path} cannot be decoded and is skipped: {error}", stacklevel=2)
+            return None
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         epoch, position = divmod(number, len(self.paths))
-        order = _random(self.seed, epoch).permutation(len(self.paths))
+        order = _epoch_order(self.seed, epoch, len(self.paths))
         for offset in range(len(self.paths)):  # a damaged file's turn goes to the next whole one
             clip = self._decode(self.paths[order[(position + offset) % len(self.paths)]])
             if clip is not None and len(clip) >= self.frames:

@@ -21,11 +21,16 @@ SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second numb
 SHIPPED = Path(__file__).parent / "weights"
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one sentence on stderr and exit code 2."""
+    """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(formatter_class=HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -73,8 +78,9 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch 2.9 to 2.14, hence the care
+    return any(getattr(torch.cpu, unit, bool)() for unit in units)
 
 
 @dataclass
@@ -90,25 +96,36 @@ class Weights:
     step: int
 
 
-def load_file(path: Path) -> dict:
-    """A checkpoint's or weight file's contents, tensors on the CPU; no code in it is run. Raises ValueError."""
+HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
+
+
+def load_file(path: Path, *keys: str) -> dict:
+    """A weight file's or checkpoint's contents, tensors on the CPU; no code in it is run. `keys`: what a checkpoint
+    needs beyond the weights. Raises ValueError if it is missing, damaged, foreign or of another version."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py (format {FORMAT})")
+    missing = sorted({*HEAD, *keys} - content.keys())
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
     return content
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
     """The EMA weights of a file that train.py wrote: `weights.pt`, or a whole `checkpoint.pt`. Raises ValueError."""
     content = load_file(path)
-    model = DiT(DiTConfig(**content["config"]))
-    model.load_state_dict({name: value.float() for name, value in content["ema"].items()})
+    try:
+        model = DiT(DiTConfig(**content["config"]))
+        model.load_state_dict({name: value.float() for name, value in content["ema"].items()})
+    except (TypeError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
     names = ("mode", "stages", "frames", "size", "step")
     return Weights(
         model.to(device).eval(), classes=tuple(content["classes"]), **{name: content[name] for name in names}
@@ -119,7 +136,11 @@ def find_weights(mode: str, stages: int) -> Path:
     """The newest run under runs/ that matches, else the shipped weights. Raises ValueError if there are neither."""
     runs = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in runs:
-        content = load_file(path)
+        try:
+            content = load_file(path)
+        except ValueError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
         if (content["mode"], content["stages"]) == (mode, stages):
             return path
     shipped = SHIPPED / f"{mode}-{stages}.pt"
@@ -131,7 +152,7 @@ def find_weights(mode: str, stages: int) -> Path:
     return shipped
 
 
-def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool):
+def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool) -> Callable:
     """The sampler's `predict(x, t, k)`: the model, with classifier-free guidance unless it is 1 (arXiv 2207.12598)."""
 
     def predict(x: Tensor, t: Tensor, k: int) -> Tensor:
@@ -159,14 +180,15 @@ def generate(
     solver: str = "euler",
     guidance: float = 1.0,
     seed: int = 0,
-    bf16: bool = False,
+    precision: str = "auto",
     progress: bool = False,
 ) -> Tensor:
     """`number` clips (B, C, T, H, W). Clip i has a noise of its own, from `seed` and i, whatever the number."""
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, weights.size, weights.size)
     generators = [generator_for(seed, SAMPLING, index) for index in range(number)]
-    predict = make_predict(weights.model, labels, guidance, bf16)
+    labels = labels if labels is None else labels.to(device)
+    predict = make_predict(weights.model, labels, guidance, use_bf16(precision, device))
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
 
 
@@ -191,8 +213,8 @@ def free_name(stem: Path) -> Path:
 
 def make_parser() -> Parser:
     parser = Parser(prog="sample.py", description="Sample clips from trained weights, as a GIF and a PNG strip.")
-    parser.add_argument("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion")
-    parser.add_argument("--stages", type=positive_int, default=3, help="pyramid stages; 1 is vanilla diffusion")
+    parser.add_argument("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
+    parser.add_argument("--stages", type=positive_int, help="stages; 1 is vanilla [the checkpoint's, else 3]")
     parser.add_argument(
         "--checkpoint", type=Path, help="weights.pt or checkpoint.pt of a run [newest match in runs/, else shipped]"
     )
@@ -209,7 +231,10 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--label", help="class to sample [every class in turn]")
     parser.add_argument(
-        "--guidance", type=float, default=1.0, help="classifier-free guidance scale; other than 1 doubles the cost"
+        "--guidance",
+        type=real_number(-100, 100),
+        default=1.0,
+        help="classifier-free guidance scale; other than 1 doubles the cost",
     )
     parser.add_argument(
         "--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone"
@@ -223,37 +248,32 @@ def make_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     device = choose_device()
-    path = args.checkpoint or find_weights(args.mode, args.stages)
+    path = args.checkpoint or find_weights(args.mode or "flow", args.stages or 3)
     path = path / "weights.pt" if path.is_dir() else path
     weights = load_weights(path, device)
-    if (weights.mode, weights.stages) != (args.mode, args.stages):
-        raise ValueError(
-            f"{path} was trained with --mode {weights.mode} --stages {weights.stages}, "
-            f"not --mode {args.mode} --stages {args.stages}"
-        )
+    for flag, asked, trained in (("mode", args.mode, weights.mode), ("stages", args.stages, weights.stages)):
+        if asked not in (None, trained):
+            raise ValueError(f"{path} was trained with --{flag} {trained}, not --{flag} {asked}")
     labels = choose_labels(weights.classes, args.number, args.label)
     if labels is None and args.guidance != 1:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")
     steps = args.steps[0] if len(args.steps) == 1 else args.steps
-    counts = split_steps(steps, args.stages)
-    out = args.out or free_name(Path("samples") / f"{args.mode}-{args.stages}")
+    counts = split_steps(steps, weights.stages)
+    out = args.out or free_name(Path("samples") / f"{weights.mode}-{weights.stages}")
     gif, strip = out.with_name(out.name + ".gif"), out.with_name(out.name + ".png")
     if gif.exists() or strip.exists():
         raise ValueError(f"--out {out}: {gif if gif.exists() else strip} exists already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    print(f"weights: {path} ({args.mode}, {args.stages} stages, step {weights.step})")
-    labels = labels if labels is None else labels.to(device)
-    bf16, start = use_bf16(args.precision, device), time.perf_counter()
-    pyramid = Pyramid(args.mode, args.stages)
-    clips = generate(
-        weights, pyramid, labels, args.number, steps, args.solver, args.guidance, args.seed, bf16, progress=True
-    ).cpu()
-    seconds = time.perf_counter() - start
-    cost = full_rate_steps(counts, calls=1 if args.guidance == 1 else 2)
+    print(f"weights: {path} ({weights.mode}, {weights.stages} stages, step {weights.step})")
+    start, pyramid = time.perf_counter(), Pyramid(weights.mode, weights.stages)
+    options = steps, args.solver, args.guidance, args.seed, args.precision
+    clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
+    seconds = (time.perf_counter() - start) / args.number
     save_gif(clips, gif, columns=min(5, args.number))
     save_strip(clips, strip)
-    print(f"{args.number} clips of {weights.frames} frames, {seconds / args.number:.2f} s a clip")
+    cost = full_rate_steps(counts, calls=1 if args.guidance == 1 else 2)
+    print(f"{args.number} clips of {weights.frames} frames, {seconds:.2f} s a clip")
     print(f"steps {counts} (noisiest first) with {args.solver}: {cost:.4g} full-rate network calls a clip")
     print(f"wrote {gif} and {strip}")
 

@@ -17,23 +17,29 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 import sample
 import tpdiff
 import train
 from data import DataError, FolderClips, MovingDigits, save_gif, save_strip
-from model import DiT, DiTConfig, attention, temporal_positions
+from model import DiT, DiTConfig, attention, fused_attention, temporal_positions
 from tpdiff import Pyramid, align, downsample, randn, split_steps, upsample
 
 ROOT = Path(__file__).parent
 # A schedule of another kind than the default: Stable Diffusion's, 300 steps, and one far from linear.
 SCALED_LINEAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 300, dtype=torch.float64) ** 2 * 3).cumprod(0)
 COSINE = torch.cos(torch.linspace(0.05, 1.55, 50, dtype=torch.float64)) ** 2
+NEARLY_ZERO_SNR = torch.cos(torch.linspace(0.02, math.pi / 2 - 1e-4, 1000, dtype=torch.float64)) ** 2
 PYRAMIDS = [("flow", None), ("ddim", None), ("ddim", SCALED_LINEAR), ("ddim", COSINE)]
 every_pyramid = pytest.mark.parametrize("mode, alphas_cumprod", PYRAMIDS)
 every_depth = pytest.mark.parametrize("stages", [1, 2, 3, 4])
 both_modes = pytest.mark.parametrize("mode", ["flow", "ddim"])
+
+
+def assert_exact(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -67,9 +73,9 @@ def test_one_stage_of_flow_is_vanilla_flow_matching():
     )
     x_t, target, t = p.interpolate(*p.endpoints(x0, noise, 0), 0, u)
     t_ = u.double().view(3, 1, 1, 1, 1)
-    torch.testing.assert_close(t, u.double())
-    torch.testing.assert_close(x_t, (1 - t_) * x0 + t_ * noise)  # Eq. 4
-    torch.testing.assert_close(target, noise - x0)  # Eq. 5
+    assert_exact(t, u.double())
+    assert_exact(x_t, (1 - t_) * x0 + t_ * noise)  # Eq. 4
+    assert_exact(target, noise - x0)  # Eq. 5
 
 
 def test_one_stage_of_ddim_is_vanilla_ddim():
@@ -82,8 +88,8 @@ def test_one_stage_of_ddim_is_vanilla_ddim():
     x_t, target, _ = p.interpolate(*p.endpoints(x0, noise, 0), 0, u)
     for i in range(3):
         gamma, sigma = gamma_sigma("ddim", float(u[i].double()))
-        torch.testing.assert_close(x_t[i], gamma * x0[i] + sigma * noise[i])  # Eq. 1
-    torch.testing.assert_close(target, noise)  # Eq. 2
+        assert_exact(x_t[i], gamma * x0[i] + sigma * noise[i])  # Eq. 1
+    assert_exact(target, noise)  # Eq. 2
 
 
 def test_one_stage_sampler_is_the_vanilla_loop():
@@ -99,7 +105,7 @@ def test_one_stage_sampler_is_the_vanilla_loop():
                 x = x - predictions[i] / N
             else:
                 x = g_ * (x - s * predictions[i]) / g + s_ * predictions[i]  # Eq. 3
-        torch.testing.assert_close(ours, x)
+        assert_exact(ours, x)
 
 
 def test_n_steps_of_one_ddim_stage_visit_exactly_the_given_schedule():
@@ -168,8 +174,8 @@ def test_endpoints_are_equations_7_and_8(mode, alphas_cumprod, stages):
         index = torch.arange(0, 16, 2**k)
         coarse = index if k == stages - 1 else index // 2 ** (k + 1) * 2 ** (k + 1)
         x_start, x_end = p.endpoints(x0, noise, k)
-        torch.testing.assert_close(x_start, gs * x0[:, :, coarse] + ss * noise)
-        torch.testing.assert_close(x_end, ge * x0[:, :, index] + se * noise)
+        assert_exact(x_start, gs * x0[:, :, coarse] + ss * noise)
+        assert_exact(x_end, ge * x0[:, :, index] + se * noise)
 
 
 @every_pyramid
@@ -179,9 +185,9 @@ def test_interpolate_is_equations_10_to_13(mode, alphas_cumprod, stages):
     x_start, x_end, u = clips(5, 2, 4, 2, 2), clips(5, 2, 4, 2, 2, seed=1), torch.tensor([0, 0.1, 0.5, 0.9, 1]).double()
     for k, s in enumerate(p):
         x_t, target, t = p.interpolate(x_start, x_end, k, u)
-        torch.testing.assert_close(t, s.t_end + u * (s.t_start - s.t_end))
-        torch.testing.assert_close(x_t[0], x_end[0])
-        torch.testing.assert_close(x_t[4], x_start[4])
+        assert_exact(t, s.t_end + u * (s.t_start - s.t_end))
+        assert_exact(x_t[0], x_end[0])
+        assert_exact(x_t[4], x_start[4])
         (gs, ss), (ge, se) = (gamma_sigma(mode, time_, alphas_cumprod) for time_ in (s.t_start, s.t_end))
         for i in range(5):
             if mode == "flow":
@@ -190,8 +196,8 @@ def test_interpolate_is_equations_10_to_13(mode, alphas_cumprod, stages):
                 g, n = gamma_sigma(mode, t[i].item(), alphas_cumprod)
                 slope = (x_end[i] / ge - x_start[i] / gs) / (se / ge - ss / gs)  # Eq. 11
                 line = g / gs * x_start[i] + g * (n / g - ss / gs) * slope  # Eq. 10
-            torch.testing.assert_close(x_t[i], line)
-            torch.testing.assert_close(target[i], slope)
+            assert_exact(x_t[i], line)
+            assert_exact(target[i], slope)
 
 
 @every_pyramid
@@ -202,21 +208,30 @@ def test_constant_target_integrates_from_start_exactly_to_end(mode, alphas_cumpr
     p, x0 = Pyramid(mode, stages, alphas_cumprod), clips(2, 1, 8, 2, 2)
     for k, steps in itertools.product(range(stages), (1, 2, 7)):
         x_start, x_end = p.endpoints(x0, clips(2, 1, 8 // 2**k, 2, 2, seed=1), k)
-        _, target, _ = p.interpolate(x_start, x_end, k, torch.rand(2))
+        _, target, _ = p.interpolate(x_start, x_end, k, torch.rand(2, generator=seeded()))
         landed = p._integrate(lambda x, t, k, target=target: target, x_start, k, steps, solver)
-        torch.testing.assert_close(landed, x_end, rtol=1e-11, atol=1e-11)
+        assert_exact(landed, x_end)
 
 
-@both_modes
-def test_float32_is_close_to_float64(mode):
-    p, x0, u = Pyramid(mode, 3), clips(4, 1, 8, 4, 4), torch.rand(4, generator=seeded())
-    for k in range(3):
+@pytest.mark.parametrize("mode, alphas_cumprod", [*PYRAMIDS, ("ddim", NEARLY_ZERO_SNR)])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_float32_is_close_to_float64(mode, alphas_cumprod, stages):
+    """Also where x / gamma is in the thousands: at the start of a schedule that ends in almost pure noise."""
+    p, x0, u = Pyramid(mode, stages, alphas_cumprod), clips(4, 1, 8, 4, 4), torch.tensor([0, 0.01, 0.6, 1])
+    for k in range(stages):
         noise = clips(4, 1, 8 // 2**k, 4, 4, seed=1)
         exact = p.interpolate(*p.endpoints(x0, noise, k), k, u)
         single = p.interpolate(*p.endpoints(x0.float(), noise.float(), k), k, u)
         for a, b in zip(single, exact, strict=True):
             assert a.dtype == torch.float32
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_schedule_may_be_a_list_a_tensor_or_an_array_in_full_precision():
+    expected = list(Pyramid("ddim", 3, SCALED_LINEAR))
+    for alphas_cumprod in (SCALED_LINEAR.tolist(), SCALED_LINEAR.numpy(), tuple(SCALED_LINEAR.tolist())):
+        assert list(Pyramid("ddim", 3, alphas_cumprod)) == expected
+    assert Pyramid("ddim", 1, [1 - 1e-9, 0.5])[0].gamma_start == math.sqrt(0.5)
 
 
 # ---- Algorithm 1: data-noise alignment
@@ -382,14 +397,15 @@ def test_error_shrinks_at_first_order_with_euler_and_second_with_ab2(mode, stage
 @both_modes
 @pytest.mark.parametrize("scaled", [True, False])
 def test_without_the_noise_an_error_stays_that_no_number_of_steps_removes(mode, scaled, monkeypatch):
-    """About 0.14 with Eq. 15's scaling alone, over 1 with neither scaling nor noise."""
+    """0.14 with Eq. 15's scaling alone; with neither scaling nor noise 1.07 in flow, 2.26 in ddim mode."""
 
     def upsample_only(self, x_end, k, generator=None):
         return (self[k - 1].gamma_start / self[k].gamma_end if scaled else 1) * upsample(x_end)
 
     monkeypatch.setattr(Pyramid, "renoise", upsample_only)
     errors = [covariance_error(Pyramid(mode, 3), steps, "euler", monkeypatch) for steps in (100, 400)]
-    assert errors[1] == pytest.approx(errors[0], rel=0.05) and errors[1] > (0.13 if scaled else 1)
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+    assert errors[1] == pytest.approx(0.137 if scaled else {"flow": 1.07, "ddim": 2.26}[mode], rel=0.02)
 
 
 # ---- The sampler's interface
@@ -437,6 +453,12 @@ def test_a_clip_s_noise_does_not_depend_on_its_batch():
         p.sample(predict, (3, 1, 8, 4, 4), 6, generator=[seeded(0), seeded(1)])
 
 
+def test_sampling_records_no_gradients_and_takes_whole_numbers_of_any_kind():
+    weight = torch.ones(1, requires_grad=True)
+    out = Pyramid("flow").sample(lambda x, t, k: weight * x, (1, 1, 4, 2, 2), np.int64(3))
+    assert not out.requires_grad
+
+
 def test_renoising_adds_opposite_noise_to_the_two_frames_of_a_pair():
     p = Pyramid("flow", 3)
     injected = p.renoise(torch.zeros(1, 1, 4, 8, 8, dtype=torch.float64), 1, seeded())
@@ -466,6 +488,8 @@ def test_progress_bar_counts_the_steps(capfd):
         (lambda: Pyramid("ddim", 1, [0.9, float("nan")]), "inside"),
         (lambda: Pyramid("ddim", 1, [[0.9, 0.5]]), "1-D"),
         (lambda: Pyramid("ddim", 4, [0.9, 0.5, 0.49]), "fewer stages"),
+        (lambda: downsample(clips(1, 1, 6, 2, 2), 0), "6 frames.*0"),
+        (lambda: align(clips(2, 1, 2, 2, 2) / 0, clips(2, 1, 2, 2, 2)), "invalid numeric|infeasible"),
         (lambda: Pyramid("flow").endpoints(clips(1, 1, 6, 2, 2), clips(1, 1, 6, 2, 2), 0), "divisible by 4.*6"),
         (lambda: Pyramid("flow").endpoints(clips(1, 1, 8, 2, 2), clips(1, 1, 8, 2, 2), 1), "4, 2, 2.*8, 2, 2"),
         (lambda: Pyramid("flow").interpolate(clips(2, 1, 8, 2, 2), clips(2, 1, 8, 2, 2), 0, torch.rand(3)), "u.*2.*3"),
@@ -542,6 +566,12 @@ def test_attention_on_cpu_is_scaled_dot_product_attention():
     q, k, v = torch.randn(3, 2, 4, 7, 8)
     reference = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attention(q, k, v), reference)
+
+
+def test_attention_elsewhere_can_use_the_flash_kernel():
+    q, k, v = torch.randn(3, 2, 3, 4, 7, 8)  # five dimensions each, as in the model; the kernel takes four
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.testing.assert_close(fused_attention(q, k, v), attention(q, k, v))
 
 
 def test_gradients_are_finite_in_bf16_and_reach_every_parameter():
@@ -632,7 +662,7 @@ def clip_folder(tmp_path) -> Path:
 def test_folder_finds_animations_and_counts_what_it_skips(clip_folder):
     data = FolderClips(clip_folder, frames=6, size=8)
     assert {path.name for path in data.paths} == {"a.gif", "b.webp", "c.png", "clear.webp"}
-    assert {path.name for path in data.broken} == {"broken.gif", "empty.webp"}
+    assert all(f"not decodable: {clip_folder / name}" in data.summary for name in ("broken.gif", "empty.webp"))
     for part in ("9 files found", "4 used", "1 shorter than 6 frames", "2 not decodable", "2 stills"):
         assert part in data.summary
     windows = [data[n][0] for n in range(40)]
@@ -659,18 +689,13 @@ def test_folder_crops_without_distortion(tmp_path):
 
 
 def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder):
-    whole = (clip_folder / "deep" / "b.webp").read_bytes()
-    for path in clip_folder.rglob("*"):
-        if path.is_file() and path.name != "a.gif":
-            path.unlink()
-    damaged = clip_folder / "damaged.webp"
-    damaged.write_bytes(whole[:150] + bytes(len(whole) - 150))
-    data = FolderClips(clip_folder, frames=6, size=8)
-    if damaged in data.paths:
-        with pytest.warns(UserWarning, match="damaged.webp"):
-            assert all(data[n][0].shape == (3, 6, 8, 8) for n in range(4))
-    else:
-        assert data.broken == [damaged]
+    whole = (clip_folder / "deep" / "er" / "c.png").read_bytes()
+    (clip_folder / "damaged.png").write_bytes(whole[:150] + bytes(len(whole) - 150))
+    assert f"not decodable: {clip_folder / 'damaged.png'}" in FolderClips(clip_folder, frames=6, size=8).summary
+    with pytest.warns(UserWarning, match="damaged.png"):  # without room for it at the start: when its turn comes
+        data = FolderClips(clip_folder, frames=6, size=8, cache_bytes=0)
+        assert clip_folder / "damaged.png" in data.paths
+        assert all(data[n][0].shape == (3, 6, 8, 8) for n in range(5))
 
 
 def test_nothing_usable_is_an_error_that_names_the_folder(tmp_path):
@@ -726,28 +751,73 @@ def test_loss_falls_on_one_batch(mode, stages):
     for k in range(stages):
         losses = []
         for _ in range(80):
-            losses.append(train.training_loss(model, p, x0, labels, k, [0, 1, 2, 3], args, bf16=False))
+            losses.append(train.training_loss(model, p, x0, labels, k, [0, 1, 2, 3], args))
             losses[-1].backward()
             optimizer.step()
             optimizer.zero_grad()
         assert losses[-1] < 0.7 * losses[0], (k, losses[0], losses[-1])
 
 
-def test_training_loss_is_that_of_algorithm_2(monkeypatch):
-    """By hand, for a model that returns zeros: the mean square of the target of aligned end points."""
+class Spy(DiT):
+    """Returns zeros, and keeps what it was asked."""
+
+    def forward(self, x, t, stage, y=None):
+        self.asked = x, t, stage, y
+        return torch.zeros_like(x)
+
+
+@both_modes
+@pytest.mark.parametrize("aligned", [True, False])
+def test_training_loss_is_that_of_algorithm_2(mode, aligned):
     args = train.make_parser().parse_args(TINY)
-    p, data = Pyramid("flow", 3), MovingDigits(8, 16)
+    args.align = aligned
+    p, data, model = Pyramid(mode, 3), MovingDigits(8, 16), Spy(DiTConfig(width=8, depth=1, heads=1))
     x0 = torch.stack([data[n][0] for n in range(8)])
-    for k, aligned in itertools.product(range(3), (True, False)):
-        args.align = aligned
-        loss = train.training_loss(small_model(live=False), p, x0, torch.full((8,), -1), k, list(range(8)), args, False)
+    for k in range(3):
+        loss = train.training_loss(model, p, x0, torch.full((8,), -1), k, list(range(8)), args)
         generators = [sample.generator_for(0, sample.TRAINING, n) for n in range(8)]
-        for generator in generators:
-            torch.rand(2, generator=generator)
+        u = torch.stack([torch.rand(2, generator=generator)[0] for generator in generators])
         noise = randn((8, 1, 8 // 2**k, 16, 16), generators)
         noise = align(downsample(x0, 2**k), noise) if aligned else noise
-        x_start, x_end = p.endpoints(x0, noise, k)
-        torch.testing.assert_close(loss, (x_start - x_end).square().mean())
+        x_t, target, t = p.interpolate(*p.endpoints(x0, noise, k), k, u)
+        torch.testing.assert_close(loss, target.square().mean())
+        for asked, expected in zip(model.asked, (x_t, t, k, None), strict=True):
+            torch.testing.assert_close(asked, expected) if expected is not None else None
+        assert model.asked[3] is None
+
+
+def test_the_average_follows_the_weights_and_the_rate_its_schedule():
+    args = train.make_parser().parse_args([*TINY, "--steps", "100", "--warmup", "9", "--lr", "0.1", "--clip", "0.5"])
+    state = train.make_state(
+        DiTConfig(width=16, depth=1, heads=1, patch=8, classes=10), args, torch.device("cpu"), None
+    )
+    batches = train.make_batches(MovingDigits(8, 16), args, 0, 0, 1, torch.device("cpu"))
+    average = [parameter.clone() for parameter in state.ema.parameters()]
+    for step in range(3):
+        train.optimize(state, state.model, Pyramid("flow"), batches, step, args)
+        decay = (1 + step) / (10 + step)
+        new = [parameter.detach() for parameter in state.model.parameters()]
+        average = [decay * old + (1 - decay) * now for old, now in zip(average, new, strict=True)]
+    for ours, theirs in zip(state.ema.parameters(), average, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not ours.requires_grad
+    assert [train.learning_rate(step, args) for step in (0, 50, 100)] == pytest.approx([0.01, 0.05, 0], abs=1e-9)
+    assert state.losses[1].tolist() == [1, 1, 1] and (state.losses[0] > 0).all()
+
+
+def test_the_gradient_is_clipped_to_the_given_norm_and_not_at_zero(monkeypatch):
+    for clip in (1e-3, 0.0):
+        args = train.make_parser().parse_args([*TINY, "--clip", str(clip), "--optimizer", "adamw"])
+        state = train.make_state(
+            DiTConfig(width=16, depth=1, heads=1, patch=8, classes=10), args, torch.device("cpu"), None
+        )
+        batches, norms = train.make_batches(MovingDigits(8, 16), args, 0, 0, 1, torch.device("cpu")), []
+        gradients = lambda *_, s=state, n=norms: n.append(  # noqa: E731
+            torch.cat([p.grad.flatten() for p in s.model.parameters()]).norm().item()
+        )
+        state.optimizers[0].register_step_pre_hook(gradients)
+        train.optimize(state, state.model, Pyramid("flow"), batches, 0, args)
+        assert norms[0] == pytest.approx(1e-3, rel=1e-3) if clip else norms[0] > 0.01
 
 
 def test_noise_and_time_follow_the_seed_and_the_sample_number():
@@ -762,25 +832,17 @@ def test_noise_and_time_follow_the_seed_and_the_sample_number():
         for numbers in ([0, 1], [2, 3]):
             x0, labels = torch.zeros(2, 1, 8, 16, 16), torch.tensor([-1, -1])
             losses.add(
-                train.training_loss(
-                    small_model(live=False), Pyramid("flow"), x0, labels, 0, numbers, args, False
-                ).item()
+                train.training_loss(small_model(live=False), Pyramid("flow"), x0, labels, 0, numbers, args).item()
             )
     assert len(losses) == 4
 
 
-def test_labels_are_dropped_at_the_given_rate(monkeypatch):
-    seen = []
-
-    class Spy(DiT):
-        def forward(self, x, t, stage, y=None):
-            seen.append(y)
-            return super().forward(x, t, stage, y)
-
+def test_labels_are_dropped_at_the_given_rate():
     args = train.make_parser().parse_args([*TINY, "--label-dropout", "0.25"])
     model, x0 = Spy(DiTConfig(width=8, depth=1, heads=1, patch=8, classes=10)), torch.zeros(400, 1, 4, 8, 8)
-    train.training_loss(model, Pyramid("flow"), x0, torch.full((400,), 7), 2, list(range(400)), args, False)
-    assert set(seen[0].tolist()) == {7, 10} and 0.15 < (seen[0] == 10).float().mean() < 0.35
+    train.training_loss(model, Pyramid("flow"), x0, torch.full((400,), 7), 2, list(range(400)), args)
+    labels = model.asked[3]
+    assert set(labels.tolist()) == {7, 10} and 0.15 < (labels == 10).float().mean() < 0.35
 
 
 def test_stages_are_drawn_evenly_and_by_the_step_alone():
@@ -798,7 +860,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, 
 
         def stop_at_step_3(request):
             asked.append(0)
-            request.signal = signal.SIGTERM if len(asked) > 3 else 0
+            request.signal = signal.SIGTERM if len(asked) == 3 else 0
             return request.signal
 
         patch.setattr(train.StopRequest, "agreed", stop_at_step_3)
@@ -813,9 +875,20 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, 
     for a, b in zip(whole["optimizers"], halves["optimizers"], strict=True):
         for index, values in a["state"].items():
             assert all(torch.equal(values[name], b["state"][index][name]) for name in values)
-    rows = [[json.loads(row) for row in open(tmp_path / run / "metrics.jsonl")] for run in ("whole", "halves")]
-    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [2, 4, 6, 7]
-    assert rows[0][-1]["loss"] == rows[1][-1]["loss"] and len(rows[0][0]["loss_by_stage"]) == 3
+    whole_rows, halves_rows = (
+        {row["step"]: row["loss_by_stage"] for row in map(json.loads, (tmp_path / run / "metrics.jsonl").open())}
+        for run in ("whole", "halves")
+    )
+    assert list(whole_rows) == [2, 4, 6, 7] and list(halves_rows) == [2, 3, 4, 6, 7]
+    for step in (2, 6, 7):  # the row at 4 covers the steps since the stop at 3
+        assert whole_rows[step] == halves_rows[step] and len(whole_rows[step]) == 3
+
+
+def test_rows_after_the_checkpoint_and_a_half_written_one_are_dropped_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
+    train.start_metrics(path, 4)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 
 def train_as_rank(rank: int, world: int, port: int, out: Path, options: list[str]) -> None:
@@ -823,8 +896,11 @@ def train_as_rank(rank: int, world: int, port: int, out: Path, options: list[str
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    train.is_first = lambda: True
-    train.train(*train.parse_args([*TINY, "--out", str(out / str(rank)), *options]))
+    args, checkpoint = train.parse_args([*TINY, "--out", str(out / str(rank)), *options])
+    dataset, state, *place = train.set_up(args, checkpoint)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train.train(args, dataset, state, *place)
+    train.save(state, dataset.classes, args, world)
 
 
 def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path):
@@ -849,16 +925,32 @@ def command(*words: str | Path, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *map(str, words)], **streams, **options)
 
 
-def test_sigterm_saves_first(tmp_path):
-    process = command(ROOT / "train.py", *TINY, "--steps", "100000", "--out", tmp_path / "run")
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_first(number, tmp_path):
+    """As Ctrl-C in a terminal and torchrun send it: the process that prepares the clips must live on meanwhile."""
+    run = tmp_path / "run"
+    process = command(ROOT / "train.py", *TINY, "--workers", 1, "--steps", 10**6, "--out", run, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "--resume" in out
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] > 0
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "--resume" in out and "Traceback" not in err
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] > 0
+    assert not list(run.glob("*.tmp"))
+
+
+def test_training_in_bf16_gives_finite_weights(tmp_path):
+    content = run_training(tmp_path / "run", "--steps", "3", "--precision", "bf16")
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in content["model"].values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "training_loss", lambda model, *_: sum(p.sum() for p in model.parameters()) * math.nan)
+    with pytest.raises(SystemExit, match="loss is nan at step 2"):
+        train.main([*TINY, "--steps", "4", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 # ---- The commands
@@ -895,13 +987,16 @@ def test_train_refuses_bad_input_in_one_sentence(words, message, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsys):
+def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsys, monkeypatch):
     run_training(tmp_path / "run", "--steps", "1")
     capsys.readouterr()
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     assert "--resume" in fails_with_one_line(capsys, train.main, *TINY, "--out", tmp_path / "run")
     error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--width", "64")
     assert "--width 32" in error and "64" in error
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "start_processes", lambda: (0, 2, torch.device("cpu")))
+        assert "1 processes" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").write_bytes(before[: len(before) // 2])
     assert "not a whole checkpoint" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
     torch.save({"weights": 1}, tmp_path / "run" / "checkpoint.pt")
@@ -930,27 +1025,33 @@ def test_shipped_weights_sample_in_a_fresh_clone(mode, tmp_path, monkeypatch, ca
     assert sample.find_weights(mode, 3) == ROOT / "weights" / f"{mode}-3.pt"
     assert (ROOT / "weights" / f"{mode}-3.pt").stat().st_size < 8e6
     sample.main(["--mode", mode, "--stages", "3", "--number", "2", "--steps", "3", "--label", "7", "--guidance", "2"])
-    assert "7 full-rate" not in capsys.readouterr().err
+    assert "[1, 1, 1] (noisiest first) with euler: 3.5 full-rate" in capsys.readouterr().out  # two calls a step
     with Image.open(tmp_path / "samples" / f"{mode}-3-000.gif") as gif:
         assert gif.n_frames == 16
     sample.main(["--mode", mode, "--number", "1", "--steps", "3"])
     assert (tmp_path / "samples" / f"{mode}-3-001.png").exists()
 
 
-def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch):
+def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for index, (name, mode) in enumerate([("old", "flow"), ("new", "flow"), ("other", "ddim")]):
         run_training(Path("runs") / name, "--steps", "1", "--mode", mode)
         os.utime(Path("runs") / name / "weights.pt", (index, index))
     assert sample.find_weights("flow", 3) == Path("runs/new/weights.pt")
     assert sample.find_weights("ddim", 3) == Path("runs/other/weights.pt")
+    Path("runs/new/weights.pt").write_bytes(b"torn")
+    assert sample.find_weights("flow", 3) == Path("runs/old/weights.pt")
+    assert "passed over: runs/new/weights.pt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--stages 1 --checkpoint {weights}", "--stages 3, not --mode flow --stages 1"),
-        ("--mode ddim --checkpoint {weights}", "--mode flow"),
+        ("--stages 1 --checkpoint {weights}", "trained with --stages 3, not --stages 1"),
+        ("--mode ddim --checkpoint {weights}", "trained with --mode flow, not --mode ddim"),
+        ("--checkpoint {tmp}/bare.pt", "lacks classes"),
+        ("--checkpoint {tmp}/other.pt", "does not fit this version of the model"),
+        ("--guidance nan", "--guidance"),
         ("--mode flow --stages 5", "train.py --mode flow --stages 5"),
         ("--steps 2", "3 stages need at least one step each"),
         ("--steps 5 5", "[5, 5]"),
@@ -965,6 +1066,8 @@ def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch):
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "code": subprocess.Popen}, tmp_path / "hostile.pt")
+    torch.save({"format": 1}, tmp_path / "bare.pt")
+    torch.save(dict.fromkeys(("format", *sample.HEAD), 1) | {"config": {"wings": 2}}, tmp_path / "other.pt")
     places = {"tmp": tmp_path, "weights": ROOT / "weights" / "flow-3.pt"}
     assert message in fails_with_one_line(capsys, sample.main, *[word.format(**places) for word in words.split()])
     assert not (tmp_path / "samples").exists()
@@ -984,3 +1087,29 @@ def test_sampled_clip_is_the_same_in_any_batch(tmp_path):
     three = sample.generate(weights, p, labels, 3, steps=3)
     one = sample.generate(weights, p, labels[:1], 1, steps=3)
     torch.testing.assert_close(three[:1], one, rtol=1e-3, atol=1e-4)
+
+
+# ---- The README
+
+
+def test_readme_example_trains_and_samples_a_model_of_the_user_s_own():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    network = torch.nn.Conv3d(2, 1, 3, padding=1)
+    before = network.weight.clone()
+
+    def model(x, t, k):
+        return network(torch.cat([x, t.view(-1, 1, 1, 1, 1).expand_as(x)], 1))
+
+    names = {"torch": torch, "Pyramid": Pyramid, "align": align, "downsample": downsample, "model": model}
+    names |= {"alphas_cumprod": SCALED_LINEAR, "videos": torch.randn(3, 5, 1, 8, 4, 4)}
+    names |= {"optimizer": torch.optim.AdamW(network.parameters(), 1e-3)}
+    exec(code, names)
+    assert names["clips"].shape == (4, 1, 8, 4, 4) and names["clips"].isfinite().all()
+    assert not torch.equal(network.weight, before)
+
+
+def test_every_test_that_the_readme_names_exists():
+    table = (ROOT / "README.md").read_text().split("## Paper to code")[1].split("Both modes are")[0]
+    rows = [row for row in table.splitlines() if row.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.rpartition(" | ")[2])}
+    assert len(named) > 12 and all(f"test_{name}" in globals() for name in named), named

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -64,7 +65,7 @@ def randn(shape: Sequence[int], generator: Generators = None, device=None, dtype
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}: give one, or one per clip")
-        return torch.stack([randn(shape[1:], g, device, dtype) for g in generator])
+        return torch.stack([randn(shape[1:], g, g.device, dtype) for g in generator]).to(device)
     source = generator.device if generator is not None else device
     return torch.randn(*shape, generator=generator, device=source, dtype=dtype).to(device)
 
@@ -107,6 +108,7 @@ class Pyramid:
         self.mode = mode
         if mode == "ddim":
             self._log_abar = _log_alphas_cumprod(alphas_cumprod)
+            self._times = torch.linspace(0, 1, len(self._log_abar), dtype=torch.float64, device="cpu")
         self._stages = tuple(self._stage(k, stages) for k in range(stages))
 
     def __len__(self) -> int:
@@ -127,32 +129,31 @@ class Pyramid:
 
     def _gamma_sigma(self, t: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
         """Eq. 6: x_t = gamma x0 + sigma noise, in float64 on the CPU."""
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         if self.mode == "flow":
             return 1 - t, t
-        log_abar = _interpolate_table(t, torch.linspace(0, 1, len(self._log_abar), dtype=t.dtype), self._log_abar)
-        return (log_abar / 2).exp(), log_abar.expm1().abs().sqrt()
+        log_abar = _interpolate_table(t, self._times, self._log_abar)
+        return (log_abar / 2).exp(), (1 - log_abar.exp()).sqrt()
 
     def _time_of_ratio(self, r: float) -> float:
         """The t at which sigma / gamma = r."""
         if self.mode == "flow":
             return r / (1 + r)
-        log_abar = -math.log1p(r * r)
-        if log_abar < self._log_abar[-1]:
-            noisiest = (-self._log_abar[-1].expm1()).sqrt() / (self._log_abar[-1] / 2).exp()
+        gamma, sigma = self._gamma_sigma(1.0)
+        if r > sigma / gamma:
             raise ValueError(
-                f"a stage would start at sigma / gamma = {r:.4g}, but alphas_cumprod ends at {noisiest:.4g}: "
+                f"a stage would start at sigma / gamma = {r:.4g}, but alphas_cumprod ends at {sigma / gamma:.4g}: "
                 "use fewer stages or a noisier schedule"
             )
-        rising, times = -self._log_abar, torch.linspace(0, 1, len(self._log_abar), dtype=torch.float64)
-        return _interpolate_table(torch.tensor(-log_abar, dtype=torch.float64), rising, times).item()
+        log_abar = torch.tensor(-math.log1p(r * r), dtype=torch.float64, device="cpu")
+        return _interpolate_table(-log_abar, -self._log_abar, self._times).item()
 
     def _coordinates(self, t: Tensor | Sequence[float], stage: Stage) -> tuple[Tensor, Tensor]:
         """(scale, position) at the times `t` such that, within the stage, x / scale is a straight line in position.
 
         flow: (1, t'), Eq. 12. ddim: (gamma, r), Eq. 10. The line's slope is the training target in both.
         """
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         if self.mode == "flow":
             return torch.ones_like(t), (t - stage.t_end) / (stage.t_start - stage.t_end)
         gamma, sigma = self._gamma_sigma(t)
@@ -187,11 +188,12 @@ class Pyramid:
         if u.shape != x_start.shape[:1]:
             raise ValueError(f"u must have shape ({x_start.shape[0]},), one per clip, not {tuple(u.shape)}")
         t = stage.t_end + u.detach().cpu().double() * (stage.t_start - stage.t_end)
-        (scale_s, scale_e), (position_s, position_e) = self._coordinates([stage.t_start, stage.t_end], stage)
-        scale_t, position_t = (_per_clip(value, x_start) for value in self._coordinates(t, stage))
-        y_start, y_end = x_start / scale_s.item(), x_end / scale_e.item()
-        target = (y_end - y_start) / (position_e - position_s).item()  # Eq. 11 and 13
-        x_t = scale_t * (y_start + (position_t - position_s.item()) * target)  # Eq. 10 and 12
+        scale_t, position_t = self._coordinates(t, stage)
+        (scale_s, scale_e), (s, e) = (v.tolist() for v in self._coordinates([stage.t_start, stage.t_end], stage))
+        target = (x_end / scale_e - x_start / scale_s) / (e - s)  # Eq. 11 and 13
+        w = (position_t - s) / (e - s)  # 0 at the start, 1 at the end
+        to_start, to_end = _per_clip(scale_t / scale_s * (1 - w), x_start), _per_clip(scale_t / scale_e * w, x_start)
+        x_t = to_start * x_start + to_end * x_end  # Eq. 10 and 12, without forming the large x / gamma
         return x_t, target, t.to(x_start)
 
     def renoise(self, x_end: Tensor, k: int, generator: Generators = None) -> Tensor:
@@ -249,7 +251,7 @@ class Pyramid:
     def _integrate(self, predict: Callable, x: Tensor, k: int, steps: int, solver: str, bar=None) -> Tensor:
         """Stage k from its start to its end: steps along the line of `_coordinates`, whose slope is predicted."""
         stage = self[k]
-        times = torch.linspace(stage.t_start, stage.t_end, steps + 1, dtype=torch.float64)
+        times = torch.linspace(stage.t_start, stage.t_end, steps + 1, dtype=torch.float64, device="cpu")
         scale, position = (values.tolist() for values in self._coordinates(times, stage))
         previous = previous_h = None
         for i in range(steps):
@@ -277,7 +279,7 @@ def split_steps(steps: int | Sequence[int], stages: int) -> list[int]:
 
     Raises ValueError if a stage gets no step or the counts are not one per stage.
     """
-    if isinstance(steps, int):
+    if isinstance(steps, Integral):
         each, rest = divmod(steps, stages)
         counts = [each + rest] + [each] * (stages - 1)
     else:
@@ -290,8 +292,8 @@ def split_steps(steps: int | Sequence[int], stages: int) -> list[int]:
 def _log_alphas_cumprod(alphas_cumprod: Sequence[float] | Tensor | None) -> Tensor:
     """log(alphas_cumprod) in float64 with t = 0 (clean data, log 1 = 0) put in front: (N + 1,)."""
     if alphas_cumprod is None:
-        alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-    abar = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+        alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")).cumprod(0)
+    abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     if abar.ndim != 1 or len(abar) < 1:
         raise ValueError(f"alphas_cumprod must be a 1-D sequence, not of shape {tuple(abar.shape)}")
     if not ((abar > 0) & (abar < 1)).all() or not (abar.diff() < 0).all():

@@ -26,32 +26,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import sample
 from data import open_data, save_gif
 from model import DiT, DiTConfig
-from sample import (
-    FORMAT,
-    STAGE,
-    TRAINING,
-    Parser,
-    Weights,
-    choose_device,
-    choose_labels,
-    generate,
-    generator_for,
-    load_file,
-    non_negative_int,
-    positive_int,
-    real_number,
-    use_bf16,
-)
+from sample import generator_for, non_negative_int, positive_int, real_number
 from tpdiff import Pyramid, align, downsample, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = ("steps", "out", "resume", "workers", "compile", "log_interval", "sample_interval", "save_interval")
 
 
-def make_parser() -> Parser:
-    parser = Parser(prog="train.py", description="Train a video diffusion model on the temporal pyramid.")
+def make_parser() -> sample.Parser:
+    parser = sample.Parser(prog="train.py", description="Train a video diffusion model on the temporal pyramid.")
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="flow matching, or DDIM's noise prediction")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
@@ -73,10 +59,10 @@ def make_parser() -> Parser:
     add("--accumulate", type=positive_int, default=1, help="micro-batches whose gradients make one step")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
-    add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up; a cosine to 0 follows")
+    add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up, on top of half a cosine to 0")
     add("--weight-decay", type=real_number(0, 10), default=0.01, help="decoupled weight decay")
     add("--ema", type=real_number(0, 1), default=0.995, help="decay of the weights' moving average")
-    add("--clip", type=real_number(0, 1e9), default=1.0, help="largest norm of the gradient")
+    add("--clip", type=real_number(0, 1e9), default=1.0, help="largest norm of the gradient; 0 does not clip")
     add(
         "--label-dropout",
         type=real_number(0, 1),
@@ -102,26 +88,31 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     out = args.out or Path("runs") / f"{args.mode}-{args.stages}"
     checkpoint = None
     if args.resume:
-        checkpoint = load_file(out / "checkpoint.pt")
+        checkpoint = sample.load_file(out / "checkpoint.pt", "args", "world", "model", "optimizers", "seconds")
         parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args(argv)
         for name in checkpoint["args"].keys() - set(FREE):
-            if getattr(args, name) != checkpoint["args"][name]:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{out} was trained with {flag} {checkpoint['args'][name]}, and --resume cannot change it to "
-                    f"{getattr(args, name)}; leave {flag} out, or start another run with another --out"
-                )
+            was, now, flag = checkpoint["args"][name], getattr(args, name), "--" + name.replace("_", "-")
+            if was != now:
+                raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     elif (out / "checkpoint.pt").exists():
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
-    args.out = out
-    if args.frames % 2 ** (args.stages - 1):
-        raise ValueError(
-            f"--frames {args.frames} does not divide by {2 ** (args.stages - 1)}, as --stages {args.stages} needs"
-        )
+    args.out, divisor = out, 2 ** (args.stages - 1)
+    if args.frames % divisor:
+        raise ValueError(f"--frames {args.frames} does not divide by {divisor}, as --stages {args.stages} needs")
     if args.size % args.patch:
         raise ValueError(f"--size {args.size} does not divide by --patch {args.patch}")
     return args, checkpoint
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device), joined through torchrun's environment if it is there."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world, sample.choose_device()
 
 
 def sample_numbers(args: argparse.Namespace, start: int, rank: int, world: int) -> Iterator[list[int]]:
@@ -131,18 +122,13 @@ def sample_numbers(args: argparse.Namespace, start: int, rank: int, world: int) 
         yield list(range(first, first + args.batch))
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def make_batches(dataset: Dataset, args, start: int, rank: int, world: int, device: torch.device) -> Iterator:
     """This rank's micro-batches from step `start` on: (sample numbers, clips (B, C, T, H, W), labels (B,))."""
     loader = DataLoader(
         dataset,
         batch_sampler=sample_numbers(args, start, rank, world),
         num_workers=args.workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_process_group,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if args.workers else None,
     )
@@ -150,19 +136,21 @@ def make_batches(dataset: Dataset, args, start: int, rank: int, world: int, devi
         yield numbers, x0.to(device, non_blocking=True), labels
 
 
+def _leave_process_group(_worker: int) -> None:
+    os.setpgrp()  # Ctrl-C and torchrun signal the whole group, and the main process still needs its workers then
+
+
 def draw_stage(seed: int, step: int, stages: int) -> int:
     """The stage of a step, uniform; it depends on the step alone, so that no rank waits for a longer stage."""
-    return int(torch.randint(stages, (), generator=generator_for(seed, STAGE, step)))
+    return int(torch.randint(stages, (), generator=generator_for(seed, sample.STAGE, step)))
 
 
-def training_loss(
-    model, pyramid: Pyramid, x0: Tensor, labels: Tensor, k: int, numbers: list[int], args, bf16
-) -> Tensor:
+def training_loss(model, pyramid: Pyramid, x0: Tensor, labels: Tensor, k: int, numbers: list[int], args) -> Tensor:
     """Algorithm 2 for one batch at stage k: noise, alignment, end points, a point between them, the squared error.
 
     Sample n's draws come from a generator of its own. `labels` are -1 where the data has none.
     """
-    generators = [generator_for(args.seed, TRAINING, number) for number in numbers]
+    generators = [generator_for(args.seed, sample.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     x0_stage = downsample(x0, pyramid[k].stride)
     noise = randn(x0_stage.shape, generators, x0.device, x0.dtype)
@@ -173,7 +161,7 @@ def training_loss(
     y = None
     if labels[0] >= 0:
         y = labels.where(dropout >= args.label_dropout, unwrap(model).null_label).to(x0.device)
-    with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=sample.use_bf16(args.precision, x0.device)):
         prediction = model(x_t, t, k, y)
     return (prediction - target).square().mean()
 
@@ -183,7 +171,7 @@ def unwrap(model: torch.nn.Module) -> DiT:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up to the peak, then half a cosine down to 0 at the last step."""
+    """Half a cosine from args.lr down to 0, times a linear warm-up."""
     warmup = min(1.0, (step + 1) / (args.warmup + 1))
     return args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
 
@@ -224,7 +212,6 @@ def make_state(config: DiTConfig, args: argparse.Namespace, device: torch.device
         state.ema.load_state_dict(checkpoint["ema"])
         for optimizer, content in zip(state.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(content)
-        losses.copy_(checkpoint["losses"])
         state.step, state.seconds = checkpoint["step"], checkpoint["seconds"]
     return state
 
@@ -239,69 +226,70 @@ def write_whole(content: dict, path: Path) -> None:
     os.replace(aside, path)
 
 
-def save(state: State, classes: tuple[str, ...], args: argparse.Namespace) -> None:
+def save(state: State, classes: tuple[str, ...], args: argparse.Namespace, world: int) -> None:
     """checkpoint.pt to resume from, and weights.pt (the EMA in bf16) to sample from and to ship."""
-    head = {"format": FORMAT, "config": asdict(state.model.config), "classes": list(classes), "step": state.step}
+    head = {"format": sample.FORMAT, "config": asdict(state.model.config), "classes": list(classes), "step": state.step}
     head |= {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
     ema = state.ema.state_dict()
-    whole = head | {"ema": ema, "model": state.model.state_dict()}
+    whole = head | {"ema": ema, "model": state.model.state_dict(), "seconds": state.seconds, "world": world}
     whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
-    whole |= {"losses": state.losses, "seconds": state.seconds}
-    whole |= {"args": {k: v for k, v in vars(args).items() if k not in ("out", "resume")}}
+    whole |= {"args": {name: value for name, value in vars(args).items() if name not in ("out", "resume")}}
     write_whole(whole, args.out / "checkpoint.pt")
     write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
 
 
-def save_samples(
-    state: State, pyramid: Pyramid, classes: tuple[str, ...], args: argparse.Namespace, bf16: bool
-) -> None:
+def save_samples(state: State, pyramid: Pyramid, classes: tuple[str, ...], args: argparse.Namespace) -> None:
     """A GIF of ten clips by the EMA weights, 30 Euler steps; the same noises every time, so that progress shows."""
-    weights = Weights(state.ema, args.mode, args.stages, args.frames, args.size, classes, state.step)
-    labels = choose_labels(classes, 10, None)
-    labels = labels if labels is None else labels.to(next(state.ema.parameters()).device)
-    clips = generate(weights, pyramid, labels, 10, bf16=bf16)
+    weights = sample.Weights(state.ema, args.mode, args.stages, args.frames, args.size, classes, state.step)
+    clips = sample.generate(weights, pyramid, sample.choose_labels(classes, 10, None), 10, precision=args.precision)
     save_gif(clips, args.out / f"step-{state.step:07d}.gif", columns=5)
 
 
-def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args, bf16: bool) -> None:
-    """One optimizer step at stage k, its loss added to the state's sums."""
+def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: argparse.Namespace) -> None:
+    """One optimizer step at stage k, its losses added to the state's."""
     for micro in range(args.accumulate):
         numbers, x0, labels = next(batches)
         last = micro == args.accumulate - 1
         with nullcontext() if last or model is state.model else model.no_sync():
-            loss = training_loss(model, pyramid, x0, labels, k, numbers, args, bf16)
+            loss = training_loss(model, pyramid, x0, labels, k, numbers, args)
             (loss / args.accumulate).backward()
         state.losses[:, k] += torch.stack([loss.detach(), torch.ones_like(loss)])
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip)
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.step, args)
         optimizer.step()
         optimizer.zero_grad()
     decay = min(args.ema, (1 + state.step) / (10 + state.step))  # short at first, when the weights move fast
-    torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
+    with torch.no_grad():
+        for average, parameter in zip(state.ema.parameters(), state.model.parameters(), strict=True):
+            average.lerp_(parameter, 1 - decay)
     state.step += 1
 
 
 def start_metrics(path: Path, step: int) -> None:
-    """Drops the rows past `step` from metrics.jsonl: those steps will be run again."""
+    """Drops the rows past `step` from metrics.jsonl, and a half-written one: those steps will be run again."""
     rows = path.read_text().splitlines() if step and path.exists() else []
-    path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
+    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+    path.write_text("".join(row + "\n" for row in kept))
 
 
-def write_metrics(path: Path, state: State, lr: float, clips_per_second: float) -> float:
+def write_metrics(path: Path, state: State, lr: float, clips_per_second: float, first: bool) -> float:
     """Appends a row and returns its loss: the means since the last row, over the ranks, in all and by stage."""
     if dist.is_initialized():
         dist.all_reduce(state.losses)
     sums, counts = state.losses.tolist()
     state.losses.zero_()
+    loss = sum(sums) / sum(counts)
+    if not math.isfinite(loss):
+        raise SystemExit(f"the loss is {loss} at step {state.step}: try a lower --lr; the last checkpoint is kept")
     by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-    row = {"step": state.step, "loss": sum(sums) / sum(counts), "loss_by_stage": by_stage, "lr": lr}
+    row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
     row |= {"clips_per_second": round(clips_per_second, 2), "seconds": round(state.seconds, 2)}
-    if is_first():
+    if first:
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
-    return row["loss"]
+    return loss
 
 
 class StopRequest:
@@ -309,11 +297,16 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, number: int, _frame) -> None:
         self.signal = number
+        if not dist.is_initialized():  # torchrun repeats the terminal's signal; alone, the second one kills
+            self.release()
+
+    def release(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def agreed(self) -> int:
         if dist.is_initialized():
@@ -323,98 +316,77 @@ class StopRequest:
         return self.signal
 
 
-def is_first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def start_processes() -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device), joined through torchrun's environment if it is there."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return rank, world, choose_device()
-
-
-def train(args: argparse.Namespace, checkpoint: dict | None) -> int:
-    """The whole run. Returns 0, or 128 + the number of the signal that stopped it. Raises ValueError."""
+def set_up(args: argparse.Namespace, checkpoint: dict | None) -> tuple:
+    """What `train` needs: (dataset, state, rank, world, device). Raises ValueError or OSError on bad input."""
     rank, world, device = start_processes()
-    stop, pyramid = StopRequest(), Pyramid(args.mode, args.stages)
+    if checkpoint and checkpoint["world"] != world:
+        raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
     dataset = open_data(args.data, args.frames, args.size, args.digits, args.seed)
-    config = DiTConfig(
-        dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
-    )
-    state = make_state(config, args, device, checkpoint)
-    bf16 = use_bf16(args.precision, device)
-    model = state.model
+    shape = dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
+    state = make_state(DiTConfig(*shape), args, device, checkpoint)
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        start_metrics(args.out / "metrics.jsonl", state.step)
+        print(dataset.summary)
+        parameters = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
+        precision = "bf16" if sample.use_bf16(args.precision, device) else "fp32"
+        print(
+            f"{args.mode}, {args.stages} stages, {parameters:.2f} M parameters, {precision} on {world} x {device.type}"
+        )
+    return dataset, state, rank, world, device
+
+
+def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, world: int, device: torch.device) -> int:
+    """The whole run. Returns 0, or 128 + the number of the signal that stopped it."""
+    stop, pyramid, model, first = StopRequest(), Pyramid(args.mode, args.stages), state.model, rank == 0
     if args.compile:
         model.compile(dynamic=False)  # one graph a stage
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     batches = make_batches(dataset, args, state.step, rank, world, device)
-    metrics = args.out / "metrics.jsonl"
-    if is_first():
-        args.out.mkdir(parents=True, exist_ok=True)
-        start_metrics(metrics, state.step)
-        describe(dataset, state, args, world, device, bf16)
-
-    bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not is_first())
-    mark, clips = time.perf_counter(), 0
-    while state.step < args.steps and not stop.agreed():
-        k = draw_stage(args.seed, state.step, args.stages)
-        lr = learning_rate(state.step, args)
-        optimize(state, model, pyramid, batches, k, args, bf16)
-        clips += args.batch * args.accumulate * world
+    bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first)
+    mark, since = time.perf_counter(), state.step
+    while state.step < args.steps:
+        k, lr = draw_stage(args.seed, state.step, args.stages), learning_rate(state.step, args)
+        optimize(state, model, pyramid, batches, k, args)
         bar.update()
-        done = state.step == args.steps
-        due = [done or state.step % n == 0 for n in (args.log_interval, args.save_interval, args.sample_interval)]
-        if any(due):
-            now = time.perf_counter()
-            state.seconds += now - mark
-            rate = clips / (now - mark)
-            if due[0]:
-                bar.set_postfix(
-                    loss=f"{write_metrics(metrics, state, lr, rate):.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}"
-                )
-            if due[1] and is_first():
-                save(state, dataset.classes, args)
-            if due[2] and is_first():
-                save_samples(state, pyramid, dataset.classes, args, bf16)
-            mark, clips = time.perf_counter(), 0
+        end = stop.agreed() or state.step == args.steps
+        save_due = end or state.step % args.save_interval == 0
+        sample_due = state.step == args.steps or state.step % args.sample_interval == 0
+        if save_due or sample_due or state.step % args.log_interval == 0:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - mark
+            state.seconds += seconds
+            rate = (state.step - since) * args.batch * args.accumulate * world / seconds
+            loss = write_metrics(args.out / "metrics.jsonl", state, lr, rate, first)
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
+            if save_due and first:
+                save(state, dataset.classes, args, world)
+            if sample_due and first:
+                save_samples(state, pyramid, dataset.classes, args)
+            mark, since = time.perf_counter(), state.step
+        if end:
+            break
     bar.close()
-    if stop.signal:
-        state.seconds += time.perf_counter() - mark
-        if is_first():
-            save(state, dataset.classes, args)
-            print(f"stopped at step {state.step} and saved; continue with --resume --out {args.out}")
-    elif is_first():
-        print(f"wrote {args.out}/weights.pt; sample it with: python sample.py --checkpoint {args.out}")
+    stop.release()
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 128 + stop.signal if stop.signal else 0
-
-
-def describe(
-    dataset: Dataset, state: State, args: argparse.Namespace, world: int, device: torch.device, bf16: bool
-) -> None:
-    if hasattr(dataset, "summary"):
-        print(dataset.summary)
-        for path in dataset.broken:
-            print(f"  not decodable: {path}")
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    print(
-        f"{args.mode}, {args.stages} stages, {parameters / 1e6:.2f} M parameters, {'bf16' if bf16 else 'fp32'} on "
-        f"{world} x {device.type}, {args.batch * args.accumulate * world} clips a step, "
-        f"step {state.step} of {args.steps}"
-    )
+    stopped = state.step < args.steps
+    if first and stopped:
+        print(f"stopped at step {state.step} and saved; continue with --resume --out {args.out}")
+    elif first:
+        print(f"finished at step {state.step}; sample it with: python sample.py --checkpoint {args.out}")
+    return 128 + stop.signal if stopped else 0
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        raise SystemExit(train(*parse_args(argv)))
+        args, checkpoint = parse_args(argv)
+        ready = set_up(args, checkpoint)
     except (ValueError, OSError) as error:
         make_parser().error(str(error))
+    raise SystemExit(train(args, *ready))
 
 
 if __name__ == "__main__":
