@@ -23,7 +23,8 @@ SHIPPED = Path(__file__).parent / "weights"
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        bare = action.default is None or action.default is False
+        return action.help if bare else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
