@@ -16,7 +16,7 @@ from data import save_gif, save_strip
 from model import DiT, DiTConfig
 from tpdiff import Pyramid, split_steps
 
-FORMAT = 1  # of the weight files; raised when old ones can no longer be read
+FORMAT = 2  # of the weight files; raised when old ones can no longer be read
 SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -153,16 +153,45 @@ def find_weights(mode: str, stages: int) -> Path:
     return shipped
 
 
-def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool) -> Callable:
+def network_target(pyramid: Pyramid, target: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """What the network is trained to say where the pyramid's target is `target`.
+
+    flow: the same, v_k. ddim: the velocity (eps_k - sigma x_t) / gamma of arXiv 2202.00512 in place of eps_k, that is
+    eps_k with its squared error weighted by 1 / gamma^2. Past the paper, which finetunes a model that predicts noise:
+    trained from scratch on eps_k itself, nothing recognizable came out of as many steps (README).
+    """
+    if pyramid.mode == "flow":
+        return target
+    gamma, sigma = _per_clip(pyramid, x_t, t)
+    return (target - sigma * x_t) / gamma
+
+
+def pyramid_target(pyramid: Pyramid, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The inverse of `network_target`: the pyramid's target, from what the network says."""
+    if pyramid.mode == "flow":
+        return output
+    gamma, sigma = _per_clip(pyramid, x_t, t)
+    return sigma * x_t + gamma * output
+
+
+def _per_clip(pyramid: Pyramid, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(value.to(x).view(-1, 1, 1, 1, 1) for value in pyramid.gamma_sigma(t))
+
+
+def make_predict(
+    model: torch.nn.Module, pyramid: Pyramid, labels: Tensor | None, guidance: float, bf16: bool
+) -> Callable:
     """The sampler's `predict(x, t, k)`: the model, with classifier-free guidance unless it is 1 (arXiv 2207.12598)."""
 
     def predict(x: Tensor, t: Tensor, k: int) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             if labels is None or guidance == 1:
-                return model(x, t, k, labels)
-            both = torch.cat([labels, torch.full_like(labels, model.null_label)])
-            conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), k, both).chunk(2)
-            return unconditional + guidance * (conditional - unconditional)
+                output = model(x, t, k, labels)
+            else:
+                both = torch.cat([labels, torch.full_like(labels, model.null_label)])
+                conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), k, both).chunk(2)
+                output = unconditional + guidance * (conditional - unconditional)
+        return pyramid_target(pyramid, output, x, t)
 
     return predict
 
@@ -189,7 +218,7 @@ def generate(
     shape = (number, weights.model.config.channels, weights.frames, weights.size, weights.size)
     generators = [generator_for(seed, SAMPLING, index) for index in range(number)]
     labels = labels if labels is None else labels.to(device)
-    predict = make_predict(weights.model, labels, guidance, use_bf16(precision, device))
+    predict = make_predict(weights.model, pyramid, labels, guidance, use_bf16(precision, device))
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
 
 

@@ -117,7 +117,7 @@ def test_n_steps_of_one_ddim_stage_visit_exactly_the_given_schedule():
         return torch.zeros_like(x)
 
     x = p._integrate(predict, torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), 0, len(alphas_cumprod), "euler")
-    abar_visited = [p._gamma_sigma(t)[0].item() ** 2 for t in visited]
+    abar_visited = [p.gamma_sigma(t)[0].item() ** 2 for t in visited]
     torch.testing.assert_close(torch.tensor(abar_visited), alphas_cumprod.flip(0).float())
     torch.testing.assert_close(x.item(), alphas_cumprod[-1].item() ** -0.5)  # eps = 0: x0 = x / sqrt(abar_N)
 
@@ -780,6 +780,9 @@ def test_training_loss_is_that_of_algorithm_2(mode, aligned):
         noise = randn((8, 1, 8 // 2**k, 16, 16), generators)
         noise = align(downsample(x0, 2**k), noise) if aligned else noise
         x_t, target, t = p.interpolate(*p.endpoints(x0, noise, k), k, u)
+        if mode == "ddim":  # the network's error in the velocity, eps_k = sigma x_t + gamma velocity
+            gamma, sigma = (value.float().view(-1, 1, 1, 1, 1) for value in p.gamma_sigma(t))
+            target = (target - sigma * x_t) / gamma
         torch.testing.assert_close(loss, target.square().mean())
         for asked, expected in zip(model.asked, (x_t, t, k, None), strict=True):
             torch.testing.assert_close(asked, expected) if expected is not None else None
@@ -1065,20 +1068,34 @@ def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch, capsys):
 )
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": 1, "code": subprocess.Popen}, tmp_path / "hostile.pt")
-    torch.save({"format": 1}, tmp_path / "bare.pt")
-    torch.save(dict.fromkeys(("format", *sample.HEAD), 1) | {"config": {"wings": 2}}, tmp_path / "other.pt")
+    torch.save({"format": sample.FORMAT, "code": subprocess.Popen}, tmp_path / "hostile.pt")
+    torch.save({"format": sample.FORMAT}, tmp_path / "bare.pt")
+    torch.save(dict.fromkeys(sample.HEAD, 1) | {"format": sample.FORMAT, "config": {"wings": 2}}, tmp_path / "other.pt")
     places = {"tmp": tmp_path, "weights": ROOT / "weights" / "flow-3.pt"}
     assert message in fails_with_one_line(capsys, sample.main, *[word.format(**places) for word in words.split()])
     assert not (tmp_path / "samples").exists()
 
 
-def test_guidance_is_the_line_through_both_predictions():
+@both_modes
+def test_guidance_is_the_line_through_both_predictions(mode):
     model, x, t, y = small_model(classes=3), torch.randn(2, 1, 4, 8, 8), torch.rand(2), torch.tensor([0, 2])
-    conditional, unconditional = model(x, t, 1, y), model(x, t, 1)
-    torch.testing.assert_close(sample.make_predict(model, y, 1.0, False)(x, t, 1), conditional)
-    guided = sample.make_predict(model, y, 3.0, False)(x, t, 1)
+    p = Pyramid(mode)
+    conditional, unconditional = (sample.pyramid_target(p, model(x, t, 1, *label), x, t) for label in ([y], []))
+    torch.testing.assert_close(sample.make_predict(model, p, y, 1.0, False)(x, t, 1), conditional)
+    guided = sample.make_predict(model, p, y, 3.0, False)(x, t, 1)
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+
+
+@both_modes
+def test_the_network_says_the_velocity_and_the_sampler_hears_the_target(mode):
+    p, x0, noise = Pyramid(mode, 1), clips(3, 1, 8, 4, 4), clips(3, 1, 8, 4, 4, seed=1)
+    x_t, target, t = p.interpolate(*p.endpoints(x0, noise, 0), 0, torch.tensor([0.0, 0.4, 1.0]).double())
+    output = sample.network_target(p, target, x_t, t)
+    for i in range(3):
+        gamma, sigma = gamma_sigma(mode, t[i].item())
+        velocity = noise[i] - x0[i] if mode == "flow" else gamma * noise[i] - sigma * x0[i]  # arXiv 2202.00512
+        assert_exact(output[i], velocity)
+    assert_exact(sample.pyramid_target(p, output, x_t, t), target)
 
 
 def test_sampled_clip_is_the_same_in_any_batch(tmp_path):

@@ -121,14 +121,14 @@ class Pyramid:
         """Stage k's window. Eq. 16: sigma_end / gamma_end of stage k + 1 is sigma_start / gamma_start / sqrt(2)."""
         t_end, t_start = k / stages, 1.0
         if k < stages - 1:
-            gamma, sigma = self._gamma_sigma((k + 1) / stages)
+            gamma, sigma = self.gamma_sigma((k + 1) / stages)
             t_start = self._time_of_ratio(math.sqrt(2) * sigma.item() / gamma.item())
-        (gamma_start, gamma_end), (sigma_start, sigma_end) = self._gamma_sigma([t_start, t_end])
+        (gamma_start, gamma_end), (sigma_start, sigma_end) = self.gamma_sigma([t_start, t_end])
         values = gamma_start, sigma_start, gamma_end, sigma_end
         return Stage(k, 2**k, t_start, t_end, *(value.item() for value in values))
 
-    def _gamma_sigma(self, t: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
-        """Eq. 6: x_t = gamma x0 + sigma noise, in float64 on the CPU."""
+    def gamma_sigma(self, t: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
+        """Eq. 6: (gamma, sigma) of x_t = gamma x0 + sigma noise at the times `t`, in float64 on the CPU."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         if self.mode == "flow":
             return 1 - t, t
@@ -139,7 +139,7 @@ class Pyramid:
         """The t at which sigma / gamma = r."""
         if self.mode == "flow":
             return r / (1 + r)
-        gamma, sigma = self._gamma_sigma(1.0)
+        gamma, sigma = self.gamma_sigma(1.0)
         if r > sigma / gamma:
             raise ValueError(
                 f"a stage would start at sigma / gamma = {r:.4g}, but alphas_cumprod ends at {sigma / gamma:.4g}: "
@@ -156,7 +156,7 @@ class Pyramid:
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         if self.mode == "flow":
             return torch.ones_like(t), (t - stage.t_end) / (stage.t_start - stage.t_end)
-        gamma, sigma = self._gamma_sigma(t)
+        gamma, sigma = self.gamma_sigma(t)
         return gamma, sigma / gamma
 
     def endpoints(self, x0: Tensor, noise: Tensor, k: int) -> tuple[Tensor, Tensor]:

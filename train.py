@@ -162,8 +162,8 @@ def training_loss(model, pyramid: Pyramid, x0: Tensor, labels: Tensor, k: int, n
     if labels[0] >= 0:
         y = labels.where(dropout >= args.label_dropout, unwrap(model).null_label).to(x0.device)
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=sample.use_bf16(args.precision, x0.device)):
-        prediction = model(x_t, t, k, y)
-    return (prediction - target).square().mean()
+        output = model(x_t, t, k, y)
+    return (output - sample.network_target(pyramid, target, x_t, t)).square().mean()
 
 
 def unwrap(model: torch.nn.Module) -> DiT:
