@@ -205,7 +205,9 @@ def _enlarge(picture: np.ndarray, scale: int) -> Image.Image:
 
 
 def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale: int = 3, fps: int = 12) -> None:
-    """Clips (B, C, T, H, W) as one looping animated GIF, a grid of `columns` (default: about square)."""
+    """Clips (B, C, T, H, W) as one looping animated GIF, a grid of `columns` (default: about square).
+
+    Where nothing in the grid changes from one frame to the next, Pillow writes one frame of twice the duration."""
     images = to_images(clips)
     columns = columns or int(np.ceil(len(images) ** 0.5))
     frames = [_enlarge(_tile(images[:, t], columns), scale) for t in range(images.shape[1])]

@@ -175,13 +175,13 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, stage: int, y: Tensor | None = None) -> Tensor:
         """x (B, C, T, H, W) at the frame rate of `stage` (1 / 2^stage of the full one), t (B,) in [0, 1],
-        y (B,) labels in [0, classes], where `classes` is the null label, as is y = None. Returns x's shape.
+        y (B,) labels in [0, classes], where `classes` is the null label, as is y = None. Returns x's shape and dtype.
 
         Raises ValueError if H or W does not divide by the patch, the channels differ, the stage is unknown, or
         labels are given to an unconditional model.
         """
         channels, patch = self.config.channels, self.config.patch
-        B, C, T, H, W = x.shape
+        (B, C, T, H, W), dtype = x.shape, x.dtype
         if channels != C or H % patch or W % patch:
             raise ValueError(f"the model takes {channels} channels, H and W divisible by {patch}, not {tuple(x.shape)}")
         if not 0 <= stage < self.config.stages:
@@ -189,7 +189,8 @@ class DiT(nn.Module):
         if y is not None and self.embed_label is None:
             raise ValueError("labels were given to a model without classes")
 
-        condition = self.embed_t(embed_angles(angles(1000 * t, 128, 10_000.0))) + self.embed_stage.weight[stage]
+        angle = angles(1000 * t.float(), 128, 10_000.0)
+        condition = self.embed_t(embed_angles(angle).to(self.unembed.weight.dtype)) + self.embed_stage.weight[stage]
         if self.embed_label is not None:
             y = torch.full((B,), self.null_label, device=x.device) if y is None else y
             condition = condition + self.embed_label(y)
@@ -203,7 +204,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, condition, space, time)
         shift, scale = self.final_condition(condition)[:, None, None].to(x.dtype).chunk(2, dim=-1)
-        x = self.unembed(modulate(x, shift, scale)).float()
+        x = self.unembed(modulate(x, shift, scale)).to(dtype)  # the clip's own, also under autocast
 
         x = x.view(B, T, rows, columns, C, patch, patch).permute(0, 4, 1, 2, 5, 3, 6)
         return x.reshape(B, C, T, H, W)

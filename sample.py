@@ -153,29 +153,15 @@ def find_weights(mode: str, stages: int) -> Path:
     return shipped
 
 
-def network_target(pyramid: Pyramid, target: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """What the network is trained to say where the pyramid's target is `target`.
+def output_coefficients(pyramid: Pyramid, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b), one per clip, such that the pyramid's target is a x_t + b output, for the output of the network.
 
-    flow: the same, v_k. ddim: the velocity (eps_k - sigma x_t) / gamma of arXiv 2202.00512 in place of eps_k, that is
-    eps_k with its squared error weighted by 1 / gamma^2. Past the paper, which finetunes a model that predicts noise:
-    trained from scratch on eps_k itself, nothing recognizable came out of as many steps (README).
+    flow: (0, 1), the network says v_k. ddim: (sigma, gamma), it says the velocity (eps_k - sigma x_t) / gamma of
+    arXiv 2202.00512: training on it is training on eps_k with the squared error weighted by 1 / gamma^2. Past the
+    paper, which finetunes a model that predicts noise: trained from scratch on eps_k itself, no digit stayed legible.
     """
-    if pyramid.mode == "flow":
-        return target
-    gamma, sigma = _per_clip(pyramid, x_t, t)
-    return (target - sigma * x_t) / gamma
-
-
-def pyramid_target(pyramid: Pyramid, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The inverse of `network_target`: the pyramid's target, from what the network says."""
-    if pyramid.mode == "flow":
-        return output
-    gamma, sigma = _per_clip(pyramid, x_t, t)
-    return sigma * x_t + gamma * output
-
-
-def _per_clip(pyramid: Pyramid, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(value.to(x).view(-1, 1, 1, 1, 1) for value in pyramid.gamma_sigma(t))
+    gamma, sigma = pyramid.gamma_sigma(t) if pyramid.mode == "ddim" else (torch.ones(len(t)), torch.zeros(len(t)))
+    return tuple(value.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) for value in (sigma, gamma))
 
 
 def make_predict(
@@ -184,6 +170,7 @@ def make_predict(
     """The sampler's `predict(x, t, k)`: the model, with classifier-free guidance unless it is 1 (arXiv 2207.12598)."""
 
     def predict(x: Tensor, t: Tensor, k: int) -> Tensor:
+        a, b = output_coefficients(pyramid, x, t)  # before the model: reading t waits for a GPU
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             if labels is None or guidance == 1:
                 output = model(x, t, k, labels)
@@ -191,7 +178,7 @@ def make_predict(
                 both = torch.cat([labels, torch.full_like(labels, model.null_label)])
                 conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), k, both).chunk(2)
                 output = unconditional + guidance * (conditional - unconditional)
-        return pyramid_target(pyramid, output, x, t)
+        return a * x + b * output
 
     return predict
 
@@ -272,7 +259,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it"
     )
-    parser.add_argument("--out", type=Path, help="file name without suffix [samples/MODE-STAGES-NNN]")
+    parser.add_argument("--out", type=Path, help="file name; .gif and .png are added [samples/MODE-STAGES-NNN]")
     return parser
 
 
@@ -289,7 +276,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")
     steps = args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages)
-    out = args.out or free_name(Path("samples") / f"{weights.mode}-{weights.stages}")
+    out = args.out.with_suffix("") if args.out and args.out.suffix in (".gif", ".png") else args.out
+    out = out or free_name(Path("samples") / f"{weights.mode}-{weights.stages}")
     gif, strip = out.with_name(out.name + ".gif"), out.with_name(out.name + ".png")
     if gif.exists() or strip.exists():
         raise ValueError(f"--out {out}: {gif if gif.exists() else strip} exists already; choose another name")

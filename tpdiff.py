@@ -18,7 +18,7 @@ and in both, a stage is one straight line between its noisy start and its cleane
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
@@ -283,9 +283,9 @@ def split_steps(steps: int | Sequence[int], stages: int) -> list[int]:
         each, rest = divmod(steps, stages)
         counts = [each + rest] + [each] * (stages - 1)
     else:
-        counts = list(steps)
-    if len(counts) != stages or min(counts) < 1:
-        raise ValueError(f"{stages} stages need at least one step each, but steps = {steps}")
+        counts = list(steps) if isinstance(steps, Iterable) else []
+    if len(counts) != stages or not all(isinstance(count, Integral) and count > 0 for count in counts):
+        raise ValueError(f"{stages} stages need at least one whole step each, but steps = {steps}")
     return counts
 
 

@@ -39,7 +39,7 @@ FREE = ("steps", "out", "resume", "workers", "compile", "log_interval", "sample_
 def make_parser() -> sample.Parser:
     parser = sample.Parser(prog="train.py", description="Train a video diffusion model on the temporal pyramid.")
     add = parser.add_argument_group("method").add_argument
-    add("--mode", choices=["flow", "ddim"], default="flow", help="flow matching, or DDIM's noise prediction")
+    add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
     add("--align", action=argparse.BooleanOptionalAction, default=True, help="pair noise with data within a batch")
     add = parser.add_argument_group("data").add_argument
@@ -54,7 +54,12 @@ def make_parser() -> sample.Parser:
     add("--depth", type=positive_int, default=4, help="blocks")
     add("--heads", type=positive_int, default=4, help="attention heads")
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=positive_int, default=2200, help="optimizer steps")
+    add(
+        "--steps",
+        type=positive_int,
+        default=2200,
+        help="optimizer steps; a new number on --resume re-draws the learning rate's curve",
+    )
     add("--batch", type=positive_int, default=8, help="clips a process and micro-batch")
     add("--accumulate", type=positive_int, default=1, help="micro-batches whose gradients make one step")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
@@ -63,12 +68,7 @@ def make_parser() -> sample.Parser:
     add("--weight-decay", type=real_number(0, 10), default=0.01, help="decoupled weight decay")
     add("--ema", type=real_number(0, 1), default=0.995, help="decay of the weights' moving average")
     add("--clip", type=real_number(0, 1e9), default=1.0, help="largest norm of the gradient; 0 does not clip")
-    add(
-        "--label-dropout",
-        type=real_number(0, 1),
-        default=0.1,
-        help="share of labels dropped, for classifier-free guidance",
-    )
+    add("--label-dropout", type=real_number(0, 1), default=0.1, help="share of labels dropped, for guidance")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add = parser.add_argument_group("run").add_argument
@@ -158,12 +158,13 @@ def training_loss(model, pyramid: Pyramid, x0: Tensor, labels: Tensor, k: int, n
         noise = align(x0_stage, noise)  # Algorithm 1
     x_start, x_end = pyramid.endpoints(x0, noise, k)  # Eq. 7-8
     x_t, target, t = pyramid.interpolate(x_start, x_end, k, u)  # Eq. 10-13
+    a, b = sample.output_coefficients(pyramid, x_t, t)
     y = None
     if labels[0] >= 0:
         y = labels.where(dropout >= args.label_dropout, unwrap(model).null_label).to(x0.device)
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=sample.use_bf16(args.precision, x0.device)):
         output = model(x_t, t, k, y)
-    return (output - sample.network_target(pyramid, target, x_t, t)).square().mean()
+    return (output - (target - a * x_t) / b).square().mean()
 
 
 def unwrap(model: torch.nn.Module) -> DiT:
@@ -193,8 +194,8 @@ def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Op
     and MLPs and AdamW for the rest."""
     matrices = []
     if args.optimizer == "muon":
-        inner = [module for block in model.blocks for module in (block.spatial, block.temporal, block.mlp)]
-        matrices = [parameter for module in inner for parameter in module.parameters() if parameter.ndim == 2]
+        named = model.blocks.named_parameters()
+        matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "condition" not in name]
     others = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True, **common)
@@ -297,16 +298,13 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame) -> None:
         self.signal = number
         if not dist.is_initialized():  # torchrun repeats the terminal's signal; alone, the second one kills
-            self.release()
-
-    def release(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> int:
         if dist.is_initialized():
@@ -330,9 +328,8 @@ def set_up(args: argparse.Namespace, checkpoint: dict | None) -> tuple:
         print(dataset.summary)
         parameters = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
         precision = "bf16" if sample.use_bf16(args.precision, device) else "fp32"
-        print(
-            f"{args.mode}, {args.stages} stages, {parameters:.2f} M parameters, {precision} on {world} x {device.type}"
-        )
+        machine = f"{precision} on {world} x {device.type}"
+        print(f"{args.mode}, {args.stages} stages, {parameters:.2f} M parameters, {machine}")
     return dataset, state, rank, world, device
 
 
@@ -369,14 +366,12 @@ def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, w
         if end:
             break
     bar.close()
-    stop.release()
     if dist.is_initialized():
         dist.destroy_process_group()
     stopped = state.step < args.steps
-    if first and stopped:
-        print(f"stopped at step {state.step} and saved; continue with --resume --out {args.out}")
-    elif first:
-        print(f"finished at step {state.step}; sample it with: python sample.py --checkpoint {args.out}")
+    advice = "stopped and saved; continue with --resume --out" if stopped else "done; python sample.py --checkpoint"
+    if first:
+        print(f"step {state.step}: {advice} {args.out}")
     return 128 + stop.signal if stopped else 0
 
 
