@@ -1,10 +1,12 @@
-"""A small factorized spatio-temporal DiT (Peebles & Xie, arXiv 2212.09748; Latte, arXiv 2401.03048).
+"""A small factorized spatio-temporal DiT (Peebles & Xie, arXiv 2212.09748; Latte, arXiv 2401.03048), its optimizers.
 
 Every block attends over the patches of a frame, then over the frames of a patch, then applies an MLP; each of
 the three is modulated by adaLN-Zero. Nothing here knows about diffusion: a video and its conditions go in, a
 video of the same shape comes out.
 """
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -208,3 +210,65 @@ class DiT(nn.Module):
 
         x = x.view(B, T, rows, columns, C, patch, patch).permute(0, 4, 1, 2, 5, 3, 6)
         return x.reshape(B, C, T, H, W)
+
+
+def make_optimizers(
+    model: DiT, kind: str, lr: float, weight_decay: float, dtype: torch.dtype
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything; or, if `kind` is "muon", at the same learning rate, Muon (in `dtype`) for the matrices of
+    the attentions and MLPs and AdamW for the rest."""
+    matrices = []
+    if kind == "muon":
+        named = model.blocks.named_parameters()
+        matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "condition" not in name]
+    others = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    return [adamw, Muon(matrices, lr, weight_decay, dtype)] if matrices else [adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices, scaled to the size of AdamW's updates (arXiv 2502.16982).
+
+    The same update as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which always works in bfloat16, one matrix at
+    a time: on a CPU without bf16 units that takes longer than the model's forward and backward. Here matrices of a
+    shape go together, in `dtype`.
+    """
+
+    def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same_shape = defaultdict(list)
+            for parameter in group["params"]:
+                same_shape[parameter.shape].append(parameter)
+            for shape, parameters in same_shape.items():
+                update = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                update = orthogonalize(update.to(self.dtype))
+                scale = 0.2 * math.sqrt(max(shape))
+                for parameter, direction in zip(parameters, update, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(direction, alpha=-group["lr"] * scale)
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov's: the gradient's running mean, one step ahead."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum_buffer"], momentum)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Matrices (n, rows, columns) with their singular values brought near 1 (0.7 to 1.2, but for the very small) by
+    five Newton-Schulz steps, with Keller Jordan's coefficients (2024)."""
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.mT).mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x

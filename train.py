@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import sample
 from data import open_data, save_gif
-from model import DiT, DiTConfig
+from model import DiT, DiTConfig, make_optimizers
 from sample import generator_for, non_negative_int, positive_int, real_number
 from tpdiff import Pyramid, align, downsample, randn
 
@@ -189,25 +189,14 @@ class State:
     seconds: float = 0.0  # spent in training steps, over all resumptions
 
 
-def make_optimizers(model: DiT, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW for everything; or, at the same learning rate, Muon (arXiv 2502.16982) for the matrices of the attentions
-    and MLPs and AdamW for the rest."""
-    matrices = []
-    if args.optimizer == "muon":
-        named = model.blocks.named_parameters()
-        matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "condition" not in name]
-    others = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
-    common = {"lr": args.lr, "weight_decay": args.weight_decay}
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True, **common)
-    return [adamw, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common)] if matrices else [adamw]
-
-
 def make_state(config: DiTConfig, args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> State:
     torch.manual_seed(args.seed)
     model = DiT(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     losses = torch.zeros(2, args.stages, device=device)
-    state = State(model, ema, make_optimizers(model, args), losses)
+    dtype = torch.bfloat16 if sample.use_bf16(args.precision, device) else torch.float32
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
+    state = State(model, ema, optimizers, losses)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         state.ema.load_state_dict(checkpoint["ema"])
@@ -366,6 +355,7 @@ def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, w
         if end:
             break
     bar.close()
+    del model  # or DDP holds the process group last and joins gloo's threads while it keeps the lock they wait for
     if dist.is_initialized():
         dist.destroy_process_group()
     stopped = state.step < args.steps
