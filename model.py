@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LONGEST = 100.0  # patches or frames; with the usual 10,000 most frequencies would be constant over a clip
 
@@ -65,11 +66,20 @@ def spatial_angles(rows: int, columns: int, count: int, device: torch.device | s
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864): turns the channel pairs of queries and keys (..., d) by the angles whose
-    cos and sin are `rotation` (2, ..., d / 2), so that attention sees how far apart two tokens are."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = rotation
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Rotary positions (arXiv 2104.09864): turns neighbouring channels of `x` (..., d) by the angles whose cosines and
+    sines are `rotation` (..., d / 2, 2), so that attention sees how far apart two tokens are.
+
+    A pair is a complex number: one kernel instead of seven, a fifth of the time on CPU. Compiled code fuses the seven,
+    and knows no complex numbers.
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        pairs = pairs.to(rotation.dtype)  # complex numbers of bf16 there are none
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,9 +112,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """`rotation`: cos and sin of the tokens' angles, (2, T or 1, N or 1, 1, 1, d / 2)."""
-        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split([2, 1], dim=3)
-        qkv = torch.cat([rotate(qk, rotation), v], dim=3)  # (B, T, N, 3, heads, d)
+        """`rotation`: of queries, keys and values by the tokens' positions, (T or 1, N or 1, 3, 1, d / 2, 2)."""
+        qkv = rotate(self.qkv(x).unflatten(-1, (3, self.heads, -1)), rotation)  # (B, T, N, 3, heads, d)
         if self.dim == 2:
             q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, T, heads, N, d) each
             y = attention(q, k, v).transpose(2, 3)
@@ -142,6 +151,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # True: the blocks keep no activations, and run again during backward
         width, pixels = config.width, config.channels * config.patch**2
         self.embed_patch = nn.Linear(pixels, width)
         self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -169,11 +179,14 @@ class DiT(nn.Module):
         return self.config.classes
 
     def _rotations(self, T: int, rows: int, columns: int, stage: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the patches' angles (2, 1, N, 1, 1, d / 2) and of the frames' (2, T, 1, 1, 1, d / 2)."""
+        """Cosines and sines of the patches' angles (1, N, 3, 1, d / 2, 2) and of the frames' (T, 1, 3, 1, d / 2, 2),
+        for queries, keys and values; the values' angle is 0."""
         count = self.config.width // self.config.heads // 2
-        space = spatial_angles(rows, columns, count, like.device)[None, :, None, None]
-        time = angles(temporal_positions(T, stage, like.device), count, LONGEST)[:, None, None, None]
-        return tuple(torch.stack([angle.cos(), angle.sin()]).to(like.dtype) for angle in (space, time))
+        space = spatial_angles(rows, columns, count, like.device)[None]
+        time = angles(temporal_positions(T, stage, like.device), count, LONGEST)[:, None]
+        stacked = [torch.stack([angle, angle, 0 * angle], dim=-2).unsqueeze(-2) for angle in (space, time)]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return tuple(torch.stack([angle.cos(), angle.sin()], dim=-1).to(dtype) for angle in stacked)
 
     def forward(self, x: Tensor, t: Tensor, stage: int, y: Tensor | None = None) -> Tensor:
         """x (B, C, T, H, W) at the frame rate of `stage` (1 / 2^stage of the full one), t (B,) in [0, 1],
@@ -204,7 +217,10 @@ class DiT(nn.Module):
         x = x + embed_angles(spatial_angles(rows, columns, self.config.width // 2, x.device)).to(x.dtype)
         space, time = self._rotations(T, rows, columns, stage, x)
         for block in self.blocks:
-            x = block(x, condition, space, time)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, space, time, use_reentrant=False)
+            else:
+                x = block(x, condition, space, time)
         shift, scale = self.final_condition(condition)[:, None, None].to(x.dtype).chunk(2, dim=-1)
         x = self.unembed(modulate(x, shift, scale)).to(dtype)  # the clip's own, also under autocast
 

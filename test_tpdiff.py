@@ -538,7 +538,7 @@ def test_same_instant_has_the_same_temporal_position_at_every_rate():
     for stage in (1, 2, 3):
         assert torch.equal(temporal_positions(16 // 2**stage, stage), full[:: 2**stage])
         slower = model._rotations(16 // 2**stage, 2, 2, stage, torch.zeros(1))[1]
-        assert torch.equal(slower, rotation[:, :: 2**stage]) and slower.shape[1] == 16 // 2**stage
+        assert torch.equal(slower, rotation[:: 2**stage]) and slower.shape[0] == 16 // 2**stage
     assert not torch.equal(temporal_positions(4, 1), full[:4])
 
 
@@ -1005,6 +1005,18 @@ def test_muon_is_torch_s_muon(shape):
         reference.step()
     for a, b, before in zip(ours, theirs, start, strict=True):
         assert (a - b).norm() < 0.03 * (b - before).norm()
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(tmp_path):
+    plain = run_training(tmp_path / "plain", "--steps", "3")
+    assert_same_weights(run_training(tmp_path / "less", "--steps", "3", "--gradient-checkpointing"), plain)
+    model, x, kept = small_model(), torch.randn(2, 1, 8, 16, 16), {}
+    for model.gradient_checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            model(x, torch.rand(2), 0).sum()
+        kept[model.gradient_checkpointing] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
 
 
 def test_training_in_bf16_gives_finite_weights(tmp_path):

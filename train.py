@@ -33,7 +33,8 @@ from sample import generator_for, non_negative_int, positive_int, real_number
 from tpdiff import Pyramid, align, downsample, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
-FREE = ("steps", "out", "resume", "workers", "compile", "log_interval", "sample_interval", "save_interval")
+FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
+FREE += ("log_interval", "sample_interval", "save_interval")
 
 
 def make_parser() -> sample.Parser:
@@ -71,6 +72,7 @@ def make_parser() -> sample.Parser:
     add("--label-dropout", type=real_number(0, 1), default=0.1, help="share of labels dropped, for guidance")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time: blocks run again in backward")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=non_negative_int, default=0, help="of everything random")
     add("--out", type=Path, help="folder of the run [runs/MODE-STAGES]")
@@ -192,6 +194,7 @@ class State:
 def make_state(config: DiTConfig, args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> State:
     torch.manual_seed(args.seed)
     model = DiT(config).to(device)
+    model.gradient_checkpointing = args.gradient_checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     losses = torch.zeros(2, args.stages, device=device)
     dtype = torch.bfloat16 if sample.use_bf16(args.precision, device) else torch.float32
@@ -250,11 +253,15 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
             group["lr"] = learning_rate(state.step, args)
         optimizer.step()
         optimizer.zero_grad()
-    decay = min(args.ema, (1 + state.step) / (10 + state.step))  # short at first, when the weights move fast
-    with torch.no_grad():
-        for average, parameter in zip(state.ema.parameters(), state.model.parameters(), strict=True):
-            average.lerp_(parameter, 1 - decay)
+    update_ema(state, args.ema)
     state.step += 1
+
+
+@torch.no_grad()
+def update_ema(state: State, decay: float) -> None:
+    decay = min(decay, (1 + state.step) / (10 + state.step))  # short at first, when the weights move fast
+    for average, parameter in zip(state.ema.parameters(), state.model.parameters(), strict=True):
+        average.lerp_(parameter, 1 - decay)
 
 
 def start_metrics(path: Path, step: int) -> None:
@@ -366,6 +373,7 @@ def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, w
 
 
 def main(argv: list[str] | None = None) -> None:
+    sample.keep_memory()
     try:
         args, checkpoint = parse_args(argv)
         ready = set_up(args, checkpoint)

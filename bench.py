@@ -1,0 +1,524 @@
+"""What the code costs, beside what the machine can do and what people would use instead. Every speed figure of the
+README comes from here.
+
+  python bench.py step         training and sampling step by stage, as a share of the matrix-product rate
+  python bench.py peers        forward plus backward beside other video models
+  python bench.py parts        how a step's time splits, what the pyramid adds to it, alignment beside torchcfm's
+  python bench.py memory       peak memory by stage, with and without --gradient-checkpointing
+  python bench.py processes    one process on two threads against two processes on one
+
+Any option of train.py may follow, as in `python bench.py step --width 256 --compile`: what is timed is that run's own
+code on its own data. What is compared takes turns, so that a slow moment of the machine falls on all alike.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sample
+import train
+from data import open_data
+from model import DiTConfig
+from tpdiff import Pyramid, align, downsample
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def alternate(functions: dict, repeats: int) -> dict:
+    """Seconds of each function, called in turn `repeats` times after two calls to warm up: name -> sorted list."""
+    seconds = {name: [] for name in functions}
+    for turn in range(-2, repeats):
+        for name, function in functions.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(values) for name, values in seconds.items()}
+
+
+def median(seconds: list[float]) -> float:
+    return statistics.median(seconds)
+
+
+def in_milliseconds(seconds: list[float]) -> str:
+    """Median and, in brackets, the quartiles."""
+    count = len(seconds)
+    low, high = seconds[count // 4], seconds[(3 * count) // 4]
+    return f"{median(seconds) * 1e3:.1f} [{low * 1e3:.1f}, {high * 1e3:.1f}]"
+
+
+def table(header: str, rows: list[list]) -> None:
+    """Prints rows in Markdown under a header whose columns are parted by commas."""
+    columns = header.split(", ")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(str(cell) for cell in row)} |")
+    print(flush=True)
+
+
+def processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    units = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.processor()} ({units}), {torch.get_num_threads()} threads"
+
+
+class Run:
+    """A training run without its loop: the model and one real batch, timed again and again."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, sample.choose_device()
+        self.bf16 = sample.use_bf16(args.precision, self.device)
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.data = open_data(args.data, args.frames, args.size, args.digits, args.seed)
+        classes = len(self.data.classes)
+        shape = self.data.channels, args.patch, args.width, args.depth, args.heads, args.stages, classes
+        self.state = train.make_state(DiTConfig(*shape), args, self.device, None)
+        self.model, self.pyramid = self.state.model, Pyramid(args.mode, args.stages)
+        self.numbers = list(range(args.batch))
+        clips, labels = zip(*(self.data[number] for number in self.numbers), strict=True)
+        self.x0, self.labels = torch.stack(clips).to(self.device), torch.tensor(labels)
+        self.batches = itertools.repeat((self.numbers, self.x0, self.labels))
+        self.predict = sample.make_predict(self.state.ema, self.pyramid, None, 1.0, self.bf16)
+        if args.compile:
+            self.model.compile(dynamic=False)
+
+    def at_stage(self, k: int) -> tuple[Tensor, Tensor]:
+        """A batch at the rate of stage k, and a time for each of its clips."""
+        return downsample(self.x0, 2**k), torch.full((self.args.batch,), 0.5, device=self.device)
+
+    def training_step(self, k: int) -> None:
+        train.optimize(self.state, self.model, self.pyramid, self.batches, k, self.args)
+
+    @torch.inference_mode()
+    def sampling_step(self, k: int) -> None:
+        x, t = self.at_stage(k)
+        x - 0.1 * self.predict(x, t, k)
+
+    def tokens(self, k: int) -> int:
+        return self.args.batch * self.args.frames // 2**k * (self.args.size // self.args.patch) ** 2
+
+    def forward_flops(self, k: int) -> float:
+        """Model FLOP of a forward pass, of its matrix products alone; forward plus backward counts three times."""
+        x, t = self.at_stage(k)
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            self.state.ema(x, t, k)
+        return counter.get_total_flops()
+
+
+def matrix_products(run: Run, k: int) -> tuple[Callable, float]:
+    """(a function, its FLOP): the products of a block's linear layers at stage k, forward and backward, alone."""
+    width, rows = run.args.width, run.tokens(k)
+
+    def random(*shape):
+        return torch.randn(*shape, device=run.device, dtype=run.dtype)
+
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    operands = [(random(rows, m), random(n, m), random(rows, n)) for m, n in shapes]
+
+    def products():
+        for x, weight, gradient in operands:
+            F.linear(x, weight)
+            gradient @ weight
+            gradient.T @ x
+
+    return products, sum(6 * rows * m * n for m, n in shapes)
+
+
+def bench_step(args: argparse.Namespace, repeats: int) -> None:
+    """The whole training step (noise, alignment, forward, backward, clip, optimizer, EMA) and a sampling step."""
+    run, stages = Run(args), range(args.stages)
+    warm_up = []
+    for k in stages:
+        start = time.perf_counter()
+        run.training_step(k)
+        synchronize()
+        warm_up.append(f"{time.perf_counter() - start:.1f}")
+    print(f"first training step, stage 0 to {args.stages - 1}: {', '.join(warm_up)} s")
+    products, flops = zip(*(matrix_products(run, k) for k in stages), strict=True)
+    functions = {("products", k): products[k] for k in stages}
+    functions |= {("training", k): lambda k=k: run.training_step(k) for k in stages}
+    functions |= {("sampling", k): lambda k=k: run.sampling_step(k) for k in stages}
+    seconds = alternate(functions, repeats)
+    for what, passes in (("training", 3), ("sampling", 1)):
+        rows = []
+        full = median(seconds[what, 0])
+        for ks in [*([k] for k in stages), list(stages)]:
+            time_k = sum(median(seconds[what, k]) for k in ks)
+            model_rate = passes * sum(run.forward_flops(k) for k in ks) / time_k
+            # The mean over the stages weighs each by its model FLOP: the time the products alone would have taken.
+            ideal = sum(run.forward_flops(k) * median(seconds["products", k]) / flops[k] for k in ks) * passes
+            clips, tokens = args.batch * len(ks) / time_k, sum(run.tokens(k) for k in ks) / time_k
+            name = ks[0] if len(ks) == 1 else "all, equally often"
+            spread = in_milliseconds(seconds[what, ks[0]]) if len(ks) == 1 else f"{time_k / len(ks) * 1e3:.1f}"
+            rate = f"{model_rate / 1e9:.0f}"
+            best = f"{model_rate / 1e9 * time_k / ideal:.0f}"
+            cost = f"{time_k / len(ks) / full:.2f}"
+            rows.append([name, spread, cost, f"{clips:.1f}", f"{tokens:.0f}", rate, best, f"{ideal / time_k:.0%}"])
+        unit = "GFLOP/s of the model, of its products alone, share"
+        table(f"{what} step at stage, ms [quartiles], of stage 0, clips/s, tokens/s, {unit}", rows)
+
+
+class UsualDiT(nn.Module):
+    """The same factorized DiT as most repositories write it: LayerNorm modules, every attention by SDPA, the frames
+    folded into the batch for space and the patches for time, sine positions."""
+
+    def __init__(self, config: DiTConfig, frames: int, tokens: int):
+        super().__init__()
+        width, self.config, pixels = config.width, config, config.channels * config.patch**2
+        self.embed = nn.Conv3d(config.channels, width, (1, config.patch, config.patch), (1, config.patch, config.patch))
+        self.space, self.time = nn.Parameter(torch.randn(1, 1, tokens, width)), nn.Parameter(torch.randn(frames, width))
+        self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(UsualBlock(width, config.heads) for _ in range(config.depth))
+        self.norm, self.unembed = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, pixels)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        (B, C, T, H, W), patch = x.shape, self.config.patch
+        x = self.embed(x).flatten(3).permute(0, 2, 3, 1) + self.space + self.time[:, None]
+        frequencies = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
+        angles = 1000 * t[:, None] * frequencies
+        condition = self.embed_t(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        for block in self.blocks:
+            x = block(x, condition)
+        x = self.unembed(self.norm(x)).view(B, T, H // patch, W // patch, patch, patch, C)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, C, T, H, W)
+
+
+class UsualBlock(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, 9 * width))
+
+    def attend(self, x: Tensor, index: int) -> Tensor:
+        q, k, v = self.qkv[index](x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out[index](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        B, T, N, _ = x.shape
+        shift, scale, gate = (
+            self.condition(condition)[:, None, None].unflatten(-1, (3, 3, -1)).permute(4, 3, 0, 1, 2, 5)
+        )
+        y = (self.norms[0](x) * (1 + scale[0]) + shift[0]).flatten(0, 1)
+        x = x + gate[0] * self.attend(y, 0).unflatten(0, (B, T))
+        y = (self.norms[1](x) * (1 + scale[1]) + shift[1]).transpose(1, 2).flatten(0, 1)
+        x = x + gate[1] * self.attend(y, 1).unflatten(0, (B, N)).transpose(1, 2)
+        return x + gate[2] * self.mlp(self.norms[2](x) * (1 + scale[2]) + shift[2])
+
+
+def closest(make: Callable, sizes: range, parameters: int) -> nn.Module:
+    """Of the models that `make` builds, the one nearest in size."""
+    return min((make(size) for size in sizes), key=lambda model: abs(count_parameters(model) - parameters))
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def make_peers(run: Run) -> dict[str, tuple[nn.Module, Callable]]:
+    """Name -> (model, its call on (x, t)) of the peers that are installed; of the others it says what to install."""
+    args, config, size = run.args, run.state.model.config, count_parameters(run.state.model)
+    usual = UsualDiT(config, args.frames, (args.size // args.patch) ** 2)
+    peers = {"usual DiT, SDPA": (usual, usual)}
+    try:
+        from diffusers import LatteTransformer3DModel
+
+        def latte_of(layers: int) -> nn.Module:
+            heads = {"num_attention_heads": args.heads, "attention_head_dim": args.width // args.heads}
+            clip = {"sample_size": args.size, "patch_size": args.patch, "video_length": args.frames}
+            channels = {"in_channels": config.channels, "out_channels": config.channels, "caption_channels": args.width}
+            return LatteTransformer3DModel(**heads, **clip, **channels, num_layers=layers, norm_type="ada_norm_single")
+
+        latte = closest(latte_of, range(1, 2 * args.depth + 1), size)
+        caption = torch.zeros(args.batch, 1, args.width, device=run.device)
+        peers["Latte (diffusers)"] = latte, lambda x, t: latte(x, 1000 * t, caption, return_dict=False)[0]
+    except ImportError:
+        print("diffusers is not installed: Latte is left out (pip install diffusers)")
+    try:
+        from video_diffusion_pytorch import Unet3D
+
+        unet = closest(lambda dim: Unet3D(dim=dim, channels=config.channels), range(8, 65, 8), size)
+        peers["Unet3D (video-diffusion-pytorch)"] = unet, lambda x, t: unet(x, 1000 * t)
+    except ImportError:
+        print("video-diffusion-pytorch is not installed: its Unet3D is left out (pip install video-diffusion-pytorch)")
+    return peers
+
+
+def bench_peers(args: argparse.Namespace, repeats: int) -> None:
+    """Forward plus backward at the full rate, and ours averaged over the stages: what the pyramid adds."""
+    run = Run(args)
+
+    def forward_backward(call, model, k=0, extra=()):
+        x, t = run.at_stage(k)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            call(x, t, *extra).square().mean().backward()
+        model.zero_grad()
+
+    peers = make_peers(run)
+    functions = {
+        f"ours, stage {k}": lambda k=k: forward_backward(run.model, run.model, k, (k,)) for k in range(args.stages)
+    }
+    models = dict.fromkeys(functions, run.state.model)
+    for name, (model, call) in peers.items():
+        models[name] = model.to(run.device).train()
+        if args.compile:
+            model.compile(dynamic=False)
+        functions[name] = lambda call=call, model=model: forward_backward(call, model)
+    seconds = alternate(functions, repeats)
+    best = min(median(seconds[name]) for name in peers)
+    rows = []
+    for name, values in seconds.items():
+        clips, million = args.batch / median(values), count_parameters(models[name]) / 1e6
+        rows.append([name, f"{million:.2f}", in_milliseconds(values), f"{clips:.1f}", f"{best / median(values):.2f}"])
+    mean = statistics.mean(median(seconds[f"ours, stage {k}"]) for k in range(args.stages))
+    million = count_parameters(run.state.model) / 1e6
+    rows.append(["ours, mean of stages", f"{million:.2f}", f"{mean * 1e3:.1f}", f"{args.batch / mean:.1f}"])
+    rows[-1].append(f"{best / mean:.2f}")
+    table("model, M parameters, ms forward + backward [quartiles], clips/s, times the best peer", rows)
+
+
+def bench_parts(args: argparse.Namespace, repeats: int) -> None:
+    split_step(args, repeats)
+    split_sampling(args, repeats)
+    wait_for_data(args)
+    compare_alignment(repeats)
+
+
+def split_step(args: argparse.Namespace, repeats: int) -> None:
+    """The parts of a training step, each timed by itself at every stage; the share is of their sum."""
+    run, sums = Run(args), {}
+    losses = []
+    for k in range(args.stages):
+
+        def forward(k=k):
+            losses.append(train.training_loss(run.model, run.pyramid, run.x0, run.labels, k, run.numbers, args))
+
+        parts = {"of forward: align, endpoints, interpolate": functools.partial(pyramid_part, run, k)}
+        parts |= {"forward, with noise and pyramid": forward, "backward": lambda: losses.pop().backward()}
+        parts["clip"] = lambda: nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
+        parts |= {type(optimizer).__name__: optimizer.step for optimizer in run.state.optimizers}
+        parts |= {"EMA": lambda: train.update_ema(run.state, args.ema), "zero_grad": run.model.zero_grad}
+        for name, values in alternate(parts, repeats).items():
+            sums.setdefault(name, []).append(median(values))
+    total = sum(sum(values) for name, values in sums.items() if not name.startswith("of forward"))
+    rows = []
+    for name, values in sums.items():
+        rows.append([name, *(f"{value * 1e3:.2f}" for value in values), f"{sum(values) / total:.1%}"])
+    columns = ", ".join(f"stage {k}" for k in range(args.stages))
+    table(f"part of a training step (ms), {columns}, share of all stages", rows)
+
+
+def pyramid_part(run: Run, k: int) -> None:
+    """What Algorithm 2 adds to a training step at stage k, beside the network."""
+    x0_stage = downsample(run.x0, 2**k)
+    noise = torch.randn_like(x0_stage)
+    x_start, x_end = run.pyramid.endpoints(run.x0, align(x0_stage, noise) if run.args.align else noise, k)
+    run.pyramid.interpolate(x_start, x_end, k, torch.rand(run.args.batch))
+
+
+def split_sampling(args: argparse.Namespace, repeats: int) -> None:
+    """The sampler with a network that costs nothing, against the network: solver and renoising as a share."""
+    run, steps = Run(args), 10 * args.stages
+    shape = tuple(run.x0.shape)
+    generators = [sample.generator_for(0, index) for index in range(args.batch)]
+    rows = []
+    for solver in ("euler", "ab2"):
+
+        @torch.inference_mode()
+        def whole(predict, solver=solver):
+            run.pyramid.sample(predict, shape, steps, solver, generators, run.device)
+
+        functions = {
+            "free": lambda whole=whole: whole(lambda x, t, k: x),
+            "whole": lambda whole=whole: whole(run.predict),
+        }
+        seconds = alternate(functions, max(3, repeats // 5))
+        free, all_of_it = median(seconds["free"]), median(seconds["whole"])
+        rows.append([solver, f"{free / steps * 1e3:.2f}", f"{all_of_it / steps * 1e3:.2f}", f"{free / all_of_it:.1%}"])
+    table("sampling step with, ms of solver and renoising, ms in all, share", rows)
+
+
+def wait_for_data(args: argparse.Namespace, steps: int = 30) -> None:
+    """How long the training loop waits for its next batch, with the run's own loader, over `steps` steps."""
+    run = Run(args)
+    args.steps, waited = steps + 5, 0.0
+    batches = train.make_batches(run.data, args, 0, 0, 1, run.device)
+    for step in range(args.steps):
+        if step == 5:
+            waited, start = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        run.batches = iter([next(batches)])
+        waited += time.perf_counter() - asked
+        run.training_step(train.draw_stage(args.seed, step, args.stages))
+    synchronize()
+    whole = time.perf_counter() - start
+    print(
+        f"waiting for data: {waited / steps * 1e3:.2f} of {whole / steps * 1e3:.1f} ms a step, {waited / whole:.2%}\n"
+    )
+
+
+def compare_alignment(repeats: int) -> None:
+    """`align` against torchcfm's exact plan: the same total squared distance, in less time."""
+    try:
+        from torchcfm.optimal_transport import OTPlanSampler
+    except ImportError:
+        print("torchcfm is not installed: align is timed alone (pip install torchcfm)")
+        OTPlanSampler = None
+    rows = []
+    for batch in (16, 64, 256, 1024):
+        generator = torch.Generator().manual_seed(batch)
+        x = torch.randn(batch, 1, 16, 32, 32, generator=generator)
+        noise = torch.randn(x.shape, generator=generator)
+        functions = {"ours": lambda x=x, noise=noise: align(x, noise)}
+        costs = {"ours": (x - align(x, noise)).double().square().sum().item()}
+        if OTPlanSampler:
+            sampler = OTPlanSampler(method="exact")
+            functions["torchcfm"] = lambda x=x, noise=noise, sampler=sampler: sampler.get_map(noise, x)
+            plan = torch.as_tensor(sampler.get_map(noise, x))
+            pairs = plan.argmax(dim=0)  # of every clip, its noise
+            assert len(set(pairs.tolist())) == batch
+            costs["torchcfm"] = (x - noise[pairs]).double().square().sum().item()
+        seconds = alternate(functions, max(3, repeats // 5))
+        ours, theirs = seconds["ours"], seconds.get("torchcfm")
+        row = [batch, in_milliseconds(ours), in_milliseconds(theirs) if theirs else "", f"{costs['ours']:.9g}"]
+        row += [f"{costs['torchcfm']:.9g}", f"{median(theirs) / median(ours):.1f}"] if theirs else ["", ""]
+        rows.append(row)
+    table("clips of 16x32x32, align (ms), torchcfm (ms), distance, torchcfm's, times as fast", rows)
+
+
+def measured_apart(options: list[str], k: int) -> float:
+    """Peak MiB of two training steps at stage k, over what the process held before them, in a process of its own."""
+    words = [sys.executable, __file__, "peak", "--stage", str(k), *options]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+def bench_peak(args: argparse.Namespace, k: int) -> None:
+    run = Run(args)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = peak_resident()
+    for _ in range(2):
+        run.training_step(k)
+    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
+    print((after - before) / 2**20)
+
+
+def peak_resident() -> int:
+    """Bytes of the most memory this process has held (Linux)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def bench_memory(args: argparse.Namespace, options: list[str], limit: float = 8192.0) -> None:
+    rows, steps = [], {}
+    for flag in ([], ["--gradient-checkpointing"]):
+        peaks = [measured_apart([*options, *flag], k) for k in range(args.stages)]
+        rows.append([flag[0] if flag else "plain", *(f"{peak:.0f}" for peak in peaks)])
+        args.gradient_checkpointing = bool(flag)
+        run = Run(args)
+        steps[rows[-1][0]] = lambda run=run: run.training_step(0)
+    for row, values in zip(rows, alternate(steps, 5).values(), strict=True):
+        row.append(in_milliseconds(values))
+    for row, flag in zip(rows, ([], ["--gradient-checkpointing"]), strict=True):
+        row.append(largest_clip([*options, *flag, "--batch", "1"], 2 ** (args.stages - 1), limit))
+    columns = ", ".join(f"stage {k}" for k in range(args.stages))
+    size = f"{args.size}x{args.size}"
+    table(f"peak MiB of training at, {columns}, ms at stage 0, frames of {size} in {limit / 1024:.0f} GiB", rows)
+
+
+def largest_clip(options: list[str], divisor: int, limit: float) -> str:
+    """The most frames, within 10%, that one clip can have in `limit` MiB at the full rate, the worst stage."""
+    frames, too_many, peak = 64, None, 0.0
+    while too_many is None or too_many > 1.1 * frames:
+        middle = 2 * frames if too_many is None else (frames + too_many) // 2
+        middle -= middle % divisor
+        needs = measured_apart([*options, "--frames", str(middle)], 0)
+        if needs < limit:
+            frames, peak = middle, needs
+        else:
+            too_many = middle
+    return f"{frames} ({peak:.0f} MiB; {too_many} do not)"
+
+
+def bench_processes(args: argparse.Namespace, options: list[str], repeats: int) -> None:
+    """The same global batch by one process on two threads and by two processes on one thread each."""
+    rates = {1: [], 2: []}
+    interval = 30
+    for _ in range(max(3, repeats // 10)):
+        for world in rates:
+            with tempfile.TemporaryDirectory() as folder:
+                words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+                words += [train.__file__, *options, "--batch", str(args.batch // world), "--out", f"{folder}/run"]
+                words += ["--steps", str(3 * interval), "--log-interval", str(interval)]
+                words += ["--sample-interval", "1000000"]
+                environment = os.environ | {"OMP_NUM_THREADS": str(2 // world)}
+                subprocess.run(words, env=environment, check=True, capture_output=True)
+                rows = [json.loads(row) for row in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+                rates[world].append(rows[1]["clips_per_second"])
+    one = median(rates[1])
+    rows = [[world, 2 // world, args.batch // world] for world in rates]
+    for row in rows:
+        values = sorted(rates[row[0]])
+        row += [f"{median(values):.1f} [{values[0]:.1f}, {values[-1]:.1f}]", f"{median(values) / one:.2f}"]
+    table("processes, threads each, batch each, clips/s [least, most], of one process", rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = sample.Parser(prog="bench.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", choices=["step", "peers", "parts", "memory", "processes", "peak"])
+    parser.add_argument("--repeats", type=sample.positive_int, default=25, help="times that each thing is timed [25]")
+    parser.add_argument("--stage", type=sample.non_negative_int, default=0, help="of peak, which memory calls [0]")
+    ours, options = parser.parse_known_args(argv)
+    sample.keep_memory()
+    try:
+        args = train.parse_args(["--out", tempfile.gettempdir() + "/nothing", *options])[0]
+        if ours.what == "peak":
+            return bench_peak(args, ours.stage)
+        print(f"torch {torch.__version__} on {processor()}: bench.py {' '.join([ours.what, *options])}")
+        print(f"{'bf16' if sample.use_bf16(args.precision, sample.choose_device()) else 'fp32'}, batch {args.batch}")
+        if ours.what in ("step", "peers", "parts"):
+            {"step": bench_step, "peers": bench_peers, "parts": bench_parts}[ours.what](args, ours.repeats)
+        elif ours.what == "memory":
+            bench_memory(args, options)
+        else:
+            bench_processes(args, options, ours.repeats)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
