@@ -26,6 +26,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
+import bench
 import sample
 import tpdiff
 import train
@@ -1182,6 +1183,25 @@ def test_sampled_clip_is_the_same_in_any_batch(tmp_path):
     three = sample.generate(weights, p, labels, 3, steps=3, precision="fp32")
     one = sample.generate(weights, p, labels[:1], 1, steps=3, precision="fp32")
     torch.testing.assert_close(three[:1], one, rtol=1e-4, atol=1e-4)
+
+
+# ---- The benchmark
+
+
+@pytest.mark.parametrize("what", ["step", "peers"])
+def test_benchmark_times_a_run_at_every_stage(what, capsys):
+    tiny = ["--frames", "4", "--size", "16", "--width", "8", "--depth", "1", "--heads", "1", "--batch", "2"]
+    bench.main([what, "--repeats", "1", *tiny])
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^\| (ours, stage )?{k} \|", out, re.MULTILINE) for k in range(3))
+
+
+def test_benchmark_counts_the_flops_of_the_linear_layers():
+    run = bench.Run(train.parse_args(["--out", "nowhere", "--batch", "2", "--frames", "4"])[0])
+    products, flops = bench.matrix_products(run, 0)
+    second_attention = 2 * run.tokens(0) * 128 * (3 * 128 + 128)
+    linear = 4 * (flops / 3 + second_attention)  # of four blocks, forward
+    assert run.tokens(0) == 512 and linear < run.forward_flops(0) < 1.2 * linear
 
 
 # ---- The README
