@@ -493,7 +493,7 @@ def bench_processes(args: argparse.Namespace, options: list[str], repeats: int) 
     for row in rows:
         values = sorted(rates[row[0]])
         row += [f"{median(values):.1f} [{values[0]:.1f}, {values[-1]:.1f}]", f"{median(values) / one:.2f}"]
-    table("processes, threads each, batch each, clips/s [least, most], of one process", rows)
+    table("processes, threads each, batch each, clips/s [least to most], of one process", rows)
 
 
 def main(argv: list[str] | None = None) -> None:
