@@ -31,7 +31,7 @@ import sample
 import tpdiff
 import train
 from data import DataError, FolderClips, MovingDigits, save_gif, save_strip
-from model import DiT, DiTConfig, Muon, attention, fused_attention, temporal_positions
+from model import DiT, DiTConfig, Muon, attention, fused_attention, rotate, temporal_positions
 from tpdiff import Pyramid, align, downsample, randn, split_steps, upsample
 
 ROOT = Path(__file__).parent
@@ -541,6 +541,16 @@ def test_same_instant_has_the_same_temporal_position_at_every_rate():
         slower = model._rotations(16 // 2**stage, 2, 2, stage, torch.zeros(1))[1]
         assert torch.equal(slower, rotation[:: 2**stage]) and slower.shape[0] == 16 // 2**stage
     assert not torch.equal(temporal_positions(4, 1), full[:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_the_same_compiled_and_not(dtype, monkeypatch):
+    x, angle = torch.randn(2, 3, 8, generator=seeded()).to(dtype), torch.randn(3, 4, generator=seeded())
+    rotation = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    eager = rotate(x, rotation)
+    torch.testing.assert_close(eager[..., 0], (x[..., 0] * angle[:, 0].cos() - x[..., 1] * angle[:, 0].sin()).to(dtype))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, rotation), eager)
 
 
 def test_model_sees_the_order_of_frames_their_rate_the_time_the_stage_and_the_label():
