@@ -102,6 +102,8 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 class FolderClips(Dataset):
     """Random windows of the animated GIF, WebP and APNG files under a folder, (3, T, size, size), searched recursively.
 
+    With `labels` the names of the folder's sub-folders are the classes; files in none of them are left out.
+
     Every epoch goes through the files in a new order. Stills, clips shorter than `frames` and files that cannot be
     decoded are left out; `summary` counts them and names the last kind. Files are decoded at the start and kept, up to
     `cache_bytes`; of those past it only the header is read then, and a warning names one that turns out damaged.
@@ -109,12 +111,19 @@ class FolderClips(Dataset):
     """
 
     channels = 3
-    classes = ()
 
-    def __init__(self, folder: str | Path, frames: int = 16, size: int = 32, seed: int = 0, cache_bytes: int = 2**30):
-        self.frames, self.size, self.seed = frames, size, seed
+    def __init__(
+        self,
+        folder: str | Path,
+        frames: int = 16,
+        size: int = 32,
+        seed: int = 0,
+        labels: bool = False,
+        cache_bytes: int = 2**30,
+    ):
+        self.folder, self.frames, self.size, self.seed, self.labels = Path(folder), frames, size, seed, labels
         self.cache, self.room, self.paths, broken, reasons = {}, cache_bytes, [], [], Counter()
-        for path in _clip_files(Path(folder)):
+        for path in _clip_files(self.folder):
             reason = self._reason_to_skip(path)
             reasons[reason] += 1
             if reason is None:
@@ -127,8 +136,16 @@ class FolderClips(Dataset):
         self.summary = summary + "".join(broken)
         if not self.paths:
             raise DataError(f"{summary}. Looked for animations ({', '.join(CLIP_SUFFIXES)}) of {frames}+ frames")
+        self.classes = tuple(sorted({self._class_name(path) for path in self.paths})) if labels else ()
+
+    def _class_name(self, path: Path) -> str | None:
+        """The sub-folder of the folder that the file is in."""
+        parts = path.relative_to(self.folder).parts
+        return parts[0] if len(parts) > 1 else None
 
     def _reason_to_skip(self, path: Path) -> str | None:
+        if self.labels and self._class_name(path) is None:
+            return "in no sub-folder, so without a label"
         try:
             if self.room > 0:
                 clip = _read_frames(path, self.size)
@@ -161,11 +178,13 @@ class FolderClips(Dataset):
         epoch, position = divmod(number, len(self.paths))
         order = _epoch_order(self.seed, epoch, len(self.paths))
         for offset in range(len(self.paths)):  # a damaged file's turn goes to the next whole one
-            clip = self._decode(self.paths[order[(position + offset) % len(self.paths)]])
+            path = self.paths[order[(position + offset) % len(self.paths)]]
+            clip = self._decode(path)
             if clip is not None and len(clip) >= self.frames:
                 start = int(_random(self.seed, number, 1).integers(len(clip) - self.frames + 1))
                 window = torch.from_numpy(clip[start : start + self.frames])  # (T, H, W, 3)
-                return window.permute(3, 0, 1, 2).float() / 127.5 - 1, -1
+                label = self.classes.index(self._class_name(path)) if self.labels else -1
+                return window.permute(3, 0, 1, 2).float() / 127.5 - 1, label
         raise DataError("not one file of the folder can be decoded")
 
 
@@ -175,9 +194,12 @@ def _clip_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file())
 
 
-def open_data(path: str | None, frames: int, size: int, digits: int = 1, seed: int = 0) -> Dataset:
-    """The moving digits if `path` is None, else the folder's clips. Raises DataError."""
-    return FolderClips(path, frames, size, seed) if path else MovingDigits(frames, size, digits, seed)
+def open_data(
+    path: str | None, frames: int, size: int, digits: int = 1, seed: int = 0, labels: bool = False
+) -> Dataset:
+    """The moving digits if `path` is None, else the folder's clips, with its sub-folders' names as labels if asked.
+    Raises DataError."""
+    return FolderClips(path, frames, size, seed, labels) if path else MovingDigits(frames, size, digits, seed)
 
 
 def to_images(clips: Tensor) -> np.ndarray:

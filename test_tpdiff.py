@@ -660,9 +660,9 @@ def test_a_sample_number_is_the_same_clip_in_every_process():
     assert not torch.equal(data[0][0], data[1][0])
 
 
-def animation(path: Path, frames: int, size: tuple[int, int] = (20, 30), mode: str = "RGB", **options) -> None:
+def animation(path: Path, frames: int, size: tuple[int, int] = (20, 30), mode: str = "RGB", green=100, **options):
     """Frame i is one plain colour, 10 i of red."""
-    colors = [(10 * i, 100, 200) + ((0,) if mode == "RGBA" else ()) for i in range(frames)]
+    colors = [(10 * i, green, 200) + ((0,) if mode == "RGBA" else ()) for i in range(frames)]
     images = [Image.new(mode, size, color) for color in colors]
     path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=80, **options)
@@ -711,6 +711,32 @@ def test_folder_crops_without_distortion(tmp_path):
     image.save(tmp_path / "a.gif", save_all=True, append_images=[image.rotate(180), image.rotate(90)])
     clip, label = FolderClips(tmp_path, frames=1, size=10)[0]
     assert label == -1 and clip.max() == -1
+
+
+def test_sub_folders_are_the_labels(tmp_path):
+    for name in ("zebra/a.gif", "ape/a.gif", "ape/deep/b.gif", "rootless.gif"):
+        animation(tmp_path / name, 3)
+    data = FolderClips(tmp_path, frames=2, size=8, labels=True)
+    assert data.classes == ("ape", "zebra") and "1 in no sub-folder" in data.summary
+    assert sorted(data.classes[data[n][1]] for n in range(3)) == ["ape", "ape", "zebra"]
+    animation(tmp_path / "zebra" / "a.gif", 3, green=250)
+    data = FolderClips(tmp_path, frames=2, size=8, labels=True)
+    assert all((data[n][0][1].mean() > 0.5) == (data[n][1] == 1) for n in range(6))
+
+
+def test_train_on_labels_then_sample_one_by_its_name(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        animation(tmp_path / "clips" / name / "a.gif", 8)
+    run_training(tmp_path / "run", "--steps", "2", "--data", str(tmp_path / "clips"), "--labels", "folder")
+    assert torch.load(tmp_path / "run" / "weights.pt", weights_only=True)["classes"] == ["cat", "dog"]
+    capsys.readouterr()
+    words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 2, "--steps", 3]
+    assert "its labels are cat, dog" in fails_with_one_line(capsys, sample.main, *words, "--label", "cow")
+    sample.main([*map(str, words), "--label", "cat", "--guidance", "2"])
+    capsys.readouterr()
+    animation(tmp_path / "clips" / "eel" / "a.gif", 8)
+    resumed = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--steps", 3)
+    assert "other labels" in resumed
 
 
 def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder):

@@ -45,6 +45,7 @@ def make_parser() -> sample.Parser:
     add("--align", action=argparse.BooleanOptionalAction, default=True, help="pair noise with data within a batch")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of animated GIF, WebP or APNG [moving digits, made on the fly]")
+    add("--labels", choices=["folder"], help="folder: the names of --data's sub-folders are the classes [no labels]")
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip; must divide by 2^(stages - 1)")
     add("--size", type=positive_int, default=32, help="height and width in pixels; must divide by the patch")
@@ -99,6 +100,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
                 raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     elif (out / "checkpoint.pt").exists():
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
+    if args.labels and not args.data:
+        raise ValueError("--labels folder needs --data FOLDER")
     args.out, divisor = out, 2 ** (args.stages - 1)
     if args.frames % divisor:
         raise ValueError(f"--frames {args.frames} does not divide by {divisor}, as --stages {args.stages} needs")
@@ -315,7 +318,9 @@ def set_up(args: argparse.Namespace, checkpoint: dict | None) -> tuple:
     rank, world, device = start_processes()
     if checkpoint and checkpoint["world"] != world:
         raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
-    dataset = open_data(args.data, args.frames, args.size, args.digits, args.seed)
+    dataset = open_data(args.data, args.frames, args.size, args.digits, args.seed, args.labels == "folder")
+    if checkpoint and tuple(checkpoint["classes"]) != tuple(dataset.classes):
+        raise ValueError(f"{args.out} was trained with other labels than {args.data} has now; --resume cannot go on")
     shape = dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
     state = make_state(DiTConfig(*shape), args, device, checkpoint)
     if rank == 0:
