@@ -219,14 +219,14 @@ def generate(
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
 
 
-def choose_labels(classes: tuple[str, ...], number: int, label: str | None) -> Tensor | None:
-    """(B,) labels: all `label`, or every class in turn; None for a model without classes. Raises ValueError."""
-    if label is None:
-        return torch.arange(number) % len(classes) if classes else None
-    if label not in classes:
-        known = f"its labels are {', '.join(classes)}" if classes else "it was trained without labels"
-        raise ValueError(f"--label {label} is unknown to the model: {known}")
-    return torch.full((number,), classes.index(label))
+def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None = None) -> Tensor | None:
+    """(B,) labels: the `names` in turn, or every class; None for a model without classes. Raises ValueError."""
+    for name in names or ():
+        if name not in classes:
+            known = f"its labels are {', '.join(classes)}" if classes else "it was trained without labels"
+            raise ValueError(f"--label {name} is unknown to the model: {known}")
+    chosen = torch.tensor([classes.index(name) for name in names or classes])
+    return chosen[torch.arange(number) % len(chosen)] if classes else None
 
 
 def free_name(stem: Path) -> Path:
@@ -256,7 +256,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order"
     )
-    parser.add_argument("--label", help="class to sample [every class in turn]")
+    parser.add_argument("--label", nargs="+", help="classes to sample, in turn [every class]")
     parser.add_argument(
         "--guidance",
         type=real_number(-100, 100),

@@ -733,6 +733,8 @@ def test_train_on_labels_then_sample_one_by_its_name(tmp_path, capsys):
     words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 2, "--steps", 3]
     assert "its labels are cat, dog" in fails_with_one_line(capsys, sample.main, *words, "--label", "cow")
     sample.main([*map(str, words), "--label", "cat", "--guidance", "2"])
+    assert sample.choose_labels(("ape", "cat", "dog"), 3, ["dog", "ape"]).tolist() == [2, 0, 2]
+    assert sample.choose_labels(("ape", "cat"), 3).tolist() == [0, 1, 0]
     capsys.readouterr()
     animation(tmp_path / "clips" / "eel" / "a.gif", 8)
     resumed = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--steps", 3)

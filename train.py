@@ -237,7 +237,7 @@ def save(state: State, classes: tuple[str, ...], args: argparse.Namespace, world
 def save_samples(state: State, pyramid: Pyramid, classes: tuple[str, ...], args: argparse.Namespace) -> None:
     """A GIF of ten clips by the EMA weights, 30 Euler steps; the same noises every time, so that progress shows."""
     weights = sample.Weights(state.ema, args.mode, args.stages, args.frames, args.size, classes, state.step)
-    clips = sample.generate(weights, pyramid, sample.choose_labels(classes, 10, None), 10, precision=args.precision)
+    clips = sample.generate(weights, pyramid, sample.choose_labels(classes, 10), 10, precision=args.precision)
     save_gif(clips, args.out / f"step-{state.step:07d}.gif", columns=5)
 
 
