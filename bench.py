@@ -93,7 +93,7 @@ class Run:
         self.args, self.device = args, sample.choose_device()
         self.bf16 = sample.use_bf16(args.precision, self.device)
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
-        self.data = open_data(args.data, args.frames, args.size, args.digits, args.seed)
+        self.data = open_data(args)
         classes = len(self.data.classes)
         shape = self.data.channels, args.patch, args.width, args.depth, args.heads, args.stages, classes
         self.state = train.make_state(DiTConfig(*shape), args, self.device, None)

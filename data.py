@@ -5,8 +5,14 @@ same clip in every process. So ranks share the data by counting, and a run resum
 A clip is float32 (C, T, H, W) with pixels in [-1, 1]; the label is an int, or -1 for data without labels.
 """
 
+import argparse
+import json
+import os
+import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +21,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-CLIP_SUFFIXES = (".gif", ".webp", ".png", ".apng")
+STILLS = (".png", ".jpg", ".jpeg")
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+LATENTS = (".npy", ".pt")
+SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
 
 
 class DataError(ValueError):
@@ -58,7 +68,7 @@ class MovingDigits(Dataset):
     Raises DataError if the frame is under 16 pixels or there is no frame or digit.
     """
 
-    channels = 1
+    channels, latent = 1, False
     classes = tuple(str(digit) for digit in range(10))
 
     def __init__(self, frames: int = 16, size: int = 32, digits: int = 1, seed: int = 0):
@@ -82,16 +92,107 @@ class MovingDigits(Dataset):
         return torch.from_numpy(clip * 2 - 1)[None], labels[0]
 
 
-def _read_frames(path: Path, size: int) -> np.ndarray:
-    """All frames of an animation, transparency on white, cropped and resized to (T, size, size, 3) uint8."""
-    frames = []
-    with Image.open(path) as image:
-        for index in range(getattr(image, "n_frames", 1)):
-            image.seek(index)
-            rgba = image.convert("RGBA")
-            rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-            frames.append(np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BOX)))
-    return np.stack(frames)
+@dataclass(frozen=True)
+class Source:
+    """A clip on disk: one file, or numbered stills. What its header says; kind "broken" if it could not be read."""
+
+    files: tuple[Path, ...]
+    kind: str  # "pictures", "stills", "video", "latent" or "broken"
+    frames: int = 0
+    channels: int = 0
+    height: int = 0
+    width: int = 0
+
+
+def _groups(folder: Path) -> Iterator[tuple[Path, ...]]:
+    """The files of each clip under the folder, in order: one, or the stills of a folder whose numbers run on."""
+    for directory, below, names in os.walk(folder):
+        below.sort()
+        series = defaultdict(list)
+        for name in sorted(names):
+            path = Path(directory, name)
+            numbered = re.fullmatch(r"(.*?)(\d+)", path.stem) if path.suffix.lower() in STILLS else None
+            if numbered:
+                series[numbered[1], path.suffix].append((int(numbered[2]), path))
+            elif path.suffix.lower() in SUFFIXES and path.is_file():
+                yield (path,)
+        for members in series.values():
+            numbers, files = zip(*sorted(members), strict=True)
+            if numbers == tuple(range(numbers[0], numbers[0] + len(numbers))):
+                yield files
+            else:
+                yield from ((file,) for file in files)
+
+
+def _probe(files: tuple[Path, ...]) -> Source:
+    """Reads the header. Raises DataError if that needs a package which is missing."""
+    try:
+        if files[0].suffix.lower() in LATENTS:
+            channels, frames, height, width = _open_latent(files[0]).shape
+            return Source(files, "latent", frames, channels, height, width)
+        if files[0].suffix.lower() in VIDEOS:
+            with _import_av(files[0]).open(str(files[0])) as container:
+                stream = container.streams.video[0]
+                frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+                return Source(files, "video", frames, 3, stream.height, stream.width)
+        with Image.open(files[0]) as image:
+            frames, shape = getattr(image, "n_frames", 1), (3, image.height, image.width)
+            series = len(files) > 1 and frames == 1
+            return Source(files, "stills", len(files), *shape) if series else Source(files, "pictures", frames, *shape)
+    except DataError:
+        raise
+    except Exception:  # Pillow, FFmpeg and numpy raise many kinds for a damaged file
+        return Source(files, "broken")
+
+
+def _import_av(path: Path):
+    try:
+        import av
+    except ImportError:
+        raise DataError(f"{path} is a video, which needs PyAV to read: pip install av") from None
+    return av
+
+
+def _open_latent(path: Path) -> Tensor:
+    """(C, T, H, W), not yet read from the disk."""
+    if path.suffix.lower() == ".pt":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _read_images(source: Source, wanted: range) -> Iterator[Image.Image]:
+    """The frames of these numbers, in order. Raises what Pillow and FFmpeg raise for a damaged file."""
+    if source.kind == "stills":
+        for index in wanted:
+            with Image.open(source.files[index]) as image:
+                yield image
+    elif source.kind == "pictures":
+        with Image.open(source.files[0]) as image:
+            for index in wanted:
+                image.seek(index)
+                yield image
+    else:
+        yield from _read_video(source.files[0], wanted)
+
+
+def _read_video(path: Path, wanted: range) -> Iterator[Image.Image]:
+    """Seeks to the last key frame before the first frame wanted, and decodes from there; frames are told by time."""
+    with _import_av(path).open(str(path)) as container:
+        stream = container.streams.video[0]
+        begin, frames_per_tick = stream.start_time or 0, stream.average_rate * stream.time_base
+        container.seek(begin + int(wanted[0] / frames_per_tick), stream=stream)
+        due = 0
+        for frame in container.decode(stream):
+            index = round((frame.pts - begin) * frames_per_tick)
+            while due < len(wanted) and index >= wanted[due]:  # a frame shown for long counts more than once
+                yield frame.to_image()
+                due += 1
+            if due == len(wanted):
+                return
+        if due == len(wanted) - 1:
+            yield frame.to_image()  # rounding put the last frame one too early
+        else:
+            raise ValueError(f"ends {len(wanted) - due} frames early")
 
 
 @lru_cache(maxsize=2)
@@ -100,17 +201,16 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 class FolderClips(Dataset):
-    """Random windows of the animated GIF, WebP and APNG files under a folder, (3, T, size, size), searched recursively.
+    """Random windows of the clips under a folder, searched recursively, (C, frames, size, size): animated GIF, WebP and
+    APNG, folders of numbered stills, videos (with PyAV), or latents (C, T, H, W) in .npy and .pt files.
 
-    With `labels` the names of the folder's sub-folders are the classes; files in none of them are left out.
-
-    Every epoch goes through the files in a new order. Stills, clips shorter than `frames` and files that cannot be
-    decoded are left out; `summary` counts them and names the last kind. Files are decoded at the start and kept, up to
-    `cache_bytes`; of those past it only the header is read then, and a warning names one that turns out damaged.
-    Raises DataError if the folder does not exist or holds nothing usable.
+    Pictures are RGB on white, or grey; cropped at their centre to a square and resized. Latents are cropped at their
+    centre, multiplied by `latent_scale`, and have no range. A window's frames are `frame_stride` apart; half of them
+    are mirrored with `flip`. With `labels` the folder's sub-folders are the classes. Every epoch goes through the clips
+    in a new order. What cannot be used is counted in `summary`; a file that turns out damaged past its header is named
+    in a warning and passed over. `index`: a file that keeps what the headers said, so that the next start is quick.
+    Raises DataError if the folder does not exist, holds nothing usable or mixes pictures with latents.
     """
-
-    channels = 3
 
     def __init__(
         self,
@@ -119,87 +219,134 @@ class FolderClips(Dataset):
         size: int = 32,
         seed: int = 0,
         labels: bool = False,
+        frame_stride: int = 1,
+        flip: bool = False,
+        grayscale: bool = False,
+        latent_scale: float = 1.0,
+        index: Path | None = None,
         cache_bytes: int = 2**30,
     ):
         self.folder, self.frames, self.size, self.seed, self.labels = Path(folder), frames, size, seed, labels
-        self.cache, self.room, self.paths, broken, reasons = {}, cache_bytes, [], [], Counter()
-        for path in _clip_files(self.folder):
-            reason = self._reason_to_skip(path)
-            reasons[reason] += 1
+        self.frame_stride, self.flip, self.grayscale, self.latent_scale = frame_stride, flip, grayscale, latent_scale
+        self.span = (frames - 1) * frame_stride + 1
+        self.cache, self.room, self.sources, broken, reasons = {}, cache_bytes, [], [], Counter()
+        for source in find_sources(self.folder, index):
+            reason = self._reason_to_skip(source)
+            reasons[reason] += len(source.files)
             if reason is None:
-                self.paths.append(path)
-            elif reason == "not decodable":
-                broken.append(f"\n  not decodable: {path}")
-        found, used = reasons.total(), reasons.pop(None, 0)
+                self.sources.append(source)
+            elif source.kind == "broken":
+                broken.append(str(source.files[0]))
+        files, used = reasons.total(), reasons.pop(None, 0)
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
-        summary = f"{folder}: {found} files found, {used} used; skipped: {skipped}"
-        self.summary = summary + "".join(broken)
-        if not self.paths:
-            raise DataError(f"{summary}. Looked for animations ({', '.join(CLIP_SUFFIXES)}) of {frames}+ frames")
-        self.classes = tuple(sorted({self._class_name(path) for path in self.paths})) if labels else ()
+        skipped += f" ({', '.join(broken)})" if broken else ""
+        clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
+        self.summary = f"{folder}: {files} files found, {used} used, {clips}; skipped: {skipped}"
+        if not self.sources:
+            raise DataError(f"{self.summary}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
+        self._settle_channels()
+        self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if labels else ()
 
-    def _class_name(self, path: Path) -> str | None:
-        """The sub-folder of the folder that the file is in."""
-        parts = path.relative_to(self.folder).parts
-        return parts[0] if len(parts) > 1 else None
-
-    def _reason_to_skip(self, path: Path) -> str | None:
-        if self.labels and self._class_name(path) is None:
-            return "in no sub-folder, so without a label"
-        try:
-            if self.room > 0:
-                clip = _read_frames(path, self.size)
-                count = len(clip)
-            else:
-                with Image.open(path) as image:
-                    clip, count = None, getattr(image, "n_frames", 1)
-        except Exception:  # Pillow raises many kinds for a damaged file
-            return "not decodable"
-        if count == 1 and self.frames > 1:
+    def _reason_to_skip(self, source: Source) -> str | None:
+        if source.kind == "broken":
+            return "that cannot be decoded"
+        if source.frames == 1 and self.span > 1:
             return "stills"
-        if count < self.frames:
-            return f"shorter than {self.frames} frames"
-        if clip is not None:
-            self.cache[path] = clip
-            self.room -= clip.nbytes
+        if source.frames < self.span:
+            return f"shorter than {self.span} frames"
+        if source.kind == "latent" and min(source.height, source.width) < self.size:
+            return f"latents smaller than {self.size}"
+        if self.labels and self._class_name(source) is None:
+            return "in no sub-folder, so without a label"
         return None
 
-    def _decode(self, path: Path) -> np.ndarray | None:
-        """The file's frames; None, with a warning that names it, if it is damaged past its header."""
-        if path in self.cache:
-            return self.cache[path]
-        try:
-            return _read_frames(path, self.size)
-        except Exception as error:
-            warnings.warn(f"{path} cannot be decoded and is skipped: {error}", stacklevel=2)
-            return None
+    def _settle_channels(self) -> None:
+        kinds = {(source.kind == "latent", source.channels): source.files[0] for source in self.sources}
+        if len(kinds) > 1:
+            one, other = list(kinds.values())[:2]
+            raise DataError(f"{one} and {other} are not alike: pictures and latents of any one number of channels")
+        ((self.latent, self.channels),) = kinds
+        if self.latent and (self.flip or self.grayscale):
+            raise DataError(f"{self.folder} holds latents, which can be neither mirrored nor made grey")
+        if not self.latent and self.latent_scale != 1:
+            raise DataError(f"{self.folder} holds pictures, and a latent scale is for latents")
+        self.channels = 1 if self.grayscale else self.channels
+
+    def _class_name(self, source: Source) -> str | None:
+        """The sub-folder of the folder that the clip is in."""
+        parts = source.files[0].relative_to(self.folder).parts
+        return parts[0] if len(parts) > 1 else None
+
+    def _picture(self, image: Image.Image) -> np.ndarray:
+        rgba = image.convert("RGBA")
+        flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        square = ImageOps.fit(flat.convert("L" if self.grayscale else "RGB"), [self.size] * 2, Image.Resampling.BOX)
+        return np.asarray(square).reshape(self.size, self.size, self.channels)
+
+    def _window(self, source: Source, start: int) -> Tensor:
+        """(C, T, H, W) from frame `start` on."""
+        wanted = range(start, start + self.span, self.frame_stride)
+        if source.kind == "latent":
+            y, x = (source.height - self.size) // 2, (source.width - self.size) // 2
+            latent = _open_latent(source.files[0])[:, wanted.start : wanted.stop : wanted.step]
+            return latent[..., y : y + self.size, x : x + self.size].float() * self.latent_scale
+        name, size = source.files[0], source.frames * self.size**2 * self.channels
+        if name not in self.cache and source.kind == "pictures" and size <= self.room:
+            self.cache[name] = np.stack([self._picture(image) for image in _read_images(source, range(source.frames))])
+            self.room -= size
+        if name in self.cache:  # a file that can only be decoded from its beginning on: once in a process
+            pictures = self.cache[name][wanted.start : wanted.stop : wanted.step]
+        else:
+            pictures = np.stack([self._picture(image) for image in _read_images(source, wanted)])
+        return torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        epoch, position = divmod(number, len(self.paths))
-        order = _epoch_order(self.seed, epoch, len(self.paths))
-        for offset in range(len(self.paths)):  # a damaged file's turn goes to the next whole one
-            path = self.paths[order[(position + offset) % len(self.paths)]]
-            clip = self._decode(path)
-            if clip is not None and len(clip) >= self.frames:
-                start = int(_random(self.seed, number, 1).integers(len(clip) - self.frames + 1))
-                window = torch.from_numpy(clip[start : start + self.frames])  # (T, H, W, 3)
-                label = self.classes.index(self._class_name(path)) if self.labels else -1
-                return window.permute(3, 0, 1, 2).float() / 127.5 - 1, label
-        raise DataError("not one file of the folder can be decoded")
+        epoch, position = divmod(number, len(self.sources))
+        order, random = _epoch_order(self.seed, epoch, len(self.sources)), _random(self.seed, number, 1)
+        for offset in range(len(self.sources)):  # a damaged file's turn goes to the next whole one
+            source = self.sources[order[(position + offset) % len(self.sources)]]
+            try:
+                window = self._window(source, int(random.integers(source.frames - self.span + 1)))
+            except Exception as error:
+                warnings.warn(f"{source.files[0]} cannot be decoded and is skipped: {error}", stacklevel=2)
+                continue
+            window = window.flip(-1) if self.flip and random.integers(2) else window
+            return window, self.classes.index(self._class_name(source)) if self.labels else -1
+        raise DataError(f"{self.folder}: not one file can be decoded")
 
 
-def _clip_files(folder: Path) -> list[Path]:
+def find_sources(folder: Path, index: Path | None) -> list[Source]:
+    """All clips under the folder. A file that has not changed since the index was written is not opened again."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: --data wants one with animated GIF, WebP or APNG files in it")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file())
+        raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
+    known = json.loads(index.read_text()) if index and index.exists() else {}
+    rows = {}
+
+    def look(files: tuple[Path, ...]) -> Source:
+        name, key = str(files[0]), [files[0].stat().st_mtime_ns, len(files)]
+        source = Source(files, *known[name][2:]) if name in known and known[name][:2] == key else _probe(files)
+        rows[name] = key + list(astuple(source)[1:])
+        return source
+
+    sources = []
+    for files in tqdm(_groups(folder), desc="looking at files", unit="clip", delay=2):
+        source = look(files)
+        whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
+        sources += [source] if whole else [look((file,)) for file in files]
+    if index and rows != known:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        aside = index.with_name(index.name + ".tmp")
+        aside.write_text(json.dumps(rows))
+        os.replace(aside, index)
+    return sources
 
 
-def open_data(
-    path: str | None, frames: int, size: int, digits: int = 1, seed: int = 0, labels: bool = False
-) -> Dataset:
-    """The moving digits if `path` is None, else the folder's clips, with its sub-folders' names as labels if asked.
-    Raises DataError."""
-    return FolderClips(path, frames, size, seed, labels) if path else MovingDigits(frames, size, digits, seed)
+def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
+    """What train.py's arguments ask for: the clips under `args.data`, or the moving digits. Raises DataError."""
+    if not args.data:
+        return MovingDigits(args.frames, args.size, args.digits, args.seed)
+    options = {name: getattr(args, name) for name in ("frame_stride", "flip", "grayscale", "latent_scale")}
+    return FolderClips(args.data, args.frames, args.size, args.seed, args.labels == "folder", index=index, **options)
 
 
 def to_images(clips: Tensor) -> np.ndarray:
@@ -240,3 +387,8 @@ def save_strip(clips: Tensor, path: str | Path, scale: int = 2) -> None:
     """Clips (B, C, T, H, W) as one PNG for papers: a clip a row, time to the right."""
     images = to_images(clips)
     _enlarge(_tile(images.reshape(-1, *images.shape[2:]), columns=images.shape[1]), scale).save(path, format="PNG")
+
+
+def save_latents(clips: Tensor, path: str | Path, latent_scale: float) -> None:
+    """Clips (B, C, T, H, W) as one .npy file, float32, at the scale that their VAE gave and takes."""
+    np.save(path, (clips.detach().float().cpu() / latent_scale).numpy())

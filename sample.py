@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import save_gif, save_strip
+from data import save_gif, save_latents, save_strip
 from model import DiT, DiTConfig
 from tpdiff import Pyramid, split_steps
 
 FORMAT = 3  # of the weight files; raised when old ones can no longer be read
 SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
+SUFFIXES = (".gif", ".png", ".npy")  # of what is written; the last for latents
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -105,6 +106,7 @@ class Weights:
     size: int
     classes: tuple[str, ...]
     step: int
+    latent_scale: float | None = None  # None: pictures
 
 
 HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
@@ -138,9 +140,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
     names = ("mode", "stages", "frames", "size", "step")
-    return Weights(
-        model.to(device).eval(), classes=tuple(content["classes"]), **{name: content[name] for name in names}
-    )
+    head = {name: content[name] for name in names} | {"latent_scale": content.get("latent_scale")}
+    return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
 
 
 def find_weights(mode: str, stages: int) -> Path:
@@ -230,10 +231,10 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
 
 
 def free_name(stem: Path) -> Path:
-    """`stem` with the first number at which neither its .gif nor its .png exists."""
+    """`stem` with the first number at which there is no such file."""
     for index in range(1_000_000):
         candidate = stem.with_name(f"{stem.name}-{index:03d}")
-        if not any(candidate.with_suffix(suffix).exists() for suffix in (".gif", ".png")):
+        if not any(candidate.with_suffix(suffix).exists() for suffix in SUFFIXES):
             return candidate
     raise ValueError(f"{stem.parent} is full")
 
@@ -286,11 +287,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")
     steps = args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages)
-    out = args.out.with_suffix("") if args.out and args.out.suffix in (".gif", ".png") else args.out
+    out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out
     out = out or free_name(Path("samples") / f"{weights.mode}-{weights.stages}")
-    gif, strip = out.with_name(out.name + ".gif"), out.with_name(out.name + ".png")
-    if gif.exists() or strip.exists():
-        raise ValueError(f"--out {out}: {gif if gif.exists() else strip} exists already; choose another name")
+    gif, strip, latents = (out.with_name(out.name + suffix) for suffix in SUFFIXES)
+    files = [gif, strip] if weights.latent_scale is None else [latents]
+    for file in files:
+        if file.exists():
+            raise ValueError(f"--out {out}: {file} exists already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
 
     print(f"weights: {path} ({weights.mode}, {weights.stages} stages, step {weights.step})")
@@ -298,12 +301,15 @@ def run(args: argparse.Namespace) -> None:
     options = steps, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
     seconds = (time.perf_counter() - start) / args.number
-    save_gif(clips, gif, columns=min(5, args.number))
-    save_strip(clips, strip)
+    if weights.latent_scale is None:
+        save_gif(clips, gif, columns=min(5, args.number))
+        save_strip(clips, strip)
+    else:
+        save_latents(clips, latents, weights.latent_scale)
     cost = full_rate_steps(counts, calls=1 if args.guidance == 1 else 2)
     print(f"{args.number} clips of {weights.frames} frames, {seconds:.2f} s a clip")
     print(f"steps {counts} (noisiest first) with {args.solver}: {cost:.4g} full-rate network calls a clip")
-    print(f"wrote {gif} and {strip}")
+    print(f"wrote {' and '.join(map(str, files))}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 import bench
+import data as data_module
 import sample
 import tpdiff
 import train
@@ -686,9 +687,17 @@ def clip_folder(tmp_path) -> Path:
 
 def test_folder_finds_animations_and_counts_what_it_skips(clip_folder):
     data = FolderClips(clip_folder, frames=6, size=8)
-    assert {path.name for path in data.paths} == {"a.gif", "b.webp", "c.png", "clear.webp"}
-    assert all(f"not decodable: {clip_folder / name}" in data.summary for name in ("broken.gif", "empty.webp"))
-    for part in ("9 files found", "4 used", "1 shorter than 6 frames", "2 not decodable", "2 stills"):
+    assert {source.files[0].name for source in data.sources} == {"a.gif", "b.webp", "c.png", "clear.webp"}
+    assert "\n" not in data.summary and all(
+        str(clip_folder / name) in data.summary for name in ("broken.gif", "empty.webp")
+    )
+    for part in (
+        "9 files found",
+        "4 used, 4 clips of 33 frames",
+        "1 shorter than 6 frames",
+        "2 that cannot be decoded",
+        "2 stills",
+    ):
         assert part in data.summary
     windows = [data[n][0] for n in range(40)]
     assert all(w.shape == (3, 6, 8, 8) and w.min() >= -1 and w.max() <= 1 for w in windows)
@@ -724,6 +733,135 @@ def test_sub_folders_are_the_labels(tmp_path):
     assert all((data[n][0][1].mean() > 0.5) == (data[n][1] == 1) for n in range(6))
 
 
+def numbered_stills(folder: Path, numbers, suffix: str = ".png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        Image.new("RGB", (16, 16), (10 * number, 0, 0)).save(folder / f"frame{number}{suffix}", quality=95)
+
+
+def reds(window: torch.Tensor) -> list[int]:
+    """The numbers of a window's frames, read off their red."""
+    return [round((red.item() + 1) * 127.5 / 10) for red in window[0].mean((1, 2))]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_numbered_stills_of_a_folder_are_a_clip_in_the_order_of_their_numbers(tmp_path, suffix):
+    numbered_stills(tmp_path / "clip", range(3, 13), suffix)
+    numbered_stills(tmp_path / "gap", [1, 2, 3, 5, 6, 7, 8], suffix)
+    data = FolderClips(tmp_path, frames=4, size=8)
+    assert "17 files found, 10 used, 1 clips of 10 frames in all; skipped: 7 stills" in data.summary
+    windows = [reds(data[n][0]) for n in range(40)]
+    assert all(window == list(range(window[0], window[0] + 4)) for window in windows)
+    assert {window[0] for window in windows} == set(range(3, 10))
+
+
+def test_animations_whose_names_are_numbered_stay_animations(tmp_path):
+    for number in (1, 2):
+        animation(tmp_path / f"{number}.png", 6)
+    data = FolderClips(tmp_path, frames=4, size=8)
+    assert [source.frames for source in data.sources] == [6, 6]
+
+
+def test_frame_stride_flip_and_grayscale(tmp_path):
+    numbered_stills(tmp_path, range(9))
+    data = FolderClips(tmp_path, frames=3, size=8, frame_stride=3)
+    assert {tuple(reds(data[n][0])) for n in range(30)} == {(0, 3, 6), (1, 4, 7), (2, 5, 8)}
+    with pytest.raises(DataError, match="shorter than 10 frames"):
+        FolderClips(tmp_path, frames=4, size=8, frame_stride=3)
+    image = Image.new("RGB", (16, 16), "red")
+    image.paste("white", (0, 0, 8, 16))
+    image.save(tmp_path / "a.gif", save_all=True, append_images=[image.rotate(180)])
+    for path in tmp_path.glob("frame*"):
+        path.unlink()
+    plain, flipped, grey = (FolderClips(tmp_path, 1, 8, **flag) for flag in ({}, {"flip": True}, {"grayscale": True}))
+    mirrored = [torch.equal(flipped[n][0], plain[n][0].flip(-1)) for n in range(64)]
+    assert all(mirrored[n] or torch.equal(flipped[n][0], plain[n][0]) for n in range(64)) and 16 < sum(mirrored) < 48
+    assert grey.channels == 1 and grey[0][0].shape == (1, 1, 8, 8)
+    assert {round(grey[n][0].min().item(), 1) for n in range(9)} == {round(76 / 127.5 - 1, 1)}  # the luminance of red
+
+
+def write_video(path: Path, frames: int, codec: str) -> None:
+    """Frame i is grey, 6 i bright; a key frame every ten."""
+    av = pytest.importorskip("av", reason="pip install av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options={"g": "10"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 32, 32, "yuv420p", 10**7
+        for index in range(frames):
+            image = Image.new("RGB", (32, 32), (6 * index,) * 3)
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "mpeg4"), ("a.mkv", "mpeg4"), ("a.avi", "mpeg4"), ("a.mov", "h264")])
+def test_videos_are_read_from_any_frame_on(tmp_path, name, codec):
+    write_video(tmp_path / name, 40, codec)
+    data = FolderClips(tmp_path, frames=3, size=8, frame_stride=2)
+    assert "1 clips of 40 frames" in data.summary
+    for start in range(36):
+        window = data._window(data.sources[0], start)
+        numbers = (window.mean((0, 2, 3)) + 1) * 127.5 / 6
+        assert (numbers - torch.tensor([start, start + 2, start + 4])).abs().max() < 0.6
+
+
+def test_a_video_without_pyav_says_what_to_install(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"any")
+    monkeypatch.setitem(sys.modules, "av", None)
+    words = ["--data", tmp_path, "--out", tmp_path / "run"]
+    assert "a.mp4 is a video, which needs PyAV to read: pip install av" in fails_with_one_line(
+        capsys, train.main, *words
+    )
+
+
+def test_latents_are_cropped_at_the_centre_and_scaled(tmp_path):
+    latent = torch.randn(5, 9, 8, 12, generator=seeded())
+    np.save(tmp_path / "a.npy", latent.numpy())
+    data = FolderClips(tmp_path, frames=9, size=8, latent_scale=0.5)
+    assert data.latent and data.channels == 5
+    torch.testing.assert_close(data[0][0], latent[..., 2:10] * 0.5)
+    (tmp_path / "a.npy").unlink()
+    torch.save(latent.bfloat16(), tmp_path / "a.pt")
+    torch.testing.assert_close(FolderClips(tmp_path, frames=9, size=8)[0][0], latent[..., 2:10].bfloat16().float())
+    with pytest.raises(DataError, match="neither mirrored nor made grey"):
+        FolderClips(tmp_path, frames=9, size=8, flip=True)
+    with pytest.raises(DataError, match="smaller than 16"):
+        FolderClips(tmp_path, frames=9, size=16)
+    animation(tmp_path / "b.gif", 9)
+    with pytest.raises(DataError, match="a.pt and .*b.gif are not alike"):
+        FolderClips(tmp_path, frames=9, size=8)
+
+
+def test_train_on_latents_then_sample_some(tmp_path, capsys):
+    (tmp_path / "latents").mkdir()
+    np.save(tmp_path / "latents" / "a.npy", np.full((4, 8, 8, 8), 20, np.float32))
+    words = ["--steps", "2", "--data", str(tmp_path / "latents"), "--latent-scale", "0.05", "--sample-interval", "2"]
+    run_training(tmp_path / "run", *words, "--size", "8")
+    assert np.load(tmp_path / "run" / "step-0000002.npy").shape == (10, 4, 8, 8, 8)
+    words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 2, "--steps", 3]
+    sample.main([*map(str, words)])
+    assert "it.npy" in capsys.readouterr().out
+    clips = np.load(tmp_path / "it.npy")
+    weights = sample.load_weights(tmp_path / "run" / "weights.pt")
+    expected = sample.generate(weights, Pyramid("flow", 3), None, 2, 3) / 0.05
+    assert clips.shape == (2, 4, 8, 8, 8) and np.allclose(clips, expected)
+    assert "it.npy exists already" in fails_with_one_line(capsys, sample.main, *words)
+
+
+def test_the_index_spares_files_that_have_not_changed(clip_folder, tmp_path, monkeypatch):
+    index, opened = tmp_path / "run" / "index.json", []
+    probe = data_module._probe
+    monkeypatch.setattr(data_module, "_probe", lambda files: opened.append(files[0].name) or probe(files))
+    numbered_stills(clip_folder / "stills", range(6))
+    first = FolderClips(clip_folder, 6, 8, index=index)
+    assert len(opened) == 10
+    again = FolderClips(clip_folder, 6, 8, index=index)
+    assert len(opened) == 10 and again.summary == first.summary and torch.equal(again[7][0], first[7][0])
+    animation(clip_folder / "short.gif", 7)
+    os.utime(clip_folder / "short.gif", (1, 1))
+    (clip_folder / "a.gif").unlink()
+    changed = FolderClips(clip_folder, 6, 8, index=index)
+    assert opened[10:] == ["short.gif"] and "5 clips" in changed.summary and "a.gif" not in index.read_text()
+
+
 def test_train_on_labels_then_sample_one_by_its_name(tmp_path, capsys):
     for name in ("cat", "dog"):
         animation(tmp_path / "clips" / name / "a.gif", 8)
@@ -744,10 +882,8 @@ def test_train_on_labels_then_sample_one_by_its_name(tmp_path, capsys):
 def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder):
     whole = (clip_folder / "deep" / "er" / "c.png").read_bytes()
     (clip_folder / "damaged.png").write_bytes(whole[:150] + bytes(len(whole) - 150))
-    assert f"not decodable: {clip_folder / 'damaged.png'}" in FolderClips(clip_folder, frames=6, size=8).summary
-    with pytest.warns(UserWarning, match="damaged.png"):  # without room for it at the start: when its turn comes
-        data = FolderClips(clip_folder, frames=6, size=8, cache_bytes=0)
-        assert clip_folder / "damaged.png" in data.paths
+    data = FolderClips(clip_folder, frames=6, size=8)
+    with pytest.warns(UserWarning, match="damaged.png"):
         assert all(data[n][0].shape == (3, 6, 8, 8) for n in range(5))
 
 
@@ -986,7 +1122,7 @@ def train_as_rank(rank: int, world: int, port: int, out: Path, options: list[str
 
     train.dist.destroy_process_group = destroy_last
     train.train(args, dataset, state, *place)
-    train.save(state, dataset.classes, args, world)
+    train.save(state, dataset, args, world)
 
 
 def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path):

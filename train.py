@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import sample
-from data import open_data, save_gif
+from data import open_data, save_gif, save_latents
 from model import DiT, DiTConfig, make_optimizers
 from sample import generator_for, non_negative_int, positive_int, real_number
 from tpdiff import Pyramid, align, downsample, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
+DATA_ONLY = ("labels", "frame_stride", "flip", "grayscale", "latent_scale")
 FREE += ("log_interval", "sample_interval", "save_interval")
 
 
@@ -44,8 +45,14 @@ def make_parser() -> sample.Parser:
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
     add("--align", action=argparse.BooleanOptionalAction, default=True, help="pair noise with data within a batch")
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="folder of animated GIF, WebP or APNG [moving digits, made on the fly]")
+    add("--data", help="folder of animations, numbered stills, videos or latents [moving digits, made on the fly]")
     add("--labels", choices=["folder"], help="folder: the names of --data's sub-folders are the classes [no labels]")
+    add("--frame-stride", type=positive_int, default=1, help="frames of --data from one frame of a clip to the next")
+    add("--flip", action="store_true", help="mirror half of the clips of --data")
+    add("--grayscale", action="store_true", help="one channel from --data instead of three")
+    add(
+        "--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="factor that brings latents to about unit size"
+    )
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip; must divide by 2^(stages - 1)")
     add("--size", type=positive_int, default=32, help="height and width in pixels; must divide by the patch")
@@ -100,8 +107,10 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
                 raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     elif (out / "checkpoint.pt").exists():
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
-    if args.labels and not args.data:
-        raise ValueError("--labels folder needs --data FOLDER")
+    for name in ("digits",) if args.data else DATA_ONLY:
+        if getattr(args, name) != parser.get_default(name):
+            where = "with --data" if args.data else "without --data"
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
     args.out, divisor = out, 2 ** (args.stages - 1)
     if args.frames % divisor:
         raise ValueError(f"--frames {args.frames} does not divide by {divisor}, as --stages {args.stages} needs")
@@ -222,9 +231,10 @@ def write_whole(content: dict, path: Path) -> None:
     os.replace(aside, path)
 
 
-def save(state: State, classes: tuple[str, ...], args: argparse.Namespace, world: int) -> None:
+def save(state: State, dataset: Dataset, args: argparse.Namespace, world: int) -> None:
     """checkpoint.pt to resume from, and weights.pt (the EMA in bf16) to sample from and to ship."""
-    head = {"format": sample.FORMAT, "config": asdict(state.model.config), "classes": list(classes), "step": state.step}
+    head = {"format": sample.FORMAT, "config": asdict(state.model.config), "step": state.step}
+    head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
     head |= {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "seconds": state.seconds, "world": world}
@@ -234,11 +244,16 @@ def save(state: State, classes: tuple[str, ...], args: argparse.Namespace, world
     write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
 
 
-def save_samples(state: State, pyramid: Pyramid, classes: tuple[str, ...], args: argparse.Namespace) -> None:
-    """A GIF of ten clips by the EMA weights, 30 Euler steps; the same noises every time, so that progress shows."""
-    weights = sample.Weights(state.ema, args.mode, args.stages, args.frames, args.size, classes, state.step)
-    clips = sample.generate(weights, pyramid, sample.choose_labels(classes, 10), 10, precision=args.precision)
-    save_gif(clips, args.out / f"step-{state.step:07d}.gif", columns=5)
+def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: argparse.Namespace) -> None:
+    """Ten clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they are latents; the same noises every
+    time, so that progress shows."""
+    weights = sample.Weights(state.ema, args.mode, args.stages, args.frames, args.size, dataset.classes, state.step)
+    clips = sample.generate(weights, pyramid, sample.choose_labels(dataset.classes, 10), 10, precision=args.precision)
+    stem = args.out / f"step-{state.step:07d}"
+    if dataset.latent:
+        save_latents(clips, stem.with_suffix(".npy"), args.latent_scale)
+    else:
+        save_gif(clips, stem.with_suffix(".gif"), columns=5)
 
 
 def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: argparse.Namespace) -> None:
@@ -318,7 +333,11 @@ def set_up(args: argparse.Namespace, checkpoint: dict | None) -> tuple:
     rank, world, device = start_processes()
     if checkpoint and checkpoint["world"] != world:
         raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
-    dataset = open_data(args.data, args.frames, args.size, args.digits, args.seed, args.labels == "folder")
+    for turn in range(min(world, 2)):  # rank 0 reads the files' headers and writes the index, then the others use it
+        if turn == min(rank, 1):
+            dataset = open_data(args, args.out / "index.json" if args.data else None)
+        if dist.is_initialized():
+            dist.barrier()
     if checkpoint and tuple(checkpoint["classes"]) != tuple(dataset.classes):
         raise ValueError(f"{args.out} was trained with other labels than {args.data} has now; --resume cannot go on")
     shape = dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
@@ -360,9 +379,9 @@ def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, w
             loss = write_metrics(args.out / "metrics.jsonl", state, lr, rate, first)
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
             if save_due and first:
-                save(state, dataset.classes, args, world)
+                save(state, dataset, args, world)
             if sample_due and first:
-                save_samples(state, pyramid, dataset.classes, args)
+                save_samples(state, pyramid, dataset, args)
             mark, since = time.perf_counter(), state.step
         if end:
             break
