@@ -7,7 +7,7 @@ video of the same shape comes out.
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ class DiTConfig:
     heads: int = 4
     stages: int = 3
     classes: int = 0  # 0: unconditional
+    temporal: bool = True  # False: an image model, whose blocks lack the temporal attention
 
     def __post_init__(self):
         for name in ("channels", "patch", "width", "depth", "heads", "stages"):
@@ -124,24 +125,28 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Spatial attention, temporal attention, MLP; adaLN-Zero on each, so that a new block is the identity."""
+    """Spatial attention, temporal attention, MLP; adaLN-Zero on each, so that a new block is the identity.
 
-    def __init__(self, width: int, heads: int):
+    The temporal attention has its own `temporal_condition`; an image model has neither."""
+
+    def __init__(self, width: int, heads: int, temporal: bool = True):
         super().__init__()
         self.spatial = Attention(width, heads, dim=2)
-        self.temporal = Attention(width, heads, dim=1)
+        self.temporal = Attention(width, heads, dim=1) if temporal else None
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.condition = nn.Linear(width, 9 * width)
+        self.condition = nn.Linear(width, 6 * width)
+        self.temporal_condition = nn.Linear(width, 3 * width) if temporal else None
 
     def forward(self, x: Tensor, condition: Tensor, space: Tensor, time: Tensor) -> Tensor:
         """x (B, T, N, D), condition (B, D), rotations by place and by time. The time enters the temporal attention
         alone, so with that attention's gate at zero a video model is its image model on every frame."""
-        parts = self.condition(condition)[:, None, None].to(x.dtype).chunk(9, dim=-1)  # 9 x (B, 1, 1, D)
-        shift, scale, gate = parts[0:3]
+        parts = self.condition(condition)[:, None, None].to(x.dtype).chunk(6, dim=-1)  # 6 x (B, 1, 1, D)
+        shift, scale, gate = parts[:3]
         x = torch.addcmul(x, gate, self.spatial(modulate(x, shift, scale), space))
-        shift, scale, gate = parts[3:6]
-        x = torch.addcmul(x, gate, self.temporal(modulate(x, shift, scale), time))
-        shift, scale, gate = parts[6:9]
+        if self.temporal is not None:
+            shift, scale, gate = self.temporal_condition(condition)[:, None, None].to(x.dtype).chunk(3, dim=-1)
+            x = torch.addcmul(x, gate, self.temporal(modulate(x, shift, scale), time))
+        shift, scale, gate = parts[3:]
         return torch.addcmul(x, gate, self.mlp(modulate(x, shift, scale)))
 
 
@@ -157,7 +162,7 @@ class DiT(nn.Module):
         self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_stage = nn.Embedding(config.stages, width)
         self.embed_label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.temporal) for _ in range(config.depth))
         self.final_condition = nn.Linear(width, 2 * width)
         self.unembed = nn.Linear(width, pixels)
         self._initialize()
@@ -170,8 +175,25 @@ class DiT(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.5)  # as large as the time embedding, so that labels count early
         # adaLN-Zero: all gates start at 0, so every block is the identity and the output is 0.
-        for linear in [block.condition for block in self.blocks] + [self.final_condition, self.unembed]:
+        conditions = [module for name, module in self.named_modules() if name.endswith("condition")]
+        for linear in [*conditions, self.unembed]:
             nn.init.zeros_(linear.weight)
+
+    @torch.no_grad()
+    def start_from(self, other: "DiT") -> None:
+        """Copies another model's weights. Temporal attention that `other` lacks stays the identity, and the embedding
+        of its one stage goes to all: so every frame comes out as the image model makes it.
+
+        Raises ValueError if the models differ in anything else.
+        """
+        grown = {"temporal": not other.config.temporal, "stages": other.config.stages == 1}
+        for name, given in asdict(other.config).items():
+            wanted = getattr(self.config, name)
+            if given != wanted and not grown.get(name):
+                raise ValueError(f"a model of {name} {wanted} cannot start from one of {name} {given}")
+        weights = other.state_dict()
+        weights["embed_stage.weight"] = weights["embed_stage.weight"].expand(self.config.stages, -1)
+        self.load_state_dict(weights, strict=self.config.temporal == other.config.temporal)
 
     @property
     def null_label(self) -> int:

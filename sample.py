@@ -17,7 +17,7 @@ from data import save_gif, save_latents, save_strip
 from model import DiT, DiTConfig
 from tpdiff import Pyramid, split_steps
 
-FORMAT = 3  # of the weight files; raised when old ones can no longer be read
+FORMAT = 4  # of the weight files; raised when old ones can no longer be read
 SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
 SUFFIXES = (".gif", ".png", ".npy")  # of what is written; the last for latents
 SHIPPED = Path(__file__).parent / "weights"
@@ -128,6 +128,11 @@ def load_file(path: Path, *keys: str) -> dict:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
     return content
+
+
+def weight_file(path: Path) -> Path:
+    """The file itself, or the weights in a run's folder."""
+    return path / "weights.pt" if path.is_dir() else path
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
@@ -277,7 +282,7 @@ def make_parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     device = choose_device()
     path = args.checkpoint or find_weights(args.mode or "flow", args.stages or 3)
-    path = path / "weights.pt" if path.is_dir() else path
+    path = weight_file(path)
     weights = load_weights(path, device)
     for flag, asked, trained in (("mode", args.mode, weights.mode), ("stages", args.stages, weights.stages)):
         if asked not in (None, trained):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -572,12 +573,43 @@ def test_one_frame_and_any_batch_give_what_a_clip_alone_gives():
     torch.testing.assert_close(model(x, t, 0)[1:2], model(x[1:2], t[1:2], 0), rtol=1e-4, atol=1e-5)
     # with the temporal attention's gate at zero, as in a new block, every frame is treated as an image
     for block in model.blocks:
-        for part in (block.condition.weight, block.condition.bias):
-            part.data[5 * 32 : 6 * 32] = 0
+        for part in (block.temporal_condition.weight, block.temporal_condition.bias):
+            part.data[2 * 32 : 3 * 32] = 0
     video = model(x, t, 0)
     for frame in range(4):
         image = model(x[:, :, frame : frame + 1], t, 0)
         torch.testing.assert_close(video[:, :, frame : frame + 1], image, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_video_model_that_starts_from_an_image_model_makes_every_frame_as_that_does(stages):
+    image_model = small_model(classes=3, stages=1, temporal=False)
+    torch.manual_seed(1)
+    video_model = DiT(replace(image_model.config, stages=stages, temporal=True))
+    video_model.start_from(image_model)
+    x, t, y = torch.randn(2, 1, 4, 8, 8), torch.rand(2), torch.tensor([0, 2])
+    for stage in range(stages):
+        frames = torch.cat([image_model(x[:, :, frame : frame + 1], t, 0, y) for frame in range(4)], dim=2)
+        torch.testing.assert_close(video_model(x, t, stage, y), frames, rtol=1e-4, atol=1e-5)
+    video_model(x, t, 0, y).square().mean().backward()  # what was added is not dead: it learns at the first step
+    assert all(block.temporal_condition.weight.grad.abs().max() > 0 for block in video_model.blocks)
+
+
+def test_image_model_has_no_weights_that_it_does_not_use():
+    image_model, x = small_model(temporal=False), torch.randn(1, 1, 1, 8, 8)
+    image_model(x, torch.tensor([0.5]), 0).sum().backward()
+    assert all(parameter.grad is not None for parameter in image_model.parameters())
+
+
+def test_model_starts_only_from_one_that_fits():
+    other = small_model(stages=1, temporal=False)
+    for name, value in {"width": 64, "depth": 3, "classes": 2, "channels": 3}.items():
+        with pytest.raises(ValueError, match=f"{name} {value} cannot start from one of {name}"):
+            DiT(replace(other.config, **{name: value})).start_from(other)
+    with pytest.raises(ValueError, match="temporal"):
+        other.start_from(small_model(stages=1))
+    with pytest.raises(ValueError, match="stages"):
+        small_model(stages=3).start_from(small_model(stages=2))
 
 
 def test_attention_on_cpu_is_scaled_dot_product_attention():
@@ -929,9 +961,9 @@ def run_training(out: Path, *options: str) -> dict:
 def small_state(*options: str) -> tuple[train.State, argparse.Namespace, Iterator]:
     """A run of a small model before its first step, its arguments and its batches."""
     args = train.make_parser().parse_args([*TINY, *options])
-    config, device = DiTConfig(width=16, depth=1, heads=1, patch=8, classes=10), torch.device("cpu")
-    state = train.make_state(config, args, device, None)
-    return state, args, train.make_batches(MovingDigits(8, 16), args, 0, 0, 1, device)
+    data, device = MovingDigits(8, 16), torch.device("cpu")
+    state = train.make_state(train.make_model(data, args), args, device, None)
+    return state, args, train.make_batches(data, args, 0, 0, 1, device)
 
 
 def gradient_of_first_step(*options: str) -> torch.Tensor:
@@ -1238,6 +1270,23 @@ def test_train_refuses_bad_input_in_one_sentence(words, message, tmp_path, capsy
     words = [word.format(tmp=tmp_path) for word in words.split()]
     assert message in fails_with_one_line(capsys, train.main, *words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_train_from_an_image_model(tmp_path, capsys):
+    image, video = tmp_path / "image", tmp_path / "video"
+    run_training(image, "--steps", "2", "--frames", "1", "--stages", "1")
+    options = ["--init", str(image), "--lr", "0", "--weight-decay", "0"]
+    checkpoint = run_training(video, "--steps", "2", *options)
+    ema = sample.load_weights(image / "weights.pt").model.state_dict()
+    assert all(torch.equal(checkpoint["model"][name], ema[name]) for name in ema if name != "embed_stage.weight")
+    (image / "weights.pt").unlink()  # is not needed any more
+    run_training(video, "--steps", "4", "--resume")
+    capsys.readouterr()
+    for words, message in ((options, "does not exist"), (["--init", str(video), "--mode", "ddim"], "--mode flow")):
+        assert message in fails_with_one_line(capsys, train.main, *TINY, *words, "--out", tmp_path / "x")
+    options = ["--init", str(video), "--depth", "2"]
+    assert "depth 2" in fails_with_one_line(capsys, train.main, *TINY, *options, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsys, monkeypatch):

@@ -59,6 +59,7 @@ def make_parser() -> sample.Parser:
     add("--workers", type=non_negative_int, default=1, help="processes that prepare clips")
     add = parser.add_argument_group("model").add_argument
     add("--patch", type=positive_int, default=4, help="patch size in pixels")
+    add("--init", metavar="CHECKPOINT", help="weights to start from: of an image model, or of another video model")
     add("--width", type=positive_int, default=128, help="channels of a token")
     add("--depth", type=positive_int, default=4, help="blocks")
     add("--heads", type=positive_int, default=4, help="attention heads")
@@ -203,9 +204,27 @@ class State:
     seconds: float = 0.0  # spent in training steps, over all resumptions
 
 
-def make_state(config: DiTConfig, args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> State:
+def make_model(dataset: Dataset, args: argparse.Namespace) -> DiT:
+    """A new model; of clips of one frame an image model."""
     torch.manual_seed(args.seed)
-    model = DiT(config).to(device)
+    shape = dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
+    return DiT(DiTConfig(*shape, temporal=args.frames > 1))
+
+
+def start_from_file(model: DiT, dataset: Dataset, args: argparse.Namespace) -> None:
+    """Gives the model the weights of --init. Raises ValueError if it was trained for something else."""
+    weights = sample.load_weights(sample.weight_file(Path(args.init)))
+    if weights.mode != args.mode or weights.classes != tuple(dataset.classes):
+        what = "other labels" if weights.mode == args.mode else f"--mode {weights.mode}"
+        raise ValueError(f"--init {args.init} was trained with {what}, so this run cannot start from it")
+    try:
+        model.start_from(weights.model)
+    except ValueError as error:
+        raise ValueError(f"--init {args.init}: {error}") from None
+
+
+def make_state(model: DiT, args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> State:
+    model = model.to(device)
     model.gradient_checkpointing = args.gradient_checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     losses = torch.zeros(2, args.stages, device=device)
@@ -340,8 +359,10 @@ def set_up(args: argparse.Namespace, checkpoint: dict | None) -> tuple:
             dist.barrier()
     if checkpoint and tuple(checkpoint["classes"]) != tuple(dataset.classes):
         raise ValueError(f"{args.out} was trained with other labels than {args.data} has now; --resume cannot go on")
-    shape = dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
-    state = make_state(DiTConfig(*shape), args, device, checkpoint)
+    model = make_model(dataset, args)
+    if args.init and not checkpoint:
+        start_from_file(model, dataset, args)
+    state = make_state(model, args, device, checkpoint)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         start_metrics(args.out / "metrics.jsonl", state.step)
