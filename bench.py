@@ -337,8 +337,7 @@ def split_step(args: argparse.Namespace, repeats: int) -> None:
 def pyramid_part(run: Run, k: int) -> None:
     """What Algorithm 2 adds to a training step at stage k, beside the network."""
     x0_stage = downsample(run.x0, 2**k)
-    noise = torch.randn_like(x0_stage)
-    x_start, x_end = run.pyramid.endpoints(run.x0, align(x0_stage, noise) if run.args.align else noise, k)
+    x_start, x_end = run.pyramid.endpoints(run.x0, train.draw_noise(x0_stage, None, run.args), k)
     run.pyramid.interpolate(x_start, x_end, k, torch.rand(run.args.batch))
 
 

@@ -34,7 +34,7 @@ import tpdiff
 import train
 from data import DataError, FolderClips, MovingDigits, save_gif, save_strip
 from model import DiT, DiTConfig, Muon, attention, fused_attention, rotate, temporal_positions
-from tpdiff import Pyramid, align, downsample, randn, split_steps, upsample
+from tpdiff import Pyramid, align, downsample, draw_nearest, randn, split_steps, upsample
 
 ROOT = Path(__file__).parent
 # A schedule of another kind than the default: Stable Diffusion's, 300 steps, and one far from linear.
@@ -280,6 +280,34 @@ def test_alignment_is_not_rounded_by_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         inside = align(x, noise)
     assert torch.equal(inside, align(x, noise))
+
+
+def test_nearest_noise_is_the_nearest_of_each_clip_s_own_draws():
+    x = clips(5, 1, 4, 2, 2)
+
+    def generators():
+        return [torch.Generator().manual_seed(index) for index in range(5)]
+
+    chosen, draws = draw_nearest(x, 6, generators()), generators()
+    all_of_them = torch.stack([randn(x.shape, draws, None, x.dtype) for _ in range(6)])
+    distances = (all_of_them - x).flatten(2).norm(dim=2)
+    assert torch.equal(chosen, all_of_them[distances.argmin(dim=0), torch.arange(5)])
+    assert torch.equal(draw_nearest(x[2:3], 6, generators()[2:3]), chosen[2:3])  # no batch is needed
+    assert torch.equal(draw_nearest(x, 1, generators()), all_of_them[0])
+    with pytest.raises(ValueError, match="nearest of 0"):
+        draw_nearest(x, 0)
+
+
+@pytest.mark.parametrize("draws, size", [(8000, 16), (600, 64)])  # D = 1024 and 16,384
+@pytest.mark.parametrize("candidates, c", [(2, 0.5642), (8, 1.4236)])  # the expected maximum of that many normals
+def test_nearest_noise_is_biased_as_its_docstring_says(candidates, c, draws, size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 4, size, size, generator=generator)
+    noise, m, D = draw_nearest(x.expand(draws, -1, -1, -1, -1), candidates, generator), x.square().mean(), x.numel()
+    s = (D * (2 + 4 * m.item())) ** 0.5
+    for values, expected in (noise.square() - 1, -2 * c / s), (x * noise, 2 * c * m.item() / s):
+        means = values.flatten(1).mean(dim=1)
+        assert means.mean().item() == pytest.approx(expected, rel=0.1, abs=4 * means.std().item() / draws**0.5)
 
 
 # ---- Section 3.5: renoising (Eq. 14-16) and the whole sampler, against matrices
@@ -1009,18 +1037,20 @@ class Spy(DiT):
 
 
 @both_modes
-@pytest.mark.parametrize("aligned", [True, False])
-def test_training_loss_is_that_of_algorithm_2(mode, aligned):
-    args = train.make_parser().parse_args(TINY)
-    args.align = aligned
+@pytest.mark.parametrize("alignment", ["assignment", "nearest", "none"])
+def test_training_loss_is_that_of_algorithm_2(mode, alignment):
+    args = train.make_parser().parse_args([*TINY, "--align", alignment, "--candidates", "3"])
     p, data, model = Pyramid(mode, 3), MovingDigits(8, 16), Spy(DiTConfig(width=8, depth=1, heads=1))
     x0 = torch.stack([data[n][0] for n in range(8)])
     for k in range(3):
         loss = train.training_loss(model, p, x0, torch.full((8,), -1), k, list(range(8)), args)
         generators = [sample.generator_for(0, sample.TRAINING, n) for n in range(8)]
         u = torch.stack([torch.rand(2, generator=generator)[0] for generator in generators])
-        noise = randn((8, 1, 8 // 2**k, 16, 16), generators)
-        noise = align(downsample(x0, 2**k), noise) if aligned else noise
+        if alignment == "nearest":
+            noise = draw_nearest(downsample(x0, 2**k), 3, generators)
+        else:
+            noise = randn((8, 1, 8 // 2**k, 16, 16), generators)
+            noise = align(downsample(x0, 2**k), noise) if alignment == "assignment" else noise
         x_t, target, t = p.interpolate(*p.endpoints(x0, noise, k), k, u)
         if mode == "ddim":  # the network's error in the velocity, eps_k = sigma x_t + gamma velocity
             gamma, sigma = (value.float().view(-1, 1, 1, 1, 1) for value in p.gamma_sigma(t))
@@ -1052,7 +1082,7 @@ def test_the_gradient_is_clipped_to_the_given_norm_and_not_at_zero():
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch():
-    options = "--clip", "0", "--no-align", "--precision", "fp32"
+    options = "--clip", "0", "--align", "none", "--precision", "fp32"
     accumulated = gradient_of_first_step("--batch", "4", "--accumulate", "2", *options)
     torch.testing.assert_close(accumulated, gradient_of_first_step("--batch", "8", *options))
 
@@ -1158,7 +1188,7 @@ def train_as_rank(rank: int, world: int, port: int, out: Path, options: list[str
 
 
 def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path):
-    options = ["--steps", "4", "--no-align"]
+    options = ["--steps", "4", "--align", "none"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -1257,6 +1287,8 @@ def fails_with_one_line(capsys, main, *words: str | Path) -> str:
         ("--steps 0", "--steps"),
         ("--stages -1", "--stages"),
         ("--mode edm", "edm"),
+        ("--align no", "--align"),
+        ("--candidates 4", "--candidates has no meaning with --align assignment"),
         ("--lr -1", "--lr"),
         ("--lr nan", "--lr"),
         ("--width 30", "30"),

@@ -30,7 +30,7 @@ import sample
 from data import open_data, save_gif, save_latents
 from model import DiT, DiTConfig, make_optimizers
 from sample import generator_for, non_negative_int, positive_int, real_number
-from tpdiff import Pyramid, align, downsample, randn
+from tpdiff import Generators, Pyramid, align, downsample, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
@@ -43,7 +43,13 @@ def make_parser() -> sample.Parser:
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
-    add("--align", action=argparse.BooleanOptionalAction, default=True, help="pair noise with data within a batch")
+    add(
+        "--align",
+        choices=["assignment", "nearest", "none"],
+        default="assignment",
+        help="how noise is paired with data: permuted within a batch, or the nearest of --candidates",
+    )
+    add("--candidates", type=positive_int, default=8, help="noises a clip for --align nearest")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of animations, numbered stills, videos or latents [moving digits, made on the fly]")
     add("--labels", choices=["folder"], help="folder: the names of --data's sub-folders are the classes [no labels]")
@@ -108,9 +114,10 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
                 raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     elif (out / "checkpoint.pt").exists():
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
-    for name in ("digits",) if args.data else DATA_ONLY:
+    idle = dict.fromkeys(("digits",), "with --data") if args.data else dict.fromkeys(DATA_ONLY, "without --data")
+    idle |= {} if args.align == "nearest" else {"candidates": f"with --align {args.align}"}
+    for name, where in idle.items():
         if getattr(args, name) != parser.get_default(name):
-            where = "with --data" if args.data else "without --data"
             raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
     args.out, divisor = out, 2 ** (args.stages - 1)
     if args.frames % divisor:
@@ -160,6 +167,14 @@ def draw_stage(seed: int, step: int, stages: int) -> int:
     return int(torch.randint(stages, (), generator=generator_for(seed, sample.STAGE, step)))
 
 
+def draw_noise(x0_stage: Tensor, generators: Generators, args: argparse.Namespace) -> Tensor:
+    """Noise for clips at a stage's rate, paired with them as --align says."""
+    if args.align == "nearest":
+        return draw_nearest(x0_stage, args.candidates, generators)
+    noise = randn(x0_stage.shape, generators, x0_stage.device, x0_stage.dtype)
+    return align(x0_stage, noise) if args.align == "assignment" else noise  # Algorithm 1
+
+
 def training_loss(model, pyramid: Pyramid, x0: Tensor, labels: Tensor, k: int, numbers: list[int], args) -> Tensor:
     """Algorithm 2 for one batch at stage k: noise, alignment, end points, a point between them, the squared error.
 
@@ -168,9 +183,7 @@ def training_loss(model, pyramid: Pyramid, x0: Tensor, labels: Tensor, k: int, n
     generators = [generator_for(args.seed, sample.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     x0_stage = downsample(x0, pyramid[k].stride)
-    noise = randn(x0_stage.shape, generators, x0.device, x0.dtype)
-    if args.align:
-        noise = align(x0_stage, noise)  # Algorithm 1
+    noise = draw_noise(x0_stage, generators, args)
     x_start, x_end = pyramid.endpoints(x0, noise, k)  # Eq. 7-8
     x_t, target, t = pyramid.interpolate(x_start, x_end, k, u)  # Eq. 10-13
     a, b = sample.output_coefficients(pyramid, x_t, t)
