@@ -94,7 +94,10 @@ class Run:
         self.bf16 = sample.use_bf16(args.precision, self.device)
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.data = open_data(args)
-        self.state = train.make_state(train.make_model(self.data, args), args, self.device, None)
+        model = train.make_model(self.data, args)
+        if args.init:
+            train.start_from_file(model, self.data, args)
+        self.state = train.make_state(model, args, self.device, None)
         self.model, self.pyramid = self.state.model, Pyramid(args.mode, args.stages)
         self.numbers = list(range(args.batch))
         clips, labels = zip(*(self.data[number] for number in self.numbers), strict=True)

@@ -6,13 +6,14 @@ A clip is float32 (C, T, H, W) with pixels in [-1, 1]; the label is an int, or -
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class MovingDigits(Dataset):
     Raises DataError if the frame is under 16 pixels or there is no frame or digit.
     """
 
-    channels, latent = 1, False
+    channels, latent, digest = 1, False, ""
     classes = tuple(str(digit) for digit in range(10))
 
     def __init__(self, frames: int = 16, size: int = 32, digits: int = 1, seed: int = 0):
@@ -78,18 +79,23 @@ class MovingDigits(Dataset):
         self.summary = f"moving digits, {digits} a clip, made on the fly"
         self.glyphs = [_glyph(digit, round(size * 5 / 8)) for digit in range(10)]
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        random = _random(self.seed, number)
-        clip, labels = np.zeros((self.frames, self.size, self.size), np.float32), []
+    def tracks(self, number: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """What sample `number` shows, digit by digit: its label and its corner's positions y (T,) and x (T,)."""
+        random, tracks = _random(self.seed, number), []
         for _ in range(self.digits):
-            labels.append(int(random.integers(10)))
-            glyph = self.glyphs[labels[-1]]
+            label = int(random.integers(10))
             speed, angle = random.uniform(self.size / 40, self.size / 16), random.uniform(0, 2 * np.pi)
-            room_y, room_x = self.size - glyph.shape[0], self.size - glyph.shape[1]
-            y = _bounce(random.uniform(0, room_y), speed * np.sin(angle), self.frames, room_y)
-            x = _bounce(random.uniform(0, room_x), speed * np.cos(angle), self.frames, room_x)
-            clip = np.maximum(clip, _place(glyph, y, x, self.size))
-        return torch.from_numpy(clip * 2 - 1)[None], labels[0]
+            rooms = [self.size - length for length in self.glyphs[label].shape]
+            starts = [random.uniform(0, room) for room in rooms]
+            velocities = speed * np.sin(angle), speed * np.cos(angle)
+            tracks.append((label, *map(_bounce, starts, velocities, [self.frames] * 2, rooms)))
+        return tracks
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        clip, tracks = np.zeros((self.frames, self.size, self.size), np.float32), self.tracks(number)
+        for label, y, x in tracks:
+            clip = np.maximum(clip, _place(self.glyphs[label], y, x, self.size))
+        return torch.from_numpy(clip * 2 - 1)[None], tracks[0][0]
 
 
 @dataclass(frozen=True)
@@ -104,41 +110,43 @@ class Source:
     width: int = 0
 
 
-def _groups(folder: Path) -> Iterator[tuple[Path, ...]]:
-    """The files of each clip under the folder, in order: one, or the stills of a folder whose numbers run on."""
+def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
+    """The files of each clip under the folder, in order: one, or with `series` the stills whose numbers run on."""
     for directory, below, names in os.walk(folder):
-        below.sort()
-        series = defaultdict(list)
-        for name in sorted(names):
-            path = Path(directory, name)
-            numbered = re.fullmatch(r"(.*?)(\d+)", path.stem) if path.suffix.lower() in STILLS else None
-            if numbered:
-                series[numbered[1], path.suffix].append((int(numbered[2]), path))
-            elif path.suffix.lower() in SUFFIXES and path.is_file():
-                yield (path,)
-        for members in series.values():
-            numbers, files = zip(*sorted(members), strict=True)
-            if numbers == tuple(range(numbers[0], numbers[0] + len(numbers))):
-                yield files
+        below[:] = sorted(name for name in below if Path(directory, name).resolve() != without)
+        numbered = defaultdict(list)
+        for path in (Path(directory, name) for name in sorted(names)):
+            suffix, match = path.suffix.lower(), re.fullmatch(r"(.*?)(\d+)", path.stem)
+            if suffix not in SUFFIXES or not path.is_file():
+                continue
+            if series and suffix in STILLS and match:
+                numbered[match[1], suffix].append((int(match[2]), path))
             else:
-                yield from ((file,) for file in files)
+                yield (path,)
+        for members in numbered.values():
+            members.sort()
+            ends = [i for i in range(1, len(members)) if members[i][0] != members[i - 1][0] + 1]
+            for start, end in zip([0, *ends], [*ends, len(members)], strict=True):
+                yield tuple(path for _, path in members[start:end])
 
 
 def _probe(files: tuple[Path, ...]) -> Source:
     """Reads the header. Raises DataError if that needs a package which is missing."""
+    suffix = files[0].suffix.lower()
     try:
-        if files[0].suffix.lower() in LATENTS:
+        if suffix in LATENTS:
             channels, frames, height, width = _open_latent(files[0]).shape
             return Source(files, "latent", frames, channels, height, width)
-        if files[0].suffix.lower() in VIDEOS:
+        if suffix in VIDEOS:
             with _import_av(files[0]).open(str(files[0])) as container:
                 stream = container.streams.video[0]
-                frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+                frames = stream.frames or _count_by_time(container, stream)
                 return Source(files, "video", frames, 3, stream.height, stream.width)
         with Image.open(files[0]) as image:
-            frames, shape = getattr(image, "n_frames", 1), (3, image.height, image.width)
-            series = len(files) > 1 and frames == 1
-            return Source(files, "stills", len(files), *shape) if series else Source(files, "pictures", frames, *shape)
+            frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+            stills = len(files) > 1 and frames == 1
+            kind, frames = ("stills", len(files)) if stills else ("pictures", frames)
+            return Source(files, kind, frames, 3, image.height, image.width)
     except DataError:
         raise
     except Exception:  # Pillow, FFmpeg and numpy raise many kinds for a damaged file
@@ -153,46 +161,81 @@ def _import_av(path: Path):
     return av
 
 
+def _count_by_time(container, stream) -> int:
+    """For a video whose header does not say how many frames it has: the time it lasts, at its average rate."""
+    times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+    return round((max(times) - min(times)) * stream.average_rate * stream.time_base) + 1
+
+
 def _open_latent(path: Path) -> Tensor:
-    """(C, T, H, W), not yet read from the disk."""
+    """(C, T, H, W) of real numbers, not yet read from the disk."""
     if path.suffix.lower() == ".pt":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+        latent = torch.load(path, map_location="cpu", weights_only=True, mmap=True).detach()
+    else:
+        latent = torch.from_numpy(np.load(path, mmap_mode="c"))
+    if latent.ndim != 4 or latent.is_complex():
+        raise ValueError(f"a latent is real and (C, T, H, W), not {latent.dtype} and {tuple(latent.shape)}")
+    return latent
 
 
 def _read_images(source: Source, wanted: range) -> Iterator[Image.Image]:
     """The frames of these numbers, in order. Raises what Pillow and FFmpeg raise for a damaged file."""
-    if source.kind == "stills":
-        for index in wanted:
-            with Image.open(source.files[index]) as image:
-                yield image
-    elif source.kind == "pictures":
-        with Image.open(source.files[0]) as image:
-            for index in wanted:
-                image.seek(index)
-                yield image
-    else:
+    if source.kind == "video":
         yield from _read_video(source.files[0], wanted)
+    for number in wanted if source.kind == "stills" else ():
+        with Image.open(source.files[number]) as image:
+            yield ImageOps.exif_transpose(image)
+    if source.kind == "pictures":
+        with Image.open(source.files[0]) as image:
+            for number in wanted:
+                image.seek(number)
+                yield ImageOps.exif_transpose(image)
 
 
 def _read_video(path: Path, wanted: range) -> Iterator[Image.Image]:
-    """Seeks to the last key frame before the first frame wanted, and decodes from there; frames are told by time."""
-    with _import_av(path).open(str(path)) as container:
-        stream = container.streams.video[0]
-        begin, frames_per_tick = stream.start_time or 0, stream.average_rate * stream.time_base
-        container.seek(begin + int(wanted[0] / frames_per_tick), stream=stream)
-        due = 0
-        for frame in container.decode(stream):
-            index = round((frame.pts - begin) * frames_per_tick)
-            while due < len(wanted) and index >= wanted[due]:  # a frame shown for long counts more than once
-                yield frame.to_image()
-                due += 1
-            if due == len(wanted):
-                return
-        if due == len(wanted) - 1:
-            yield frame.to_image()  # rounding put the last frame one too early
-        else:
-            raise ValueError(f"ends {len(wanted) - due} frames early")
+    """Frame number j is what is on the screen at j / average_rate seconds, so all last equally long.
+
+    Seeks to a key frame before the first one wanted and decodes from there.
+    """
+    av = _import_av(path)
+    for back in (0, 1, 10, np.inf):  # seconds: what follows a key frame may need frames before it, and be left out
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate, frames = stream.average_rate * stream.time_base, container.decode(stream)
+            shown = next(frames)
+            begin, target = shown.pts, wanted[0] / rate - back / stream.time_base
+            if target > 0:
+                try:
+                    container.seek(begin + int(target), stream=stream)
+                    shown = next(frames := container.decode(stream))
+                except (av.FFmpegError, StopIteration):
+                    continue
+            if round((shown.pts - begin) * rate) > wanted[0]:
+                continue
+            due = iter(wanted)
+            number = next(due)
+            for frame in frames:
+                while number is not None and round((frame.pts - begin) * rate) > number:
+                    yield _upright(shown, stream.sample_aspect_ratio)
+                    number = next(due, None)
+                if number is None:
+                    return
+                shown = frame
+            end = round((shown.pts - begin) * rate) + max(2, round((shown.duration or 0) * rate))  # as files disagree
+            while number is not None and number <= end:
+                yield _upright(shown, stream.sample_aspect_ratio)
+                number = next(due, None)
+            if number is not None:
+                raise ValueError(f"ends at frame {end}, before frame {number}")
+            return
+
+
+def _upright(frame, pixel_aspect) -> Image.Image:
+    """A video's frame as it is meant to be seen: with square pixels, and turned as a phone says it was held."""
+    image = frame.to_image()
+    if pixel_aspect and pixel_aspect != 1:
+        image = image.resize((round(image.width * pixel_aspect), image.height))
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 @lru_cache(maxsize=2)
@@ -230,7 +273,7 @@ class FolderClips(Dataset):
         self.frame_stride, self.flip, self.grayscale, self.latent_scale = frame_stride, flip, grayscale, latent_scale
         self.span = (frames - 1) * frame_stride + 1
         self.cache, self.room, self.sources, broken, reasons = {}, cache_bytes, [], [], Counter()
-        for source in find_sources(self.folder, index):
+        for source in find_sources(self.folder, index, series=self.span > 1):
             reason = self._reason_to_skip(source)
             reasons[reason] += len(source.files)
             if reason is None:
@@ -245,6 +288,8 @@ class FolderClips(Dataset):
         if not self.sources:
             raise DataError(f"{self.summary}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
         self._settle_channels()
+        names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]
+        self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if labels else ()
 
     def _reason_to_skip(self, source: Source) -> str | None:
@@ -278,10 +323,18 @@ class FolderClips(Dataset):
         return parts[0] if len(parts) > 1 else None
 
     def _picture(self, image: Image.Image) -> np.ndarray:
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 8
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         rgba = image.convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         square = ImageOps.fit(flat.convert("L" if self.grayscale else "RGB"), [self.size] * 2, Image.Resampling.BOX)
         return np.asarray(square).reshape(self.size, self.size, self.channels)
+
+    def _decode_whole(self, source: Source) -> np.ndarray | None:
+        try:
+            return np.stack([self._picture(image) for image in _read_images(source, range(source.frames))])
+        except Exception:  # damaged somewhere: windows before that are still good
+            return None
 
     def _window(self, source: Source, start: int) -> Tensor:
         """(C, T, H, W) from frame `start` on."""
@@ -289,12 +342,15 @@ class FolderClips(Dataset):
         if source.kind == "latent":
             y, x = (source.height - self.size) // 2, (source.width - self.size) // 2
             latent = _open_latent(source.files[0])[:, wanted.start : wanted.stop : wanted.step]
-            return latent[..., y : y + self.size, x : x + self.size].float() * self.latent_scale
+            latent = latent[..., y : y + self.size, x : x + self.size].float() * self.latent_scale
+            if not latent.isfinite().all():
+                raise ValueError("NaN or infinite numbers in it")
+            return latent
         name, size = source.files[0], source.frames * self.size**2 * self.channels
         if name not in self.cache and source.kind == "pictures" and size <= self.room:
-            self.cache[name] = np.stack([self._picture(image) for image in _read_images(source, range(source.frames))])
+            self.cache[name] = self._decode_whole(source)
             self.room -= size
-        if name in self.cache:  # a file that can only be decoded from its beginning on: once in a process
+        if self.cache.get(name) is not None:  # what can only be decoded from its beginning on: once in a process
             pictures = self.cache[name][wanted.start : wanted.stop : wanted.step]
         else:
             pictures = np.stack([self._picture(image) for image in _read_images(source, wanted)])
@@ -315,24 +371,33 @@ class FolderClips(Dataset):
         raise DataError(f"{self.folder}: not one file can be decoded")
 
 
-def find_sources(folder: Path, index: Path | None) -> list[Source]:
-    """All clips under the folder. A file that has not changed since the index was written is not opened again."""
+def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
+    """All clips under the folder but those beside the index. A file that has not changed since is not opened again."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
-    known = json.loads(index.read_text()) if index and index.exists() else {}
+    try:
+        known = json.loads(index.read_text())
+    except (AttributeError, OSError, ValueError):  # none, none yet, or damaged: it will be written anew
+        known = {}
     rows = {}
 
     def look(files: tuple[Path, ...]) -> Source:
-        name, key = str(files[0]), [files[0].stat().st_mtime_ns, len(files)]
-        source = Source(files, *known[name][2:]) if name in known and known[name][:2] == key else _probe(files)
-        rows[name] = key + list(astuple(source)[1:])
+        name, status = str(files[0]), files[0].stat()
+        key = [status.st_mtime_ns, status.st_size, len(files)]
+        source = Source(files, *known[name][3:]) if name in known and known[name][:3] == key else _probe(files)
+        if source.kind != "broken":
+            rows[name] = [*key, source.kind, source.frames, source.channels, source.height, source.width]
         return source
 
-    sources = []
-    for files in tqdm(_groups(folder), desc="looking at files", unit="clip", delay=2):
+    sources, without = [], index.parent.resolve() if index else None
+    for files in tqdm(_groups(folder, without, series), desc="looking at files", unit="clip", delay=2):
         source = look(files)
         whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
         sources += [source] if whole else [look((file,)) for file in files]
+    for source in sources:
+        if source.kind == "video":
+            _import_av(source.files[0])
+            break
     if index and rows != known:
         index.parent.mkdir(parents=True, exist_ok=True)
         aside = index.with_name(index.name + ".tmp")

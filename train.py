@@ -27,15 +27,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import sample
-from data import open_data, save_gif, save_latents
+from data import DataError, open_data, save_gif, save_latents
 from model import DiT, DiTConfig, make_optimizers
 from sample import generator_for, non_negative_int, positive_int, real_number
 from tpdiff import Generators, Pyramid, align, downsample, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
-DATA_ONLY = ("labels", "frame_stride", "flip", "grayscale", "latent_scale")
 FREE += ("log_interval", "sample_interval", "save_interval")
+DATA_ONLY = ("labels", "frame_stride", "flip", "grayscale", "latent_scale")
 
 
 def make_parser() -> sample.Parser:
@@ -230,6 +230,8 @@ def start_from_file(model: DiT, dataset: Dataset, args: argparse.Namespace) -> N
     if weights.mode != args.mode or weights.classes != tuple(dataset.classes):
         what = "other labels" if weights.mode == args.mode else f"--mode {weights.mode}"
         raise ValueError(f"--init {args.init} was trained with {what}, so this run cannot start from it")
+    if weights.latent_scale not in (None, args.latent_scale):
+        raise ValueError(f"--init {args.init} was trained with --latent-scale {weights.latent_scale}")
     try:
         model.start_from(weights.model)
     except ValueError as error:
@@ -267,7 +269,7 @@ def save(state: State, dataset: Dataset, args: argparse.Namespace, world: int) -
     """checkpoint.pt to resume from, and weights.pt (the EMA in bf16) to sample from and to ship."""
     head = {"format": sample.FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
-    head |= {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
+    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "seconds": state.seconds, "world": world}
     whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
@@ -360,18 +362,33 @@ class StopRequest:
         return self.signal
 
 
+def open_in_turn(args: argparse.Namespace, rank: int, world: int) -> Dataset:
+    """Rank 0 reads the files' headers and writes the index, then the others use it. Raises ValueError on all ranks."""
+    dataset, problem = None, ""
+    for turn in range(min(world, 2)):
+        if turn == min(rank, 1):
+            try:
+                dataset = open_data(args, args.out / "index.json" if args.data else None)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if dist.is_initialized():
+            dist.barrier()
+    failed = torch.tensor(float(bool(problem)))
+    if dist.is_initialized():
+        dist.all_reduce(failed)
+    if failed:
+        raise ValueError(problem or "another process cannot read the data")
+    return dataset
+
+
 def set_up(args: argparse.Namespace, checkpoint: dict | None) -> tuple:
     """What `train` needs: (dataset, state, rank, world, device). Raises ValueError or OSError on bad input."""
     rank, world, device = start_processes()
     if checkpoint and checkpoint["world"] != world:
         raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
-    for turn in range(min(world, 2)):  # rank 0 reads the files' headers and writes the index, then the others use it
-        if turn == min(rank, 1):
-            dataset = open_data(args, args.out / "index.json" if args.data else None)
-        if dist.is_initialized():
-            dist.barrier()
-    if checkpoint and tuple(checkpoint["classes"]) != tuple(dataset.classes):
-        raise ValueError(f"{args.out} was trained with other labels than {args.data} has now; --resume cannot go on")
+    dataset = open_in_turn(args, rank, world)
+    if checkpoint and checkpoint["digest"] != dataset.digest:
+        raise ValueError(f"{args.data} holds other clips than when {args.out} began; --resume cannot go on with them")
     model = make_model(dataset, args)
     if args.init and not checkpoint:
         start_from_file(model, dataset, args)
@@ -436,8 +453,13 @@ def main(argv: list[str] | None = None) -> None:
         args, checkpoint = parse_args(argv)
         ready = set_up(args, checkpoint)
     except (ValueError, OSError) as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         make_parser().error(str(error))
-    raise SystemExit(train(args, *ready))
+    try:
+        raise SystemExit(train(args, *ready))
+    except DataError as error:  # from a loader's process it comes with that one's traceback in front
+        make_parser().error(str(error).strip().splitlines()[-1].removeprefix("data.DataError: "))
 
 
 if __name__ == "__main__":
