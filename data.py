@@ -49,7 +49,7 @@ def _glyph(digit: int, height: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
-def _place(glyph: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
+def draw_digit(glyph: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
     """Frames (T, size, size) with the glyph's corner at the subpixel positions (y, x) (T,): bilinear, exact."""
     pixels = np.arange(size, dtype=np.float32)
     rows = np.maximum(0, 1 - np.abs(pixels[None, :, None] - y[:, None, None] - np.arange(glyph.shape[0])))
@@ -94,7 +94,7 @@ class MovingDigits(Dataset):
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         clip, tracks = np.zeros((self.frames, self.size, self.size), np.float32), self.tracks(number)
         for label, y, x in tracks:
-            clip = np.maximum(clip, _place(self.glyphs[label], y, x, self.size))
+            clip = np.maximum(clip, draw_digit(self.glyphs[label], y, x, self.size))
         return torch.from_numpy(clip * 2 - 1)[None], tracks[0][0]
 
 

@@ -215,11 +215,12 @@ def generate(
     seed: int = 0,
     precision: str = "auto",
     progress: bool = False,
+    first: int = 0,
 ) -> Tensor:
-    """`number` clips (B, C, T, H, W). Clip i has a noise of its own, from `seed` and i, whatever the number."""
+    """`number` clips (B, C, T, H, W) from number `first` on. Clip i's noise depends on `seed` and i alone."""
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, weights.size, weights.size)
-    generators = [generator_for(seed, SAMPLING, index) for index in range(number)]
+    generators = [generator_for(seed, SAMPLING, index) for index in range(first, first + number)]
     labels = labels if labels is None else labels.to(device)
     predict = make_predict(weights.model, pyramid, labels, guidance, use_bf16(precision, device))
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)

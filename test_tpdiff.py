@@ -27,9 +27,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import data as data_module
+import evaluate
 import sample
 import tpdiff
 import train
@@ -1080,6 +1082,7 @@ def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder):
     assert all(torch.equal(scarce[n][0], whole[n]) for n in range(30)) and scarce.room >= 0
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be decoded")
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_folder_of_files_all_damaged_further_in_ends_in_one_sentence(tmp_path, capfd, workers):
     (tmp_path / "clips").mkdir()
@@ -1772,3 +1775,169 @@ def test_every_test_that_the_readme_names_exists():
     rows = [row for row in table.splitlines() if row.startswith("|")]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.rpartition(" | ")[2])}
     assert len(named) > 12 and all(f"test_{name}" in globals() for name in named), named
+
+
+# ---- evaluate.py: what a number means
+
+
+def noisy(x: torch.Tensor, strength: float) -> torch.Tensor:
+    return x + strength * torch.randn(x.shape, generator=seeded())
+
+
+def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    weights = torch.exp(-torch.arange(-6, 7).float().square() / (2 * sigma**2))
+    weights, frames = weights / weights.sum(), x.transpose(1, 2).flatten(0, 1)
+    frames = nn.functional.pad(frames, (6, 6, 6, 6), mode="replicate")
+    for shape in ((1, 1, 1, -1), (1, 1, -1, 1)):
+        frames = nn.functional.conv2d(frames, weights.view(shape))
+    return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+def with_frames_shuffled(x: torch.Tensor, swaps: int) -> torch.Tensor:
+    random, shuffled = np.random.default_rng(0), x.clone()
+    for clip in shuffled:
+        for _ in range(swaps):
+            i, j = random.choice(x.shape[2], 2, replace=False)
+            clip[:, [i, j]] = clip[:, [j, i]]
+    return shuffled
+
+
+def with_frames_doubled(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Every second one of the first `count` frames is the one before it again."""
+    numbers = torch.arange(x.shape[2])
+    return x[:, :, numbers.where(numbers >= count, numbers // 2 * 2)]
+
+
+def with_patches_permuted(x: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` pairs of the clip's 16 patches of 8 x 8 change places, the same in all frames: brightness is kept."""
+    random, patches = np.random.default_rng(0), x.unflatten(4, (4, 8)).unflatten(3, (4, 8)).clone()
+    for clip in patches:
+        for _ in range(count):
+            a, b, c, d = random.integers(4, size=4)
+            clip[:, :, a, :, b], clip[:, :, c, :, d] = clip[:, :, c, :, d].clone(), clip[:, :, a, :, b].clone()
+    return patches.flatten(5, 6).flatten(3, 4)
+
+
+def with_phases_scrambled(x: torch.Tensor, share: float) -> torch.Tensor:
+    """The strength of every spatial frequency is kept, its place is not."""
+    spectrum = torch.fft.rfft2(x)
+    phases = 2 * math.pi * share * torch.rand(len(x), 1, 1, *spectrum.shape[-2:], generator=seeded())
+    phases[..., 0, 0] = 0
+    return torch.fft.irfft2(spectrum * torch.exp(1j * phases), s=x.shape[-2:])
+
+
+@pytest.fixture(scope="module")
+def judged():
+    judge = evaluate.load_judge()
+    return judge, judge.features(evaluate.real_clips(0, 1000)), evaluate.real_clips(1000, 500)
+
+
+@pytest.mark.parametrize(
+    "damage, strengths",
+    [
+        (noisy, (0.2, 0.4, 0.8)),
+        (blurred, (1, 2, 4)),
+        (with_frames_shuffled, (1, 2, 4)),
+        (with_frames_doubled, (4, 8, 16)),
+        (with_patches_permuted, (2, 8, 32)),
+        (with_phases_scrambled, (0.1, 0.25, 0.5)),
+    ],
+)
+def test_judge_distance_grows_with_damage_of_every_kind(damage, strengths, judged):
+    judge, reference, clips = judged
+    distances = [evaluate.frechet_distance(judge.features(damage(clips, s)), reference) for s in strengths]
+    real = evaluate.frechet_distance(judge.features(clips), reference)
+    assert all(less < more for less, more in itertools.pairwise([1.2 * real, *distances])), (real, distances)
+
+
+def test_destroyed_structure_is_farther_from_real_than_any_damage_that_leaves_the_digit(judged):
+    judge, reference, clips = judged
+    distance = lambda x: evaluate.frechet_distance(judge.features(x), reference)  # noqa: E731
+    destroyed = min(distance(with_patches_permuted(clips, 32)), distance(with_phases_scrambled(clips, 0.5)))
+    assert destroyed > 2 * max(
+        distance(noisy(clips, 0.4)), distance(blurred(clips, 1)), distance(with_frames_doubled(clips, 16))
+    )
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    a = torch.randn(100_000, 3, generator=seeded(), dtype=torch.float64)
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T  # mean 0, covariance 1, exactly
+    scale, shift = torch.tensor([1.0, 2, 3]).double(), torch.tensor([1.0, 0, 2]).double()
+    assert evaluate.frechet_distance(a, a * scale + shift) == pytest.approx(5 + 0 + 1 + 4)
+    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_digit_scores_are_near_one_on_real_clips_and_know_what_is_wrong(judged):
+    judge, _, clips = judged
+    scores = {
+        name: evaluate.digit_scores(judge, damaged)
+        for name, damaged in {
+            "real": clips,
+            "noise": torch.randn(clips.shape, generator=seeded()).clamp(-1, 1),
+            "black": torch.full_like(clips, -1),
+            "shuffled": with_frames_shuffled(clips, 4),
+            "changing": torch.cat([clips[:, :, :8], clips.roll(1, dims=0)[:, :, 8:]], dim=2),
+            "patches": with_patches_permuted(clips, 32),
+        }.items()
+    }
+    assert min(scores["real"].values()) > 0.95
+    assert max(scores["noise"].values()) < 0.01 and scores["black"]["kept"] < 0.01 and scores["patches"]["kept"] < 0.1
+    assert scores["shuffled"]["kept"] > 0.9 and scores["shuffled"]["straight"] < 0.1
+    assert scores["changing"]["legible"] > 0.95 and scores["changing"]["kept"] < 0.2
+
+
+def test_flicker_is_the_mean_squared_second_difference():
+    still_motion = torch.arange(5.0).view(1, 1, 5, 1, 1)
+    assert evaluate.flicker(still_motion) == 0 and evaluate.flicker(still_motion % 2) == 4
+
+
+@both_modes
+def test_plain_noise_has_the_variance_of_the_paper_s_and_no_noise_has_none(mode):
+    x = torch.zeros(2000, 1, 2, 3, 3, dtype=torch.float64)
+    paper, plain, none = (
+        kind(mode, 3).renoise(x, 1, seeded()) for kind in (Pyramid, evaluate.PlainNoise, evaluate.WithoutNoise)
+    )
+    assert paper.var() == pytest.approx(plain.var().item(), rel=0.03) and none.abs().max() == 0
+    pairs = plain.unflatten(2, (2, 2))
+    assert abs((pairs[:, :, :, 0] * pairs[:, :, :, 1]).mean()) < 0.03 * plain.var()
+
+
+def test_predicted_speedup():
+    without_attention = evaluate.predicted_speedup([10, 10, 10], 16, 1, 10**9, 4, "full")
+    assert without_attention == pytest.approx(12 / 7)  # 1.71, the paper's Table 1
+    assert evaluate.predicted_speedup([30], 16, 64, 128, 4, "factorized") == 1
+    size = DiTConfig()
+    model, x, t = DiT(size).eval(), torch.randn(1, 1, 16, 32, 32), torch.zeros(1)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, 0)
+    ours = 2 * evaluate.network_cost(16, 64, size.width, size.depth, "factorized")
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("command, settings", [("quality", 2), ("renoise", 4)])
+def test_evaluate_measures_the_shipped_weights_and_writes_what_it_found(command, settings, tmp_path, capsys):
+    options = "--number 3 --reference 20 --seeds 0 5 --steps 3 --batch 2".split()
+    evaluate.main([command, *options, "--out", str(tmp_path)])
+    content = json.loads((tmp_path / f"{command}-flow-3.json").read_text())
+    assert content["options"]["seeds"] == [0, 5] and content["torch"] == torch.__version__
+    assert len(content["found"]) == settings and "real clips" in content["found"]
+    for values in content["found"].values():
+        assert all(len(by_seed) == 2 and math.isfinite(sum(by_seed)) for by_seed in values.values())
+    ours = [values for name, values in content["found"].items() if name != "real clips"]
+    assert len({values["flicker"][0] for values in ours}) == len(ours)  # each way gives other clips
+    assert (tmp_path / "renoise-flow.png").exists() == (command == "renoise")
+
+
+def test_clips_in_batches_are_those_of_one_batch():
+    weights = sample.load_weights(sample.SHIPPED / "flow-3.pt")
+    labels, p = sample.choose_labels(weights.classes, 3), Pyramid("flow", 3)
+    together = sample.generate(weights, p, labels, 3, steps=3)
+    last = sample.generate(weights, p, labels[2:], 1, steps=3, first=2)
+    torch.testing.assert_close(last, together[2:], rtol=1e-3, atol=1e-4)
+
+
+def test_evaluate_refuses_what_the_judge_does_not_know(tmp_path, capsys):
+    run_training(tmp_path / "run", "--steps", "1")
+    capsys.readouterr()
+    words = ["quality", "--checkpoint", tmp_path / "run", "--out", tmp_path / "results"]
+    assert "not trained on moving digits of 32x32" in fails_with_one_line(capsys, evaluate.main, *words)
