@@ -1467,10 +1467,22 @@ def test_train_from_an_image_model(tmp_path, capsys):
         assert message in fails_with_one_line(capsys, train.main, *TINY, *words, "--out", tmp_path / "x")
     animation(tmp_path / "clips" / "a.gif", 8)
     words = [*TINY, "--init", str(video), "--data", str(tmp_path / "clips"), "--out", str(tmp_path / "x")]
-    assert "other labels" in fails_with_one_line(capsys, train.main, *words)
+    assert "was trained with labels, unlike this" in fails_with_one_line(capsys, train.main, *words)
     options = ["--init", str(video), "--depth", "2"]
     assert "depth 2" in fails_with_one_line(capsys, train.main, *TINY, *options, "--out", tmp_path / "x")
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
+
+
+def test_labels_of_the_model_to_start_from_go_by_name(tmp_path):
+    for name in ("cat/a.gif", "dog/a.gif"):
+        animation(tmp_path / "old" / name, 8)
+    for name in ("ant/a.gif", "dog/a.gif"):
+        animation(tmp_path / "new" / name, 8)
+    words = ["--steps", "1", "--lr", "0", "--weight-decay", "0", "--labels", "folder", "--data"]
+    run_training(tmp_path / "a", *words, str(tmp_path / "old"))
+    old = sample.load_weights(tmp_path / "a" / "weights.pt").model.embed_label.weight  # cat, dog, none
+    new = run_training(tmp_path / "b", *words, str(tmp_path / "new"), "--init", str(tmp_path / "a"))
+    assert torch.equal(new["model"]["embed_label.weight"], old[[2, 1, 2]])  # ant, dog, none
 
 
 def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsys, monkeypatch):

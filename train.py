@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -227,9 +227,17 @@ def make_model(dataset: Dataset, args: argparse.Namespace) -> DiT:
 def start_from_file(model: DiT, dataset: Dataset, args: argparse.Namespace) -> None:
     """Gives the model the weights of --init. Raises ValueError if it was trained for something else."""
     weights = sample.load_weights(sample.weight_file(Path(args.init)))
-    if weights.mode != args.mode or weights.classes != tuple(dataset.classes):
-        what = "other labels" if weights.mode == args.mode else f"--mode {weights.mode}"
-        raise ValueError(f"--init {args.init} was trained with {what}, so this run cannot start from it")
+    if weights.mode != args.mode:
+        raise ValueError(f"--init {args.init} was trained with --mode {weights.mode}, not {args.mode}")
+    if bool(weights.classes) != bool(dataset.classes):
+        raise ValueError(
+            f"--init {args.init} was trained {'with' if weights.classes else 'without'} labels, unlike this"
+        )
+    if dataset.classes:  # by name, and a name that is new starts as the null label
+        old, embedding = weights.classes, weights.model.embed_label
+        rows = [old.index(name) if name in old else len(old) for name in dataset.classes] + [len(old)]
+        embedding.weight = torch.nn.Parameter(embedding.weight[rows])
+        weights.model.config = replace(weights.model.config, classes=len(dataset.classes))
     if weights.latent_scale not in (None, args.latent_scale):
         raise ValueError(f"--init {args.init} was trained with --latent-scale {weights.latent_scale}")
     try:
