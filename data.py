@@ -330,11 +330,19 @@ class FolderClips(Dataset):
         square = ImageOps.fit(flat.convert("L" if self.grayscale else "RGB"), [self.size] * 2, Image.Resampling.BOX)
         return np.asarray(square).reshape(self.size, self.size, self.channels)
 
-    def _decode_whole(self, source: Source) -> np.ndarray | None:
-        try:
-            return np.stack([self._picture(image) for image in _read_images(source, range(source.frames))])
-        except Exception:  # damaged somewhere: windows before that are still good
-            return None
+    def _pictures(self, source: Source, wanted: range) -> np.ndarray:
+        """(T, H, W, C) of bytes. While there is room, frames are kept and not decoded again in this process."""
+        name = source.files[0]
+        kept = before = self.cache.get(name, {})
+        if not kept.keys() >= set(wanted):
+            read = range(wanted[-1] + 1) if source.kind == "pictures" else wanted  # an animation from its beginning on
+            images = zip(read, _read_images(source, read), strict=True)
+            kept = before | {number: self._picture(image) for number, image in images if number not in before}
+            cost = (len(kept) - len(before)) * self.size**2 * self.channels
+            if cost <= self.room:
+                self.cache[name] = kept
+                self.room -= cost
+        return np.stack([kept[number] for number in wanted])
 
     def _window(self, source: Source, start: int) -> Tensor:
         """(C, T, H, W) from frame `start` on."""
@@ -346,14 +354,7 @@ class FolderClips(Dataset):
             if not latent.isfinite().all():
                 raise ValueError("NaN or infinite numbers in it")
             return latent
-        name, size = source.files[0], source.frames * self.size**2 * self.channels
-        if name not in self.cache and source.kind == "pictures" and size <= self.room:
-            self.cache[name] = self._decode_whole(source)
-            self.room -= size
-        if self.cache.get(name) is not None:  # what can only be decoded from its beginning on: once in a process
-            pictures = self.cache[name][wanted.start : wanted.stop : wanted.step]
-        else:
-            pictures = np.stack([self._picture(image) for image in _read_images(source, wanted)])
+        pictures = self._pictures(source, wanted)
         return torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
