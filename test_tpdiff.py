@@ -1,6 +1,7 @@
 """The proof, in the paper's order. A test's name says what is true; break the formula it guards and it goes red."""
 
 import argparse
+import contextlib
 import functools
 import gc
 import itertools
@@ -8,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -514,6 +516,11 @@ def test_progress_bar_counts_the_steps(capfd):
     assert capfd.readouterr().err == ""
 
 
+def nan_at(stage: int, t_below: float):
+    """A predictor that fails from some time on."""
+    return lambda x, t, k: x / 0 if k == stage and t[0] < t_below else x
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -535,6 +542,7 @@ def test_progress_bar_counts_the_steps(capfd):
         (lambda: Pyramid("flow").sample(lambda x, t, k: x, (1, 1, 8, 2, 2), steps=2), "3 stages.*2"),
         (lambda: Pyramid("flow").sample(lambda x, t, k: x, (1, 1, 8, 2, 2), solver="heun"), "heun"),
         (lambda: Pyramid("flow").sample(lambda x, t, k: x[:, :, :1], (1, 1, 8, 2, 2)), "predict returned"),
+        (lambda: Pyramid("flow").sample(nan_at(1, 0.5), (1, 1, 8, 2, 2)), "NaN or infinity at stage 1, step 7 of 10"),
     ],
 )
 def test_bad_input_raises_value_error_that_names_the_numbers(call, message):
@@ -1410,11 +1418,182 @@ def test_training_in_bf16_gives_finite_weights(tmp_path):
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in content["model"].values())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "training_loss", lambda model, *_: sum(p.sum() for p in model.parameters()) * math.nan)
-    with pytest.raises(SystemExit, match="loss is nan at step 2"):
-        train.main([*TINY, "--steps", "4", "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+def broken_loss(bad: set[int]):
+    """training_loss that is NaN at these steps of a run of one micro-batch a step."""
+    true_loss = train.training_loss
+
+    def loss(model, pyramid, x0, labels, k, numbers, args):
+        value = true_loss(model, pyramid, x0, labels, k, numbers, args)
+        return value * math.nan if numbers[0] // args.batch in bad else value
+
+    return loss
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    options = ["--steps", "6", "--log-interval", "1", "--stages", "1"]
+    whole = run_training(tmp_path / "whole", *options)
+    monkeypatch.setattr(train, "training_loss", broken_loss({0, 1, 4}))
+    content = run_training(tmp_path / "run", *options)
+    assert (content["skipped"], content["skipped_in_a_row"], whole["skipped"]) == (3, 0, 0)
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [row["skipped"] for row in rows] == [1, 2, 2, 2, 3, 3]
+    assert [row["loss"] is None for row in rows] == [True, True, False, False, True, False]
+    assert all(value.isfinite().all() for part in ("model", "ema") for value in content[part].values())
+    states = [state for optimizer in content["optimizers"] for state in optimizer["state"].values()]
+    assert {int(state["step"]) for state in states if "step" in state} == {3}  # of the six, AdamW took three
+
+
+def test_ten_skipped_steps_in_a_row_end_the_run_and_the_message_says_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "training_loss", broken_loss(set(range(4, 13)) | set(range(14, 30))))
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*TINY, "--steps", "40", "--save-interval", "3", "--out", str(run)])
+    stage = train.draw_stage(0, 23, 3)  # steps count from 0 here, and from 1 in what is printed
+    assert f"10 steps in a row, last at step 24, stage {stage}" in str(stopped.value)
+    assert f"the last checkpoint is {run / 'checkpoint.pt'}" in str(stopped.value)
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert content["step"] == 21 and all(value.isfinite().all() for value in content["model"].values())
+    monkeypatch.setattr(train, "training_loss", broken_loss(set(range(40))))
+    with pytest.raises(SystemExit, match="there is no checkpoint yet"):
+        train.main([*TINY, "--steps", "40", "--out", str(tmp_path / "other")])
+
+
+def test_the_newest_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
+    losses = {0: 5.0, 1: 4.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 3.0, 6: 9.0}
+
+    def loss(model, pyramid, x0, labels, k, numbers, args):
+        parameters = sum(parameter.sum() for parameter in model.parameters())
+        return 0 * parameters + losses[numbers[0] // args.batch]
+
+    monkeypatch.setattr(train, "training_loss", loss)
+    run, names = tmp_path / "run", ("checkpoint.pt", "checkpoint-previous.pt", "checkpoint-best.pt")
+    run_training(run, "--stages", "1", "--steps", "7", "--save-interval", "2")
+    contents = [torch.load(run / name, weights_only=True) for name in names]
+    assert [content["step"] for content in contents] == [7, 6, 4] and contents[0]["best"] == 1.5
+    assert {path.name for path in run.glob("checkpoint*")} == set(names)
+
+
+def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("one")
+
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    train.keep_as(tmp_path / "a", "b")
+    assert (tmp_path / "b").read_text() == "one" and len(list(tmp_path.iterdir())) == 2
+
+
+def full_disk(room: int) -> None:
+    """Lets no file of this process grow past `room` bytes; what a full disk does to a write, without a disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    run = tmp_path / "run"
+    run_training(run, "--steps", "2")
+    before = (run / "checkpoint.pt").read_bytes()
+    words = ["--resume", "--out", run, "--steps", "4"]
+    process = command(ROOT / "train.py", *words, preexec_fn=lambda: full_disk(len(before) // 2))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert f"{run / 'checkpoint.pt'} could not be written" in err and "continue with --resume" in err
+    assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob("*.tmp"))
+    assert run_training(run, "--resume", "--steps", "4")["step"] == 4
+
+
+@pytest.mark.trial
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    """The same on a disk that is full, where one may be mounted."""
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "disk"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        run = tmp_path / "disk" / "run"
+        process = command(ROOT / "train.py", *TINY, "--steps", 40, "--save-interval", 2, "--out", run)
+        while process.poll() is None:  # something else fills the disk
+            if (run / "checkpoint.pt").exists():
+                with contextlib.suppress(OSError), open(tmp_path / "disk" / "other", "ab") as file:
+                    file.write(bytes(200_000))
+            time.sleep(0.05)
+        err = process.communicate()[1]
+        assert process.returncode == 2 and "could not be written" in err and "Traceback" not in err, err
+        assert "No space left" in err or "unexpected pos" in err, err
+        (tmp_path / "disk" / "other").unlink()
+        assert 0 < train.load_checkpoint(run / "checkpoint.pt")["step"] < 40
+        assert run_training(run, "--resume")["step"] == 40
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def start_in_child(words: list[str], log: Path) -> None:
+    torch.set_num_threads(1)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    train.main(words)
+
+
+@pytest.mark.trial
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(tmp_path):
+    """At least 200 kills of short runs that save after every step; each finished run has the weights of one that no
+    one killed, and after each kill the checkpoint is whole and no older than before."""
+    words = ["--steps", "60", "--save-interval", "1", "--sample-interval", "25"]
+    whole = run_training(tmp_path / "whole", *words)
+    processes, random = mp.get_context("forkserver"), np.random.default_rng(0)
+    processes.set_forkserver_preload(["test_tpdiff"])
+    kills = writing = finished = 0
+    while kills < 200:
+        run, step = tmp_path / f"run-{finished}", 0
+        while True:
+            resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
+            options = [*(resume or [*TINY, *words]), "--out", str(run)]
+            process = processes.Process(target=start_in_child, args=(options, tmp_path / "log"))
+            process.start()
+            process.join(random.uniform(0, 1.5))
+            process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL), (process.exitcode, (tmp_path / "log").read_text())
+            if process.exitcode == 0:
+                break
+            kills += 1
+            writing += bool(list(run.glob("*.tmp")))
+            if (run / "checkpoint.pt").exists():
+                now = train.load_checkpoint(run / "checkpoint.pt")["step"]
+                assert now >= step
+                step = now
+        assert_same_weights(torch.load(run / "checkpoint.pt", weights_only=True), whole)
+        ours, theirs = ((folder / "step-0000060.gif").read_bytes() for folder in (run, tmp_path / "whole"))
+        assert ours == theirs
+        kept = {path.name: train.load_checkpoint(path)["step"] for path in run.glob("*-*.pt")}
+        assert kept["checkpoint-previous.pt"] < 60 and 0 < kept.get("checkpoint-best.pt", 60) <= 60
+        finished += 1
+    print(f"{kills} kills, {writing} of them during the writing of a checkpoint, {finished} runs finished")
+    assert writing >= 20 and finished >= 3
+
+
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path):
+    run = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    words = [ROOT / "train.py", *TINY, "--steps", 10**6, "--save-interval", 2, "--out", run]
+    ranks = [
+        command(*words, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"})
+        for rank in (0, 1)
+    ]
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint.pt").exists():
+        assert ranks[0].poll() is None and time.monotonic() < deadline, ranks[0].communicate()
+        time.sleep(0.1)
+    ranks[1].kill()
+    _, err = ranks[0].communicate(timeout=60)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1 and "Traceback" not in err
+    assert "another process of the run has ended" in err and f"--resume --out {run}" in err
+    assert train.load_checkpoint(run / "checkpoint.pt")["step"] > 0
 
 
 # ---- The commands
@@ -1497,6 +1676,10 @@ def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsy
         assert "1 processes" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").write_bytes(before[: len(before) // 2])
     assert "not a whole checkpoint" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-previous.pt").write_bytes(before)
+    assert "previous.pt is the one before it" in fails_with_one_line(
+        capsys, train.main, "--resume", "--out", tmp_path / "run"
+    )
     torch.save({"weights": 1}, tmp_path / "run" / "checkpoint.pt")
     assert "format" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
 

@@ -253,7 +253,7 @@ class Pyramid:
         generator  one generator, or a list of one per clip, which makes a clip independent of its batch.
         device, dtype  of the clips; the generators may live on another device, the CPU for instance.
         Raises ValueError if T does not divide by 2^(K - 1), a stage gets no step, the solver is unknown, or
-        `predict` returns another shape.
+        `predict` returns another shape, NaN or infinity.
         """
         self._check_frames(shape)
         counts = split_steps(steps, len(self))
@@ -278,6 +278,8 @@ class Pyramid:
             output = predict(x, times[i].to(x).expand(x.shape[0]), k)
             if output.shape != x.shape:
                 raise ValueError(f"predict returned shape {tuple(output.shape)} for x of {tuple(x.shape)}")
+            if not output.isfinite().all():
+                raise ValueError(f"predict returned NaN or infinity at stage {k}, step {i + 1} of {steps}")
             h = position[i + 1] - position[i]
             slope = output
             if solver == "ab2" and previous is not None:

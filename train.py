@@ -12,7 +12,9 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -35,6 +37,8 @@ from tpdiff import Generators, Pyramid, align, downsample, draw_nearest, randn
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
 FREE += ("log_interval", "sample_interval", "save_interval")
+COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
+MOST_SKIPPED = 10
 DATA_ONLY = ("labels", "frame_stride", "flip", "grayscale", "latent_scale")
 
 
@@ -105,7 +109,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     out = args.out or Path("runs") / f"{args.mode}-{args.stages}"
     checkpoint = None
     if args.resume:
-        checkpoint = sample.load_file(out / "checkpoint.pt", "args", "world", "model", "optimizers", "seconds")
+        checkpoint = load_checkpoint(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args(argv)
         for name in checkpoint["args"].keys() - set(FREE):
@@ -125,6 +129,16 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]
     if args.size % args.patch:
         raise ValueError(f"--size {args.size} does not divide by --patch {args.patch}")
     return args, checkpoint
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What --resume goes on from. Raises ValueError if it is missing, damaged or foreign."""
+    try:
+        return sample.load_file(path, "args", "world", "model", "optimizers", *COUNTS)
+    except ValueError as error:
+        previous = path.with_name("checkpoint-previous.pt")
+        advice = f"; {previous} is the one before it, and can be copied there" if previous.exists() else ""
+        raise ValueError(f"{error}{advice}") from None
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -213,8 +227,12 @@ class State:
     ema: DiT
     optimizers: list[torch.optim.Optimizer]
     losses: Tensor  # (2, K): sum and number of the losses of each stage since the last row of metrics.jsonl
+    since_judged: Tensor  # (2, K): the same, for the next checkpoint's loss
     step: int = 0
     seconds: float = 0.0  # spent in training steps, over all resumptions
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
+    best: float = math.inf  # lowest loss of a checkpoint, the mean of the stages' means on the way to it
 
 
 def make_model(dataset: Dataset, args: argparse.Namespace) -> DiT:
@@ -250,47 +268,80 @@ def make_state(model: DiT, args: argparse.Namespace, device: torch.device, check
     model = model.to(device)
     model.gradient_checkpointing = args.gradient_checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    losses = torch.zeros(2, args.stages, device=device)
+    losses, since_judged = torch.zeros(2, 2, args.stages, device=device)
     dtype = torch.bfloat16 if sample.use_bf16(args.precision, device) else torch.float32
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
-    state = State(model, ema, optimizers, losses)
+    state = State(model, ema, optimizers, losses, since_judged)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         state.ema.load_state_dict(checkpoint["ema"])
         for optimizer, content in zip(state.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(content)
-        state.step, state.seconds = checkpoint["step"], checkpoint["seconds"]
+        for name in COUNTS:
+            setattr(state, name, checkpoint[name])
     return state
 
 
 def write_whole(content: dict, path: Path) -> None:
-    """torch.save that leaves a whole file or none: written aside, then renamed."""
+    """torch.save that leaves a whole file or the old one: written aside, then renamed. Raises OSError."""
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there is kept") from None
     os.replace(aside, path)
 
 
+def keep_as(path: Path, name: str) -> None:
+    """A second name, in the same folder, for a file that later will be replaced."""
+    aside = path.with_name(name + ".tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
+    os.replace(aside, path.with_name(name))
+
+
 def save(state: State, dataset: Dataset, args: argparse.Namespace, world: int) -> None:
-    """checkpoint.pt to resume from, and weights.pt (the EMA in bf16) to sample from and to ship."""
+    """weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt to resume from; the one before it
+    stays as checkpoint-previous.pt, and the one with the lowest loss on the way to it as checkpoint-best.pt."""
+    newest, (sums, counts) = args.out / "checkpoint.pt", state.since_judged
+    loss = (sums / counts).mean().item() if counts.all() else math.inf
+    is_best = loss < state.best
+    state.best = min(loss, state.best)
+    if counts.all():
+        state.since_judged.zero_()
     head = {"format": sample.FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
     head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
     ema = state.ema.state_dict()
-    whole = head | {"ema": ema, "model": state.model.state_dict(), "seconds": state.seconds, "world": world}
+    whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
+    whole |= {name: getattr(state, name) for name in COUNTS}
     whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
     whole |= {"args": {name: value for name, value in vars(args).items() if name not in ("out", "resume")}}
-    write_whole(whole, args.out / "checkpoint.pt")
     write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
+    if newest.exists():
+        keep_as(newest, "checkpoint-previous.pt")
+    write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
+    if is_best:
+        keep_as(newest, "checkpoint-best.pt")
 
 
 def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: argparse.Namespace) -> None:
     """Ten clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they are latents; the same noises every
     time, so that progress shows."""
     weights = sample.Weights(state.ema, args.mode, args.stages, args.frames, args.size, dataset.classes, state.step)
-    clips = sample.generate(weights, pyramid, sample.choose_labels(dataset.classes, 10), 10, precision=args.precision)
+    labels = sample.choose_labels(dataset.classes, 10)
+    try:
+        clips = sample.generate(weights, pyramid, labels, 10, precision=args.precision)
+    except ValueError as error:
+        print(f"step {state.step}: no samples, {error}", file=sys.stderr)
+        return
     stem = args.out / f"step-{state.step:07d}"
     if dataset.latent:
         save_latents(clips, stem.with_suffix(".npy"), args.latent_scale)
@@ -299,15 +350,22 @@ def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: argpars
 
 
 def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: argparse.Namespace) -> None:
-    """One optimizer step at stage k, its losses added to the state's."""
+    """One optimizer step at stage k, its losses added to the state's; skipped if its gradient is NaN or infinite.
+    Raises SystemExit after MOST_SKIPPED such steps in a row."""
+    losses = torch.zeros(2, device=state.losses.device)
     for micro in range(args.accumulate):
         numbers, x0, labels = next(batches)
         last = micro == args.accumulate - 1
         with nullcontext() if last or model is state.model else model.no_sync():
             loss = training_loss(model, pyramid, x0, labels, k, numbers, args)
             (loss / args.accumulate).backward()
-        state.losses[:, k] += torch.stack([loss.detach(), torch.ones_like(loss)])
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
+        losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
+    if not norm.isfinite():  # the same on all ranks, as the gradient is
+        skip(state, k, args)
+        return
+    state.losses[:, k] += losses
+    state.skipped_in_a_row = 0
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.step, args)
@@ -315,6 +373,21 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
         optimizer.zero_grad()
     update_ema(state, args.ema)
     state.step += 1
+
+
+def skip(state: State, k: int, args: argparse.Namespace) -> None:
+    """Passes over a step whose gradient is NaN or infinite; the weights stay as they are."""
+    state.step += 1
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    state.model.zero_grad()
+    if state.skipped_in_a_row == MOST_SKIPPED:
+        path = args.out / "checkpoint.pt"
+        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        raise SystemExit(
+            f"train.py: the gradient was NaN or infinite {MOST_SKIPPED} steps in a row, last at step {state.step}, "
+            f"stage {k}: try a lower --lr in a new run; {last}"
+        )
 
 
 @torch.no_grad()
@@ -331,18 +404,18 @@ def start_metrics(path: Path, step: int) -> None:
     path.write_text("".join(row + "\n" for row in kept))
 
 
-def write_metrics(path: Path, state: State, lr: float, clips_per_second: float, first: bool) -> float:
+def write_metrics(path: Path, state: State, lr: float, clips_per_second: float, first: bool) -> float | None:
     """Appends a row and returns its loss: the means since the last row, over the ranks, in all and by stage."""
     if dist.is_initialized():
         dist.all_reduce(state.losses)
     sums, counts = state.losses.tolist()
+    state.since_judged += state.losses
     state.losses.zero_()
-    loss = sum(sums) / sum(counts)
-    if not math.isfinite(loss):
-        raise SystemExit(f"the loss is {loss} at step {state.step}: try a lower --lr; the last checkpoint is kept")
+    loss = sum(sums) / sum(counts) if sum(counts) else None
     by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
     row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
     row |= {"clips_per_second": round(clips_per_second, 2), "seconds": round(state.seconds, 2)}
+    row |= {"skipped": state.skipped}
     if first:
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -436,11 +509,11 @@ def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, w
             state.seconds += seconds
             rate = (state.step - since) * args.batch * args.accumulate * world / seconds
             loss = write_metrics(args.out / "metrics.jsonl", state, lr, rate, first)
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
-            if save_due and first:
-                save(state, dataset, args, world)
+            bar.set_postfix(loss="none" if loss is None else f"{loss:.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
             if sample_due and first:
                 save_samples(state, pyramid, dataset, args)
+            if save_due and first:
+                save(state, dataset, args, world)
             mark, since = time.perf_counter(), state.step
         if end:
             break
@@ -468,6 +541,15 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(train(args, *ready))
     except DataError as error:  # from a loader's process it comes with that one's traceback in front
         make_parser().error(str(error).strip().splitlines()[-1].removeprefix("data.DataError: "))
+    except OSError as error:
+        make_parser().error(f"{error}; once that is mended, continue with --resume --out {args.out}")
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        raise SystemExit(
+            f"train.py: another process of the run has ended ({reason}); continue with --resume --out {args.out}"
+        ) from None
 
 
 if __name__ == "__main__":
