@@ -163,6 +163,8 @@ def quality_of(judge: Judge, clips: Tensor, reference: Tensor) -> dict[str, floa
 
 def measure(args: argparse.Namespace, settings: dict[str, Callable[[int, int], Tensor]]) -> dict:
     """The metrics of each setting (a sampling seed and a number -> clips) for every seed, and of real clips."""
+    if min(args.number, args.reference) < 2:
+        raise ValueError("--number and --reference must be at least 2: one clip has no covariance")
     judge = load_judge()
     reference = judge.features(real_clips(0, args.reference))
     settings |= {"real clips": lambda seed, number: real_clips(args.reference + seed * number, number)}

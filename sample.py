@@ -40,16 +40,18 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
+def whole_number(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `low` that fits in 63 bits."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low} and below 2^63, not {text!r}")
+        return int(text)
+
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
-    return int(text)
+positive_int, non_negative_int = whole_number(1), whole_number(0)
 
 
 def real_number(low: float, high: float) -> Callable[[str], float]:
@@ -83,6 +85,11 @@ def keep_memory() -> None:
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no memory beside the heap
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back its end
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """On a GPU or a CPU, whose allocator raises a RuntimeError like many others."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -127,6 +134,9 @@ def load_file(path: Path, *keys: str) -> dict:
     missing = sorted({*HEAD, *keys} - content.keys())
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
+    numbers = {name: content[name] for name in ("stages", "frames", "size")}
+    if content["mode"] not in ("flow", "ddim") or not all(type(n) is int and n > 0 for n in numbers.values()):
+        raise ValueError(f"{path} is damaged: mode {content['mode']!r}, {numbers}")
     return content
 
 
@@ -141,9 +151,13 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
     try:
         model = DiT(DiTConfig(**content["config"]))
         model.load_state_dict({name: value.float() for name, value in content["ema"].items()})
-    except (TypeError, RuntimeError, AttributeError) as error:
+        if len(content["classes"]) != model.config.classes or model.config.stages != content["stages"]:
+            raise ValueError("its labels or stages are not those of its model")
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
+    if not all(value.isfinite().all() for value in model.parameters()):
+        raise ValueError(f"{path} holds weights that are NaN or infinite")
     names = ("mode", "stages", "frames", "size", "step")
     head = {name: content[name] for name in names} | {"latent_scale": content.get("latent_scale")}
     return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
@@ -325,6 +339,10 @@ def main(argv: list[str] | None = None) -> None:
         run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parser.error("not enough memory for so many clips at once: sample fewer with --number")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -548,6 +550,166 @@ def nan_at(stage: int, t_below: float):
 def test_bad_input_raises_value_error_that_names_the_numbers(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- The same for any input (Eq. 7-16): properties, and a suite that sees when one no longer holds
+
+
+def for_all(describe):
+    """A property test of hypothesis where that is installed; elsewhere the test is skipped, saying so."""
+    try:
+        from hypothesis import given, settings, strategies
+    except ImportError:
+        return pytest.mark.skip(reason="a property test: pip install hypothesis")
+    return lambda test: settings(deadline=None, derandomize=True)(given(**describe(strategies))(test))
+
+
+def any_pyramid(st) -> dict:
+    kinds = st.tuples(
+        st.sampled_from(["flow", "ddim"]), st.integers(1, 5), st.lists(st.floats(1e-3, 0.999), max_size=40)
+    )
+    return {"kind": kinds, "dtype": st.sampled_from([torch.float32, torch.float64]), "seed": st.integers(0, 2**32)}
+
+
+def make_pyramid(kind) -> Pyramid:
+    """Of the drawn mode, stages and alphas_cumprod, made to decrease and to end in almost pure noise."""
+    mode, stages, values = kind
+    alphas_cumprod = sorted({round(value, 6) for value in values}, reverse=True) + [1e-6]
+    return Pyramid(mode, stages, None if mode == "flow" else alphas_cumprod)
+
+
+@for_all(any_pyramid)
+def test_any_pyramid_s_windows_tile(kind, dtype, seed):
+    """Eq. 16, starts noisier than ends, and neighbours that overlap exactly because of its sqrt(2)."""
+    p = make_pyramid(kind)
+    for k, stage in enumerate(p):
+        assert (stage.index, stage.stride, stage.t_end) == (k, 2**k, k / len(p)) and stage.t_start > stage.t_end
+        assert stage.sigma_start * stage.gamma_end > stage.sigma_end * stage.gamma_start
+        if k < len(p) - 1:
+            ratio = math.sqrt(2) * p[k + 1].sigma_end / p[k + 1].gamma_end
+            assert stage.sigma_start / stage.gamma_start == pytest.approx(ratio, rel=1e-9)
+            assert p[k + 1].t_end < stage.t_start < 1
+    assert p[len(p) - 1].t_start == 1 and p[0].sigma_end == 0 and p[0].gamma_end == 1
+
+
+@for_all(lambda st: any_pyramid(st) | {"frames": st.integers(1, 3), "steps": st.integers(1, 9)})
+def test_any_pyramid_s_constant_target_integrates_exactly(kind, dtype, seed, frames, steps):
+    p, generator = make_pyramid(kind), seeded(seed)
+    x0 = torch.randn(2, 1, frames * 2 ** (len(p) - 1), 2, 1, generator=generator, dtype=dtype)
+    for k in range(len(p)):
+        noise = torch.randn(downsample(x0, 2**k).shape, generator=generator, dtype=dtype)
+        x_start, x_end = p.endpoints(x0, noise, k)
+        x_t, target, t = p.interpolate(x_start, x_end, k, torch.tensor([1.0, 0.0]))
+        assert x_t.dtype == target.dtype == t.dtype == dtype
+        tolerance = 1e-9 if dtype == torch.float64 else 1e-2  # the target is a quotient by a window's small length
+        torch.testing.assert_close(x_t[0], x_start[0], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(x_t[1], x_end[1], rtol=tolerance, atol=tolerance)
+        for solver in ("euler", "ab2"):
+            there = p._integrate(lambda x, t, k, target=target: target, x_start, k, steps, solver)
+            torch.testing.assert_close(there, x_end, rtol=tolerance, atol=tolerance)
+
+
+@for_all(any_pyramid)
+def test_any_pyramid_s_renoised_pairs_have_the_next_start_s_covariance(kind, dtype, seed):
+    """Propagated, not sampled: a stage's end with unit noise in it and none added, and the other way round."""
+    p, one = make_pyramid(kind), torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+    for k in range(1, len(p)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tpdiff, "randn", lambda *_: 0 * one)
+            mean, old = (p.renoise(value * one, k).flatten() for value in (p[k].gamma_end, p[k].sigma_end))
+            patch.setattr(tpdiff, "randn", lambda *_: one)
+            new = p.renoise(0 * one, k).flatten()
+        covariance = torch.outer(old, old) + torch.outer(new, new)
+        assert_exact(covariance, p[k - 1].sigma_start ** 2 * torch.eye(2, dtype=torch.float64))
+        assert_exact(mean, torch.full((2,), p[k - 1].gamma_start, dtype=torch.float64))
+
+
+@for_all(lambda st: any_pyramid(st) | {"batch": st.integers(1, 5)})
+def test_any_alignment_is_an_optimal_permutation(kind, dtype, seed, batch):
+    x, noise = torch.randn(2, batch, 1, 2, 2, 2, generator=seeded(seed), dtype=dtype)
+    distances, aligned = torch.cdist(x.flatten(1).double(), noise.flatten(1).double()), align(x, noise)
+    assert sorted(aligned.flatten(1).tolist()) == sorted(noise.flatten(1).tolist()) and aligned.dtype == dtype
+    best = min(
+        sum(distances[i, j].item() for i, j in enumerate(order)) for order in itertools.permutations(range(batch))
+    )
+    assert (x - aligned).flatten(1).double().norm(dim=1).sum().item() == pytest.approx(best, abs=1e-3)
+
+
+MUTATIONS = """
+x[:, :, ::stride] -> x[:, :, stride - 1 :: stride]
+x.repeat_interleave(2, dim=2) -> torch.cat([x, x], dim=2)
+linear_sum_assignment(cost.detach().cpu().numpy()) -> linear_sum_assignment(-cost.detach().cpu().numpy())
+_, columns = linear_sum_assignment -> columns, _ = linear_sum_assignment
+noise.flatten(1).float(), compute_mode -> noise.flatten(1).float().abs(), compute_mode
+randn(shape[1:], g, g.device, dtype) -> randn(shape[1:], generator[0], g.device, dtype)
+range(candidates - 1) -> range(candidates)
+< (x - noise).flatten(1).float().norm(dim=1) -> > (x - noise).flatten(1).float().norm(dim=1)
+t_end, t_start = k / stages, 1.0 -> t_end, t_start = (k + 1) / (stages + 1), 1.0
+self.gamma_sigma((k + 1) / stages) -> self.gamma_sigma(k / stages)
+math.sqrt(2) * sigma.item() / gamma.item() -> sigma.item() / gamma.item()
+math.sqrt(2) * sigma.item() / gamma.item() -> 2 * sigma.item() / gamma.item()
+return Stage(k, 2**k -> return Stage(k, 2 * k
+return 1 - t, t -> return t, 1 - t
+(log_abar / 2).exp(), (1 -> log_abar.exp(), (1
+(1 - log_abar.exp()).sqrt() -> 1 - log_abar.exp()
+return r / (1 + r) -> return r
+-math.log1p(r * r) -> -math.log1p(r)
+torch.linspace(0, 1, len(self._log_abar) -> torch.linspace(1 / len(self._log_abar), 1, len(self._log_abar)
+(t - stage.t_end) / (stage.t_start - stage.t_end) -> (t - stage.t_end)
+return gamma, sigma / gamma -> return gamma, sigma
+return gamma, sigma / gamma -> return torch.ones_like(gamma), sigma / gamma
+x0_end = downsample(x0, stage.stride) -> x0_end = downsample(x0.flip(2), stage.stride)
+first = stage.index == len(self) - 1 -> first = False and stage.index == len(self) - 1
+x0_end if first else upsample(downsample(x0, 2 * stage.stride)) -> x0_end
+x0_start + stage.sigma_start * noise -> x0_start - stage.sigma_start * noise
+x_end = stage.gamma_end * x0_end -> x_end = stage.gamma_start * x0_end
+x0_end + stage.sigma_end * noise -> x0_end + stage.sigma_start * noise
+stage.t_end + u.detach() -> stage.t_start - u.detach()
+(x_end / scale_e - x_start / scale_s) / (e - s) -> (x_start / scale_s - x_end / scale_e) / (e - s)
+(x_end / scale_e - x_start / scale_s) / (e - s) -> (x_end / scale_e - x_start / scale_s)
+w = (position_t - s) / (e - s) -> w = (position_t - e) / (s - e)
+scale_t / scale_s * (1 - w) -> scale_t * (1 - w)
+scale_t / scale_e * w -> scale_t / scale_s * w
+following = self[stage.index - 1] -> following = self[stage.index]
+torch.stack([n, -n], dim=3) -> torch.stack([n, n], dim=3)
+pairs = torch.stack([n, -n], dim=3).flatten(2, 3) -> pairs = torch.cat([n, -n], dim=2)
+following.gamma_start / stage.gamma_end -> following.gamma_end / stage.gamma_end
+following.sigma_start / math.sqrt(2) * pairs -> following.sigma_start * pairs
+reversed(range(len(self))), counts -> range(len(self)), counts
+if k > 0: -> if k > 1:
+linspace(stage.t_start, stage.t_end, steps + 1 -> linspace(stage.t_start, stage.t_end, steps + 2
+predict(x, times[i].to(x) -> predict(x, times[i + 1].to(x)
+h / (2 * previous_h) * (output - previous) -> h / (2 * previous_h) * (previous - output)
+h / (2 * previous_h) * (output - previous) -> h / previous_h * (output - previous)
+x = scale[i + 1] * (x / scale[i] + h * slope) -> x = scale[i + 1] * (x / scale[i] - h * slope)
+x = scale[i + 1] * (x / scale[i] + h * slope) -> x = scale[i] * (x / scale[i] + h * slope)
+previous, previous_h = output, h -> previous, previous_h = slope, h
+[each + rest] + [each] * (stages - 1) -> [each] * (stages - 1) + [each + rest]
+torch.cat([abar.new_zeros(1), abar.log()]) -> torch.cat([abar.log()[:1], abar.log()])
+.clamp(1, len(xs) - 1) -> .clamp(2, len(xs) - 1)
+"""
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("mutation", MUTATIONS.strip().splitlines())
+def test_the_suite_catches_a_broken_line(mutation, tmp_path):
+    """One line of tpdiff.py broken in a copy; the tests of the paper's equations must go red there."""
+    right, wrong = mutation.split(" -> ")
+    source = (ROOT / "tpdiff.py").read_text()
+    assert source.count(right) == 1, "the line to break is no longer there, or there twice"
+    for path in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "pyproject.toml"]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    (tmp_path / "tpdiff.py").write_text(source.replace(right, wrong))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = command("-m", "pytest", "-x", "-k", EQUATIONS, cwd=tmp_path, env=environment)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 1 and "1 failed" in out, out
+
+
+EQUATIONS = (
+    "not train and not sample_ and not videos and not evaluate and not benchmark and not folder and not processes"
+)
 
 
 # ---- The model
@@ -1361,6 +1523,16 @@ def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path)
         assert_same_weights(other, one, atol=1e-3)
 
 
+def test_workers_and_torchrun_of_one_process_change_nothing(tmp_path):
+    whole = run_training(tmp_path / "whole", "--steps", "5")
+    assert_same_weights(run_training(tmp_path / "workers", "--steps", "5", "--workers", "2"), whole)
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    process = command(*words, ROOT / "train.py", *TINY, "--steps", 5, "--out", tmp_path / "torchrun")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_same_weights(torch.load(tmp_path / "torchrun" / "checkpoint.pt", weights_only=True), whole)
+
+
 def command(*words: str | Path, **options) -> subprocess.Popen:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, words)], **streams, **options)
@@ -1622,14 +1794,137 @@ def fails_with_one_line(capsys, main, *words: str | Path) -> str:
         ("--width 30", "30"),
         ("--size 8 --patch 4", "size >= 16"),
         ("--data {tmp}/gone", "gone is not a folder"),
-        ("--data {tmp}", "0 files found"),
+        ("--data {tmp}/nothing", "0 files found"),
         ("--resume", "checkpoint.pt does not exist"),
+        ("--frames 0", "--frames"),
+        ("--frames -4", "--frames"),
+        ("--frames 1.5", "--frames"),
+        ("--frames 1", "--frames 1 does not divide by 4"),
+        ("--size 0", "--size"),
+        ("--patch 0", "--patch"),
+        ("--depth 0", "--depth"),
+        ("--heads 3", "heads, 3"),
+        ("--batch 0", "--batch"),
+        ("--accumulate 0", "--accumulate"),
+        ("--steps 1e3", "--steps"),
+        ("--seed -1", "--seed"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--stages 40", "does not divide by 549755813888"),
+        ("--ema 2", "--ema"),
+        ("--clip -1", "--clip"),
+        ("--label-dropout 1.5", "--label-dropout"),
+        ("--precision fp8", "--precision"),
+        ("--optimizer sgd", "--optimizer"),
+        ("--labels yes", "--labels"),
+        ("--labels folder", "--labels has no meaning without --data"),
+        ("--latent-scale 0", "--latent-scale"),
+        ("--frame-stride 0", "--frame-stride"),
+        ("--align nearest --candidates 0", "--candidates"),
+        ("--workers -1", "--workers"),
+        ("--wings 2", "--wings"),
+        ("--data {tmp}/file", "file is not a folder"),
+        ("--data {tmp}/clips --labels folder", "skipped: 1 in no sub-folder"),
+        ("--data {tmp}/clips --latent-scale 2", "latent scale is for latents"),
+        ("--data {tmp}/clips --frames 32", "skipped: 1 shorter than 32 frames"),
+        ("--data {tmp}/stills", "skipped: 1 stills"),
+        ("--data {tmp}/empty", "skipped: 5 that cannot be decoded"),
+        ("--data {tmp}/bomb", "skipped: 1 that cannot be decoded"),
+        ("--init {tmp}/gone.pt", "gone.pt does not exist"),
+        ("--init {tmp}/empty/d.pt", "not a whole checkpoint"),
+        ("--init {tmp}/hostile.pt", "not a whole checkpoint"),
+        ("--mode ddim --init {weights}", "trained with --mode flow, not ddim"),
+        ("--data {tmp}/clips --init {weights}", "trained with labels, unlike this"),
     ],
 )
 def test_train_refuses_bad_input_in_one_sentence(words, message, tmp_path, capsys):
-    words = [word.format(tmp=tmp_path) for word in words.split()]
+    places = {"tmp": tmp_path, "weights": ROOT / "weights" / "flow-3.pt"}
+    (tmp_path / "file").write_text("not a folder")
+    save_hostile(tmp_path / "hostile.pt")
+    animation(tmp_path / "clips" / "a.gif", 16)
+    animation(tmp_path / "stills" / "a.gif", 1)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("a.mp4", "b.webm", "c.npy", "d.pt", "e.gif"):
+        (tmp_path / "empty" / name).write_bytes(b"")
+    (tmp_path / "bomb").mkdir()
+    (tmp_path / "bomb" / "a.png").write_bytes(decompression_bomb())
+    words = [word.format(**places) for word in words.split()]
     assert message in fails_with_one_line(capsys, train.main, *words, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"index.json"} and not (
+        tmp_path / "run-by-hostile-code"
+    ).exists()
+
+
+@pytest.mark.parametrize("out, message", [("file", "File exists"), ("file/run", "Not a directory")])
+def test_train_says_so_when_its_folder_cannot_be_made(out, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    assert message in fails_with_one_line(capsys, train.main, *TINY, "--out", tmp_path / out)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_too_little_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
+    words = [*TINY, "--width", 2**40, "--heads", 4, "--out", tmp_path / "out"]
+    assert "not enough memory" in fails_with_one_line(capsys, train.main, *words)
+
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sample, "generate", refuse)
+    words = ["--out", tmp_path / "clips"]
+    assert "--number" in fails_with_one_line(capsys, sample.main, *words)
+    assert not list(tmp_path.glob("clips*"))
+
+
+class Hostile:
+    """A pickle that leaves a file when it is read by what runs the code in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def save_hostile(path: Path) -> None:
+    torch.save({"format": sample.FORMAT, "ema": Hostile(path.parent / "run-by-hostile-code")}, path)
+
+
+def test_code_in_a_file_of_tensors_is_never_run(tmp_path, capsys):
+    """Weights, checkpoints and latents. That it would run without weights_only shows that the test can fail."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "data").mkdir()
+    mark = tmp_path / "run-by-hostile-code"
+    save_hostile(tmp_path / "hostile.pt")
+    for path in (tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "weights.pt", tmp_path / "data" / "clip.pt"):
+        path.write_bytes((tmp_path / "hostile.pt").read_bytes())
+    for main, *words in (
+        (sample.main, "--checkpoint", tmp_path / "run"),
+        (sample.main, "--checkpoint", tmp_path / "hostile.pt"),
+        (evaluate.main, "quality", "--checkpoint", tmp_path / "run", "--out", tmp_path / "results"),
+        (train.main, "--resume", "--out", tmp_path / "run"),
+        (train.main, "--init", tmp_path / "hostile.pt", "--out", tmp_path / "other"),
+        (train.main, "--data", tmp_path / "data", "--out", tmp_path / "other"),
+    ):
+        fails_with_one_line(capsys, main, *words)
+        assert not mark.exists()
+    torch.load(tmp_path / "hostile.pt", weights_only=False)
+    assert mark.exists()
+
+
+def decompression_bomb() -> bytes:
+    """A PNG of a few hundred bytes whose header says 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def test_a_clip_of_one_pixel_is_a_clip(tmp_path):
+    animation(tmp_path / "a.gif", 8, size=(1, 1))
+    assert FolderClips(tmp_path, frames=8, size=16)[0][0].shape == (3, 8, 16, 16)
 
 
 def test_train_from_an_image_model(tmp_path, capsys):
@@ -1742,16 +2037,48 @@ def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch, capsys):
         ("--checkpoint {tmp}/gone.pt", "gone.pt does not exist"),
         ("--checkpoint {tmp}/hostile.pt", "not a whole checkpoint"),
         ("--number 0", "--number"),
+        ("--stages 0", "--stages"),
+        ("--seed -1", "--seed"),
+        ("--seed 1e5", "--seed"),
+        ("--steps -3", "--steps"),
+        ("--steps 5 5 5 5", "[5, 5, 5, 5]"),
+        ("--label 10", "its labels are 0, 1, 2"),
+        ("--checkpoint {tmp}", "weights.pt does not exist"),
+        ("--checkpoint {tmp}/empty.pt", "not a whole checkpoint"),
+        ("--checkpoint {tmp}/text.pt", "not a whole checkpoint"),
+        ("--checkpoint {tmp}/cut.pt", "not a whole checkpoint"),
+        ("--checkpoint {tmp}/old.pt", "not a checkpoint of this version"),
+        ("--checkpoint {tmp}/stages.pt", "damaged: mode 'flow', {{'stages': 'three'"),
+        ("--checkpoint {tmp}/mode.pt", "damaged: mode 'edm'"),
+        ("--checkpoint {tmp}/frames.pt", "'frames': -3"),
+        ("--checkpoint {tmp}/classes.pt", "labels or stages are not those of its model"),
+        ("--checkpoint {tmp}/nan.pt", "weights that are NaN or infinite"),
+        ("--out {tmp}/text.pt/a", "File exists"),
+        ("--out {tmp}/taken.gif", "taken.png exists already"),
     ],
 )
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": sample.FORMAT, "code": subprocess.Popen}, tmp_path / "hostile.pt")
+    save_hostile(tmp_path / "hostile.pt")
     torch.save({"format": sample.FORMAT}, tmp_path / "bare.pt")
-    torch.save(dict.fromkeys(sample.HEAD, 1) | {"format": sample.FORMAT, "config": {"wings": 2}}, tmp_path / "other.pt")
     places = {"tmp": tmp_path, "weights": ROOT / "weights" / "flow-3.pt"}
-    assert message in fails_with_one_line(capsys, sample.main, *[word.format(**places) for word in words.split()])
-    assert not (tmp_path / "samples").exists()
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("not weights")
+    (tmp_path / "taken.png").write_text("precious")
+    (tmp_path / "cut.pt").write_bytes(places["weights"].read_bytes()[:-1000])
+    good = torch.load(places["weights"], weights_only=True)
+    wrong = {"old": ("format", 3), "stages": ("stages", "three"), "mode": ("mode", "edm"), "frames": ("frames", -3)}
+    wrong |= {
+        "other": ("config", {"wings": 2}),
+        "classes": ("classes", ["a"]),
+        "nan": ("ema", {k: v * math.nan for k, v in good["ema"].items()}),
+    }
+    for name, (key, value) in wrong.items():
+        torch.save(good | {key: value}, tmp_path / f"{name}.pt")
+    words = [word.format(**places) for word in words.split()]
+    assert message.format() in fails_with_one_line(capsys, sample.main, *words)
+    assert not (tmp_path / "samples").exists() and not list(tmp_path.glob("*.gif"))
+    assert (tmp_path / "taken.png").read_text() == "precious"
 
 
 @both_modes

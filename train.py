@@ -39,6 +39,7 @@ FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing"
 FREE += ("log_interval", "sample_interval", "save_interval")
 COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
 MOST_SKIPPED = 10
+NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
 DATA_ONLY = ("labels", "frame_stride", "flip", "grayscale", "latent_scale")
 
 
@@ -533,17 +534,21 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args, checkpoint = parse_args(argv)
         ready = set_up(args, checkpoint)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, ValueError | OSError) and not sample.is_out_of_memory(error):
+            raise
         if dist.is_initialized():
             dist.destroy_process_group()
-        make_parser().error(str(error))
+        make_parser().error(NO_MEMORY if sample.is_out_of_memory(error) else str(error))
     try:
         raise SystemExit(train(args, *ready))
     except DataError as error:  # from a loader's process it comes with that one's traceback in front
         make_parser().error(str(error).strip().splitlines()[-1].removeprefix("data.DataError: "))
     except OSError as error:
         make_parser().error(f"{error}; once that is mended, continue with --resume --out {args.out}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if sample.is_out_of_memory(error):
+            make_parser().error(NO_MEMORY)
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = str(error).splitlines()[0]
