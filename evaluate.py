@@ -326,7 +326,7 @@ def make_parser() -> sample.Parser:
     add("--size", type=sample.positive_int, default=32)
     add("--patch", type=sample.positive_int, default=4)
     add("--tokens", type=sample.positive_int, default=64, help="tokens a frame, of cost")
-    add("--width", type=sample.positive_int, default=128)
+    add("--width", type=sample.positive_int, default=96)
     add("--depth", type=sample.positive_int, default=4)
     add("--heads", type=sample.positive_int, default=4)
     add(

@@ -1803,7 +1803,7 @@ def fails_with_one_line(capsys, main, *words: str | Path) -> str:
         ("--size 0", "--size"),
         ("--patch 0", "--patch"),
         ("--depth 0", "--depth"),
-        ("--heads 3", "heads, 3"),
+        ("--heads 5", "heads, 5"),
         ("--batch 0", "--batch"),
         ("--accumulate 0", "--accumulate"),
         ("--steps 1e3", "--steps"),
@@ -2126,7 +2126,7 @@ def test_benchmark_times_a_run_at_every_stage(what, capsys):
 
 
 def test_benchmark_counts_the_flops_of_the_linear_layers():
-    run = bench.Run(train.parse_args(["--out", "nowhere", "--batch", "2", "--frames", "4"])[0])
+    run = bench.Run(train.parse_args(["--out", "nowhere", "--batch", "2", "--frames", "4", "--width", "128"])[0])
     products, flops = bench.matrix_products(run, 0)
     second_attention = 2 * run.tokens(0) * 128 * (3 * 128 + 128)
     linear = 4 * (flops / 3 + second_attention)  # of four blocks, forward

@@ -71,17 +71,17 @@ def make_parser() -> sample.Parser:
     add = parser.add_argument_group("model").add_argument
     add("--patch", type=positive_int, default=4, help="patch size in pixels")
     add("--init", metavar="CHECKPOINT", help="weights to start from: of an image model, or of another video model")
-    add("--width", type=positive_int, default=128, help="channels of a token")
+    add("--width", type=positive_int, default=96, help="channels of a token")
     add("--depth", type=positive_int, default=4, help="blocks")
     add("--heads", type=positive_int, default=4, help="attention heads")
     add = parser.add_argument_group("optimization").add_argument
     add(
         "--steps",
         type=positive_int,
-        default=2200,
+        default=3300,
         help="optimizer steps; a new number on --resume re-draws the learning rate's curve",
     )
-    add("--batch", type=positive_int, default=8, help="clips a process and micro-batch")
+    add("--batch", type=positive_int, default=4, help="clips a process and micro-batch")
     add("--accumulate", type=positive_int, default=1, help="micro-batches whose gradients make one step")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
