@@ -518,6 +518,22 @@ def test_progress_bar_counts_the_steps(capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@both_modes
+def test_every_function_keeps_the_dtype_of_its_clips(mode, dtype):
+    p, x0, noise = Pyramid(mode, 2), clips(2, 1, 4, 2, 2).to(dtype), clips(2, 1, 4, 2, 2, seed=1).to(dtype)
+    for u in (torch.tensor([0, 1]), torch.rand(2), torch.rand(2, dtype=torch.float64)):  # of any dtype itself
+        results = [align(x0, noise), *p.endpoints(x0, noise, 0), *p.interpolate(x0, noise, 0, u), p.renoise(x0, 1)]
+        results += [draw_nearest(x0, 2), p.sample(lambda x, t, k: x, x0.shape, steps=2, dtype=dtype)]
+        assert {result.dtype for result in results} == {dtype}
+
+
+def test_clips_and_noise_on_different_devices_are_refused():
+    for function in (align, lambda x0, noise: Pyramid("flow").endpoints(x0, noise, 0)):
+        with pytest.raises((ValueError, RuntimeError), match="device|meta"):
+            function(torch.zeros(2, 1, 4, 2, 2), torch.zeros(2, 1, 4, 2, 2, device="meta"))
+
+
 def nan_at(stage: int, t_below: float):
     """A predictor that fails from some time on."""
     return lambda x, t, k: x / 0 if k == stage and t[0] < t_below else x
@@ -1136,6 +1152,16 @@ def test_a_video_that_ends_early_is_skipped_by_name(tmp_path):
     (tmp_path / "a.mkv").write_bytes(content[: len(content) // 2])
     with pytest.warns(UserWarning, match="a.mkv cannot be decoded.*ends at frame"):
         assert all(numbers_in(data[n][0]).tolist()[-1] >= 35 for n in range(2))
+
+
+def test_a_video_of_no_seconds_is_skipped_by_name(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "b.mp4").write_bytes(whole[: whole.index(b"mdat") - 4])
+    write_video(tmp_path / "c.mp4", times=[0])
+    data = FolderClips(tmp_path, frames=8, size=16)
+    assert "3 files found, 1 used" in data.summary and "1 stills" in data.summary
+    assert "1 that cannot be decoded" in data.summary and "b.mp4" in data.summary
 
 
 def test_a_video_without_pyav_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -78,7 +78,7 @@ def make_parser() -> sample.Parser:
     add(
         "--steps",
         type=positive_int,
-        default=3300,
+        default=3000,
         help="optimizer steps; a new number on --resume re-draws the learning rate's curve",
     )
     add("--batch", type=positive_int, default=4, help="clips a process and micro-batch")
