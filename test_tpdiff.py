@@ -1159,9 +1159,10 @@ def test_a_video_of_no_seconds_is_skipped_by_name(tmp_path):
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "b.mp4").write_bytes(whole[: whole.index(b"mdat") - 4])
     write_video(tmp_path / "c.mp4", times=[0])
+    (tmp_path / "d.webm").write_bytes(b"")
     data = FolderClips(tmp_path, frames=8, size=16)
-    assert "3 files found, 1 used" in data.summary and "1 stills" in data.summary
-    assert "1 that cannot be decoded" in data.summary and "b.mp4" in data.summary
+    assert "4 files found, 1 used" in data.summary and "1 stills" in data.summary
+    assert "2 that cannot be decoded" in data.summary and "b.mp4" in data.summary and "d.webm" in data.summary
 
 
 def test_a_video_without_pyav_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -1870,7 +1871,7 @@ def test_train_refuses_bad_input_in_one_sentence(words, message, tmp_path, capsy
     animation(tmp_path / "stills" / "a.gif", 1)
     (tmp_path / "nothing").mkdir()
     (tmp_path / "empty").mkdir()
-    for name in ("a.mp4", "b.webm", "c.npy", "d.pt", "e.gif"):
+    for name in ("a.webp", "b.apng", "c.npy", "d.pt", "e.gif"):
         (tmp_path / "empty" / name).write_bytes(b"")
     (tmp_path / "bomb").mkdir()
     (tmp_path / "bomb" / "a.png").write_bytes(decompression_bomb())
