@@ -1938,6 +1938,20 @@ def test_code_in_a_file_of_tensors_is_never_run(tmp_path, capsys):
     assert mark.exists()
 
 
+def test_names_in_data_and_weights_are_never_paths(tmp_path, monkeypatch):
+    """A mode or a class called ../x: nothing is written but where it was asked for."""
+    good = torch.load(ROOT / "weights" / "flow-3.pt", weights_only=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    torch.save(good | {"classes": ["../x", "/tmp/y", *good["classes"][2:]]}, "names.pt")
+    torch.save(good | {"mode": "../flow"}, "mode.pt")
+    sample.main(["--checkpoint", "names.pt", "--label", "../x", "--number", "1", "--steps", "3"])
+    with pytest.raises(SystemExit):
+        sample.main(["--checkpoint", "mode.pt", "--number", "1", "--steps", "3"])
+    assert sorted(path.name for path in Path("samples").iterdir()) == ["flow-3-000.gif", "flow-3-000.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def decompression_bomb() -> bytes:
     """A PNG of a few hundred bytes whose header says 60,000 x 60,000 pixels."""
 
