@@ -36,7 +36,7 @@ from tpdiff import Generators, Pyramid, align, downsample, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
-FREE += ("log_interval", "sample_interval", "save_interval")
+FREE += ("log_interval", "sample_interval", "save_interval", "keep_interval")
 COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
 MOST_SKIPPED = 10
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
@@ -100,6 +100,7 @@ def make_parser() -> sample.Parser:
     add("--log-interval", type=positive_int, default=50, help="steps between rows of metrics.jsonl")
     add("--sample-interval", type=positive_int, default=800, help="steps between sample GIFs")
     add("--save-interval", type=positive_int, default=400, help="steps between checkpoints")
+    add("--keep-interval", type=non_negative_int, default=0, help="steps between weights-STEP.pt that stay; 0: none")
     return parser
 
 
@@ -326,6 +327,8 @@ def save(state: State, dataset: Dataset, args: argparse.Namespace, world: int) -
     whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
     whole |= {"args": {name: value for name, value in vars(args).items() if name not in ("out", "resume")}}
     write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
+    if args.keep_interval and state.step % args.keep_interval == 0:
+        keep_as(args.out / "weights.pt", f"weights-{state.step}.pt")
     if newest.exists():
         keep_as(newest, "checkpoint-previous.pt")
     write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
@@ -502,6 +505,7 @@ def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, w
         bar.update()
         end = stop.agreed() or state.step == args.steps
         save_due = end or state.step % args.save_interval == 0
+        save_due |= args.keep_interval > 0 and state.step % args.keep_interval == 0
         sample_due = state.step == args.steps or state.step % args.sample_interval == 0
         if save_due or sample_due or state.step % args.log_interval == 0:
             if device.type == "cuda":
