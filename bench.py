@@ -68,13 +68,14 @@ def in_milliseconds(seconds: list[float]) -> str:
     return f"{median(seconds) * 1e3:.1f} [{low * 1e3:.1f}, {high * 1e3:.1f}]"
 
 
+def markdown(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
 def table(header: str, rows: list[list]) -> None:
     """Prints rows in Markdown under a header whose columns are parted by commas."""
-    columns = header.split(", ")
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(str(cell) for cell in row)} |")
-    print(flush=True)
+    print("\n" + markdown(header.split(", "), rows), flush=True)
 
 
 def processor() -> str:

@@ -1,20 +1,37 @@
-"""How good the samples are, and what the paper claims, measured. Each command prints a table and writes its numbers,
-with the machine, the options and the date, to a file in results/.
+"""How good the samples are, and what the paper claims, measured.
 
-  python evaluate.py judge      train the judge, a small network that knows moving digits: weights/judge.pt, shipped
-  python evaluate.py quality    how good the samples of a run on moving digits are
-  python evaluate.py renoise    the same weights sampled with the paper's renoising, with other noise, without (Fig. 6)
-  python evaluate.py latency    the pyramid's sampling time beside vanilla's, and the predicted ratio (Table 1)
-  python evaluate.py cost       that prediction for a model of any size
+  python evaluate.py quality      how good the samples of a run on moving digits are
+  python evaluate.py cost         how much faster than vanilla the pyramid should sample, for a model of any size
+  python evaluate.py judge        train the judge, a small network that knows moving digits: weights/judge.pt, shipped
+
+Each claim trains the runs it needs (RUNS), samples them, prints its table and writes results/CLAIM.json and a figure:
+
+  python evaluate.py latency      Table 1: sampling time of the pyramid beside vanilla's, and the predicted ratio
+  python evaluate.py training     Fig. 5: quality against training time
+  python evaluate.py alignment    Table 3: with and without data-noise alignment, and what it does to the target
+  python evaluate.py renoising    Fig. 6: the paper's renoising, with other noise, without
+  python evaluate.py early        Fig. 8: clips from early in training
+  python evaluate.py sampling     past the paper: quality against cost, by solver, steps, and number of stages
+  python evaluate.py growth       past the paper: sampling time as clips get longer
+  python evaluate.py all          every claim
+
+What is done is not done again: a stopped run of train.py is continued, and a number in results/cells.json stays as long
+as the weights it is of. --smoke does all of it at a tiny size.
 """
 
 import argparse
 import datetime
+import hashlib
+import itertools
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +42,34 @@ from tqdm import tqdm
 
 import bench
 import sample
-from data import MovingDigits, draw_digit, save_strip
+import train
+from data import MovingDigits, draw_digit, to_images
 from model import DiT, DiTConfig
-from tpdiff import Generators, Pyramid, randn, split_steps, upsample
+from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
 
 JUDGE = sample.SHIPPED / "judge.pt"
 JUDGE_SEED, REAL_SEED = 2**31, 2**31 + 1  # of the judge's training clips, and of the real clips of every measurement
+
+# Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 times as long as one of
+# vanilla (of two stages 0.77, of four 0.54): all runs but the "-long" ones have equal time.
+RUNS = {
+    "flow-3": "--mode flow --stages 3 --steps 3000 --seed 1",
+    "flow-1": "--mode flow --stages 1 --steps 1900 --seed 1",
+    "ddim-3": "--mode ddim --stages 3 --steps 3000 --seed 1",
+    "ddim-1": "--mode ddim --stages 1 --steps 1900 --seed 1",
+    "flow-3-seed-2": "--mode flow --stages 3 --steps 3000 --seed 2",
+    "flow-1-seed-2": "--mode flow --stages 1 --steps 1900 --seed 2",
+    "flow-1-long": "--mode flow --stages 1 --steps 3000 --seed 1",
+    "ddim-1-long": "--mode ddim --stages 1 --steps 3000 --seed 1",
+    "flow-3-nearest": "--mode flow --stages 3 --steps 3000 --seed 1 --align nearest",
+    "flow-3-none": "--mode flow --stages 3 --steps 3000 --seed 1 --align none",
+    "ddim-3-none": "--mode ddim --stages 3 --steps 3000 --seed 1 --align none",
+    "flow-2": "--mode flow --stages 2 --steps 2460 --seed 1",
+    "flow-4": "--mode flow --stages 4 --steps 3500 --seed 1",
+}
+SMOKE = {"number": 4, "reference": 50, "seeds": [0, 1], "batch": 4, "repeats": 1}
+SMOKE |= {"runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
+TINY = "--width 16 --depth 1 --heads 2 --batch 2 --sample-interval 1000"  # of --smoke, of 20 steps
 
 
 class Judge(nn.Module):
@@ -118,10 +157,11 @@ def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
     legible   frames that the digit read in them, drawn where it was read, explains to 3/4 of their brightness squared.
     kept      clips whose frames are all legible and all the same digit.
     straight  kept clips whose digit stays within a pixel of a constant velocity with bounces.
+    off_track is not a share: pixels from the nearest such path, at the worst frame, mean over the clips; real 0.4.
     """
     labels, positions = judge.read(clips)
     glyphs, size = MovingDigits().glyphs, clips.shape[-1]
-    legible, kept, straight = [], [], []
+    legible, kept, off = [], [], []
     for clip, digits, places in zip(
         clips[:, 0].double().numpy(), labels.tolist(), positions.double().numpy(), strict=True
     ):
@@ -130,18 +170,24 @@ def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
         fine = ((frames - drawn) ** 2).sum((1, 2)) < 0.25 * (drawn**2).sum((1, 2))
         legible.append(fine.mean())
         kept.append(fine.all() and len(set(digits)) == 1)
-        rooms = np.array(glyphs[digits[0]].shape)
-        straight.append(kept[-1] and all(bounces(places[:, axis], size - rooms[axis]) for axis in (0, 1)))
-    return {"legible": float(np.mean(legible)), "kept": float(np.mean(kept)), "straight": float(np.mean(straight))}
+        rooms = size - np.array(glyphs[statistics.mode(digits)].shape)
+        off.append(max(off_track(places[:, axis], rooms[axis]) for axis in (0, 1)))
+    straight = np.mean(np.array(kept) & (np.array(off) < 1))
+    return {
+        "legible": float(np.mean(legible)),
+        "kept": float(np.mean(kept)),
+        "straight": float(straight),
+        "off_track": float(np.mean(off)),
+    }
 
 
-def bounces(positions: np.ndarray, room: float, tolerance: float = 1.0) -> bool:
-    """Whether positions (T,) stay within `tolerance` of a point of constant velocity that bounces off 0 and `room`."""
+def off_track(positions: np.ndarray, room: float) -> float:
+    """Largest distance of positions (T,) from the nearest path of constant velocity that bounces off 0 and `room`."""
     time = np.arange(len(positions))
     velocities, starts = np.arange(-2.2, 2.2, 0.05), np.arange(0, room + 0.25, 0.25)
     unfolded = starts[:, None, None] + velocities[:, None] * time
     path = room - np.abs(unfolded % (2 * room) - room)
-    return bool((np.abs(path - positions).max(-1) < tolerance).any())
+    return np.abs(path - positions).max(-1).min()
 
 
 def flicker(clips: Tensor) -> float:
@@ -155,49 +201,30 @@ def real_clips(first: int, count: int) -> Tensor:
     return torch.stack([data[number][0] for number in range(first, first + count)])
 
 
-def quality_of(judge: Judge, clips: Tensor, reference: Tensor) -> dict[str, float]:
-    """All metrics of moving-digit clips. `reference`: the judge's features of real ones."""
-    distance = frechet_distance(judge.features(clips), reference)
-    return {"judge_distance": distance, **digit_scores(judge, clips), "flicker": flicker(clips)}
+def scores_of(make: Callable[[int, int], Tensor], args: argparse.Namespace) -> dict[str, list[float]]:
+    """All metrics of the clips that `make` gives for a sampling seed and a number: a list over the seeds."""
+    judge, reference = load_judge(), reference_features(args.reference)
+    rows = []
+    for seed in args.seeds:
+        clips = make(seed, args.number)
+        distance = frechet_distance(judge.features(clips), reference)
+        rows.append({"judge_distance": distance, **digit_scores(judge, clips), "flicker": flicker(clips)})
+    return {metric: [row[metric] for row in rows] for metric in rows[0]}
 
 
-def measure(args: argparse.Namespace, settings: dict[str, Callable[[int, int], Tensor]]) -> dict:
-    """The metrics of each setting (a sampling seed and a number -> clips) for every seed, and of real clips."""
-    if min(args.number, args.reference) < 2:
-        raise ValueError("--number and --reference must be at least 2: one clip has no covariance")
-    judge = load_judge()
-    reference = judge.features(real_clips(0, args.reference))
-    settings |= {"real clips": lambda seed, number: real_clips(args.reference + seed * number, number)}
-    found = {}
-    for name, make in settings.items():
-        rows = [quality_of(judge, make(seed, args.number), reference) for seed in args.seeds]
-        found[name] = {metric: [row[metric] for row in rows] for metric in rows[0]}
-    metrics = list(rows[0])
-    cells = [[name, *(spread(values[metric]) for metric in metrics)] for name, values in found.items()]
-    bench.table(", ".join(["", *metrics]), cells)
-    return found
+@cache
+def reference_features(count: int) -> Tensor:
+    return load_judge().features(real_clips(0, count))
+
+
+def held_out_clips(args: argparse.Namespace, seed: int, number: int) -> Tensor:
+    """Real clips that are not in the reference either, others for every seed."""
+    return real_clips(args.reference + seed * number, number)
 
 
 def spread(values: list[float]) -> str:
     """The mean, and the smallest and largest over the seeds."""
     return f"{statistics.mean(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
-
-
-def generate(weights: sample.Weights, pyramid: Pyramid, args: argparse.Namespace, seed: int, number: int) -> Tensor:
-    """`number` clips of all classes in turn, in batches; clip i's noise depends on the seed and i alone."""
-    clips, labels = [], sample.choose_labels(weights.classes, number)
-    for first in tqdm(range(0, number, args.batch), desc=f"seed {seed}", unit="batch"):
-        count = min(args.batch, number - first)
-        part = labels if labels is None else labels[first : first + count]
-        options = args.steps, args.solver, args.guidance, seed, args.precision
-        clips.append(sample.generate(weights, pyramid, part, count, *options, first=first).cpu())
-    return torch.cat(clips)
-
-
-def quality(args: argparse.Namespace) -> dict:
-    weights = load_run(args)
-    pyramid = Pyramid(weights.mode, weights.stages)
-    return measure(args, {f"{weights.mode}, {weights.stages} stages": partial(generate, weights, pyramid, args)})
 
 
 class WithoutNoise(Pyramid):
@@ -217,14 +244,104 @@ class PlainNoise(WithoutNoise):
         )
 
 
-def renoise(args: argparse.Namespace) -> dict:
-    """Fig. 6: the same weights and first noise, three ways from one stage to the next."""
-    weights = load_run(args)
-    kinds = {"the paper's": Pyramid, "plain noise": PlainNoise, "no noise": WithoutNoise}
-    ways = {name: partial(generate, weights, kind(weights.mode, weights.stages), args) for name, kind in kinds.items()}
-    found = measure(args, ways)
-    save_strip(torch.cat([make(args.seeds[0], 3) for make in ways.values()]), args.out / f"renoise-{weights.mode}.png")
-    return found
+RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "no noise": WithoutNoise}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one number of a table is measured on: clips of a run after a share of its steps, sampled in one way."""
+
+    run: str
+    steps: tuple[int, ...] | int = 30  # as `Pyramid.sample` takes them
+    solver: str = "euler"
+    percent: int = 100
+    renoising: str = "paper"
+
+
+def steps_of(run: str, args: argparse.Namespace) -> int:
+    words = RUNS[run].split()
+    return 20 if args.smoke else int(words[words.index("--steps") + 1])
+
+
+def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
+    """The weights of a run after a share of its steps, a multiple of 5%. The run is made now unless it is there."""
+    folder, steps = args.runs / run, steps_of(run, args)
+    path = folder / f"weights-{steps * percent // 100}.pt"
+    if not path.exists():
+        words = [
+            sys.executable,
+            train.__file__,
+            *RUNS[run].split(),
+            "--keep-interval",
+            str(steps // 20),
+            "--out",
+            folder,
+        ]
+        words += [*TINY.split(), "--steps", str(steps)] if args.smoke else []
+        words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
+        subprocess.run(words, check=True)
+    return path
+
+
+def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Tensor:
+    """`number` clips of a cell, of all classes in turn."""
+    weights = sample.load_weights(trained(cell.run, cell.percent, args), sample.choose_device())
+    if args.compile:
+        compiled = compiled_model(weights.model.config)
+        compiled.load_state_dict(weights.model.state_dict())
+        weights.model = compiled
+    return generate(weights, cell, args.batch, seed, number)
+
+
+@cache
+def compiled_model(config: DiTConfig) -> DiT:
+    """One for all weights of a shape, as compiling takes a minute or more; a graph for each stage and batch size."""
+    model = DiT(config).to(sample.choose_device()).eval()
+    model.compile(dynamic=False)
+    return model
+
+
+def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: int) -> Tensor:
+    """In batches; clip i's noise depends on the seed and i alone."""
+    pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
+    labels = sample.choose_labels(weights.classes, number)
+    for first in tqdm(range(0, number, batch), desc=f"{cell.run}, seed {seed}", unit="batch", leave=False):
+        part = labels[first : first + batch]
+        options = cell.steps, cell.solver, 1.0, seed
+        clips.append(sample.generate(weights, pyramid, part, len(part), *options, first=first).cpu())
+    return torch.cat(clips)
+
+
+def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
+    """A cell's metrics, from results/cells.json or now."""
+    path, digest = args.out / "cells.json", hashlib.sha256(trained(cell.run, cell.percent, args).read_bytes())
+    what = {"weights": digest.hexdigest()[:16], "number": args.number, "seeds": args.seeds, "real": args.reference}
+    found, name = json.loads(path.read_text()) if path.exists() else {}, str(cell)
+    if {key: found.get(name, {}).get(key) for key in what} != what:
+        found[name] = what | scores_of(partial(clips_of, cell, args), args)
+        write_json(path, found)
+    return found[name]
+
+
+def write_json(path: Path, content: dict) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def quality(args: argparse.Namespace) -> None:
+    """How good one run's samples are, beside real clips."""
+    path = sample.weight_file(args.checkpoint or sample.find_weights(args.mode, args.stages))
+    weights = sample.load_weights(path, sample.choose_device())
+    if (weights.model.config.channels, weights.size) != (1, 32) or weights.classes != MovingDigits.classes:
+        raise ValueError(f"{path} was not trained on moving digits of 32x32, which is all that the judge knows")
+    steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
+    split_steps(steps, weights.stages)
+    made = scores_of(partial(generate, weights, Cell(str(path), steps, args.solver), args.batch), args)
+    real = scores_of(partial(held_out_clips, args), args)
+    header, rows = ["", *made], [[name, *map(spread, found.values())] for name, found in (("", made), ("real", real))]
+    rows[0][0] = f"{weights.mode}, {weights.stages} stages, step {weights.step}"
+    print(bench.markdown(header, rows))
 
 
 def network_cost(frames: int, tokens: int, width: int, depth: int, attention: str) -> float:
@@ -242,118 +359,326 @@ def predicted_speedup(counts: list[int], frames: int, *size) -> float:
     return sum(counts) * network_cost(frames, *size) / pyramid
 
 
-def cost(args: argparse.Namespace) -> dict:
+def cost(args: argparse.Namespace) -> None:
     """The prediction alone, for every number of stages up to --stages that the frames divide by."""
     size, rows = (args.tokens, args.width, args.depth, args.attention), []
     for stages in range(1, args.stages + 1):
-        if args.frames % 2 ** (stages - 1) == 0 and args.steps >= stages:
-            counts = split_steps(args.steps, stages)
-            rows.append([stages, "-".join(map(str, counts)), predicted_speedup(counts, args.frames, *size)])
-    bench.table("stages, steps (noisiest first), times as fast as one stage", [[k, c, f"{x:.3g}"] for k, c, x in rows])
-    return {str(stages): speedup for stages, _, speedup in rows}
+        if args.frames % 2 ** (stages - 1) == 0 and sum(args.steps) >= stages:
+            counts = split_steps(sum(args.steps), stages)
+            rows.append([stages, "-".join(map(str, counts)), f"{predicted_speedup(counts, args.frames, *size):.3g}"])
+    print(bench.markdown(["stages", "steps (noisiest first)", "times as fast as one stage"], rows))
 
 
-def latency(args: argparse.Namespace) -> dict:
-    """Table 1: sampling a clip at batch 1 and a batch, the pyramid beside vanilla with the same network and steps."""
-    device, found, rows = sample.choose_device(), {}, []
-    counts, tokens = split_steps(args.steps, args.stages), (args.size // args.patch) ** 2
-    predicted = predicted_speedup(counts, args.frames, tokens, args.width, args.depth, "factorized")
-    for mode in ("flow", "ddim"):
-        functions = {}
-        for batch in (1, args.batch):
-            for stages in (1, args.stages):
-                model = DiT(DiTConfig(1, args.patch, args.width, args.depth, args.heads, stages)).to(device).eval()
-                whole = sample.Weights(model, mode, stages, args.frames, args.size, (), 0)
-                functions[batch, stages] = partial(
-                    sample.generate, whole, Pyramid(mode, stages), None, batch, args.steps, precision=args.precision
-                )
-        seconds = bench.alternate(functions, args.repeats)
-        for batch in (1, args.batch):
-            one, many = (seconds[batch, stages] for stages in (1, args.stages))
-            speedup = statistics.median(one) / statistics.median(many)
-            found[f"{mode}, batch {batch}"] = {
-                "vanilla": one,
-                "pyramid": many,
-                "speedup": speedup,
-                "predicted": predicted,
-            }
-            times = bench.in_milliseconds(one), bench.in_milliseconds(many)
-            rows.append([mode, batch, *times, f"{speedup:.2f}", f"{predicted:.2f}", f"{speedup / predicted - 1:+.0%}"])
-    bench.table("mode, batch, vanilla (ms), pyramid (ms), times as fast, predicted, off by", rows)
-    return found
-
-
-def make_judge(args: argparse.Namespace) -> dict:
+def make_judge(args: argparse.Namespace) -> None:
     """Trains the judge and writes it over the shipped one."""
-    trained = train_judge(args.judge_steps)
-    torch.save(trained.state_dict(), JUDGE)
-    clips, features = real_clips(0, 2000), trained.features(real_clips(2000, 2000))
-    found = quality_of(trained, clips, features)
-    print(f"wrote {JUDGE}; real clips score {found}")
-    return found
+    torch.save(train_judge(args.judge_steps).state_dict(), JUDGE)
+    print(f"wrote {JUDGE}; real clips score {scores_of(partial(held_out_clips, args), args)}")
 
 
-def load_run(args: argparse.Namespace) -> sample.Weights:
-    path = sample.weight_file(args.checkpoint or sample.find_weights(args.mode, args.stages))
-    weights = sample.load_weights(path, sample.choose_device())
-    if (weights.model.config.channels, weights.size) != (1, 32) or weights.classes != MovingDigits.classes:
-        raise ValueError(f"{path} was not trained on moving digits of 32x32, which is all that the judge knows")
-    return weights
+def default_model(args: argparse.Namespace) -> argparse.Namespace:
+    """train.py's options for what is only timed."""
+    return train.make_parser().parse_args(TINY.split() if args.smoke else [])
 
 
-COMMANDS = {"judge": make_judge, "quality": quality, "renoise": renoise, "latency": latency, "cost": cost}
+def sampling_times(frames: int, settings: dict, args: argparse.Namespace) -> dict:
+    """Sorted seconds of 30 Euler steps, network untrained. `settings`: a name -> (mode, stages, batch)."""
+    functions, options = {}, default_model(args)
+    for name, (mode, stages, batch) in settings.items():
+        model = DiT(DiTConfig(1, options.patch, options.width, options.depth, options.heads, stages))
+        model = model.to(sample.choose_device()).eval()
+        weights = sample.Weights(model, mode, stages, frames, options.size, (), 0)
+        functions[name] = partial(sample.generate, weights, Pyramid(mode, stages), None, batch)
+    return bench.alternate(functions, args.repeats)
+
+
+def default_speedup(stages: int, frames: int, args: argparse.Namespace) -> float:
+    options, counts = default_model(args), split_steps(30, stages)
+    tokens = (options.size // options.patch) ** 2
+    return predicted_speedup(counts, frames, tokens, options.width, options.depth, "factorized")
+
+
+def latency(args: argparse.Namespace) -> list:
+    """Table 1: sampling a clip, and --batch clips, in 30 Euler steps; the pyramid beside vanilla."""
+    rows, predicted = [], default_speedup(3, 16, args)
+    for mode, papers in (("flow", 1.71), ("ddim", 1.49)):
+        settings = {(batch, stages): (mode, stages, batch) for batch in (1, args.batch) for stages in (1, 3)}
+        seconds = sampling_times(16, settings, args)
+        for batch in (1, args.batch):
+            one, three = seconds[batch, 1], seconds[batch, 3]
+            speedup = bench.median(one) / bench.median(three)
+            times = [f"{bench.in_milliseconds(one)}", f"{bench.in_milliseconds(three)}"]
+            off = f"{speedup / predicted - 1:+.0%}"
+            rows.append([mode, batch, *times, f"{speedup:.2f}", f"{predicted:.2f}", off, papers])
+    header = ["mode", "clips", "vanilla, ms", "3 stages, ms", "times as fast", "predicted", "off by", "the paper's"]
+    return [(header, rows)]
+
+
+def growth(args: argparse.Namespace) -> list:
+    """Sampling time of one clip as it gets longer, with as many stages as leave two frames, beside vanilla."""
+    rows, figure = [], {"vanilla": [], "pyramid": []}
+    for frames in (8, 16) if args.smoke else (8, 16, 32, 64):
+        stages = int(math.log2(frames))
+        seconds = sampling_times(frames, {1: ("flow", 1, 1), 3: ("flow", 3, 1), "most": ("flow", stages, 1)}, args)
+        one, three, most = (bench.median(seconds[name]) for name in (1, 3, "most"))
+        figure["vanilla"].append((frames, [one]))
+        figure["pyramid"].append((frames, [most]))
+        predicted = [f"{default_speedup(count, frames, args):.2f}" for count in (3, stages)]
+        ratios = [f"{one / three:.2f}", predicted[0], stages, f"{one / most:.2f}", predicted[1]]
+        rows.append([frames, bench.in_milliseconds(seconds[1]), *ratios])
+    draw_curves(figure, "frames", "seconds a clip", args.out / "growth.png")
+    names = ["frames", "vanilla, ms", "3 stages: times as fast", "predicted"]
+    return [([*names, "most stages", "times as fast", "predicted"], rows)]
+
+
+PAIRS = {
+    "flow, seed 1": ("flow-3", "flow-1"),
+    "flow, seed 2": ("flow-3-seed-2", "flow-1-seed-2"),
+    "ddim, seed 1": ("ddim-3", "ddim-1"),
+}
+PERCENTS = (10, 20, 40, 60, 80, 100)
+
+
+def step_seconds(args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a training step of each run in PAIRS: the mean over its stages, all measured in turns."""
+    functions = {}
+    for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
+        words = RUNS[run].split() + (TINY.split() if args.smoke else [])
+        state = bench.Run(train.make_parser().parse_args(words))
+        functions |= {(run, k): partial(state.training_step, k) for k in range(len(state.pyramid))}
+    seconds, means = bench.alternate(functions, args.repeats), {}
+    for pair in PAIRS.values():
+        for run in pair:
+            means[run] = statistics.mean(bench.median(seconds[name]) for name in seconds if name[0] == run[:6])
+    return means
+
+
+def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None:
+    """When a curve of (time, values over seeds) first comes down to `goal`; between points its logarithm is
+    interpolated linearly. None if it never does."""
+    points = [(time, math.log(statistics.mean(values) / goal)) for time, values in curve]
+    if points[0][1] <= 0:
+        return points[0][0]
+    for (time, above), (next_time, below) in itertools.pairwise(points):
+        if below <= 0:
+            return time + above / (above - below) * (next_time - time)
+    return None
+
+
+def training(args: argparse.Namespace) -> list:
+    """Fig. 5: the judge's distance against training time, pyramid and vanilla in equal time."""
+    seconds, rows, gains = step_seconds(args), [], []
+    for pair, runs in PAIRS.items():
+        curves = {}
+        for run in runs:
+            whole = steps_of(run, args) * seconds[run]
+            cells = {percent: measured(Cell(run, percent=percent), args) for percent in PERCENTS}
+            curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
+            values = [spread(cell["judge_distance"]) for cell in cells.values()]
+            rows.append([run, f"{seconds[run] * 1e3:.0f}", f"{whole:.0f}", *values, spread(cells[100]["kept"])])
+        pyramid, vanilla = curves.values()
+        draw_curves(
+            curves,
+            "seconds of training",
+            "judge's distance",
+            args.out / f"training-{pair.replace(', ', '-').replace(' ', '-')}.png",
+        )
+        (end_pyramid, last_pyramid), (end_vanilla, last_vanilla) = pyramid[-1], vanilla[-1]
+        reached = time_to(statistics.mean(last_vanilla), pyramid)
+        if reached:
+            gains.append([pair, f"{end_vanilla:.0f}", f"{reached:.0f}", f"{end_vanilla / reached:.2f}"])
+        else:
+            reached = time_to(statistics.mean(last_pyramid), vanilla)
+            gains.append([pair, f"{reached:.0f}", f"{end_pyramid:.0f}", f"{reached / end_pyramid:.2f}"])
+    shares = [f"distance at {percent}%" for percent in PERCENTS]
+    names = ["", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
+    return [(["run", "ms a step", "seconds", *shares, "kept"], rows), (names, gains)]
+
+
+def row_of(name: str, cell: Cell, args: argparse.Namespace) -> list:
+    """A table's row: distance, legible and kept shares, and flicker as a multiple of real clips'."""
+    found, real = measured(cell, args), flicker(real_clips(0, args.reference))
+    shares = [spread(found[metric]) for metric in ("judge_distance", "legible", "kept", "off_track")]
+    return [name, *shares, spread([value / real for value in found["flicker"]])]
+
+
+SCORES = ["judge's distance", "legible", "kept", "off track, px", "flicker, of real"]
+
+
+def alignment(args: argparse.Namespace) -> list:
+    """Table 3: training without alignment and with it, and how much of the target's variance it removes."""
+    names = {"flow": ("flow-3", "flow-3-nearest", "flow-3-none"), "ddim": ("ddim-3", "ddim-3-none")}
+    rows = [row_of(run, Cell(run), args) for runs in names.values() for run in runs]
+    removed = []
+    for batch in (4, 16) if args.smoke else (4, 16, 64, 256):
+        shares = [variance_removed(mode, k, batch) for mode in names for k in range(3)]
+        removed.append([batch, *(f"{share:.2%}" for share in shares)])
+    return [(["run", *SCORES], rows), (["batch", *(f"{mode}, stage {k}" for mode in names for k in range(3))], removed)]
+
+
+def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
+    """Share of the target's variance (per pixel, over clips and noises) that alignment in a batch removes."""
+    pyramid, targets = Pyramid(mode, 3), {"aligned": [], "plain": []}
+    for x0 in real_clips(0, max(clips, batch)).split(batch):
+        x0_stage = downsample(x0, 2**k)
+        noise = torch.randn(x0_stage.shape, generator=sample.generator_for(k, len(targets["plain"])))
+        for name, paired in (("aligned", align(x0_stage, noise)), ("plain", noise)):
+            ends = pyramid.endpoints(x0, paired, k)
+            targets[name].append(pyramid.interpolate(*ends, k, torch.zeros(len(x0)))[1])
+    aligned, plain = (torch.cat(targets[name]).var(0).mean().item() for name in ("aligned", "plain"))
+    return 1 - aligned / plain
+
+
+def renoising(args: argparse.Namespace) -> list:
+    """Fig. 6: the same weights and first noise, three ways from one stage to the next."""
+    rows, pictures = [], {}
+    for run in ("flow-3", "ddim-3"):
+        for way in RENOISING:
+            cell = Cell(run, renoising=way)
+            rows.append(row_of(f"{run}, {way}", cell, args))
+            pictures[f"{run}, {way}"] = clips_of(cell, args, args.seeds[0], 3)
+    draw_clips(pictures, 1, args.out / "renoising.png")
+    return [(["run, renoising", *SCORES], rows)]
+
+
+def early(args: argparse.Namespace) -> list:
+    """Fig. 8: clips at 5, 10, 20 and 40% of training, the pyramid beside vanilla."""
+    pictures = {}
+    for percent in (5, 10, 20, 40):
+        for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
+            pictures[f"{run}, {percent}%"] = clips_of(Cell(run, percent=percent), args, args.seeds[0], 10)[5:8]
+    draw_clips(pictures, 4, args.out / "early.png")
+    return []
+
+
+def sampling(args: argparse.Namespace) -> list:
+    """Quality against cost: solver and steps, how steps are shared out over stages, and the number of stages."""
+    rows, figure = [], {}
+    steps = (30, 9) if args.smoke else (30, 24, 18, 15, 12, 9)
+    for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
+        for solver in ("euler", "ab2"):
+            for count in steps:
+                row, point = front_row(Cell(run, count, solver), args)
+                rows.append(row)
+                figure.setdefault(f"{run}, {solver}", []).append(point)
+    draw_curves(figure, "full-rate network calls", "judge's distance", args.out / "sampling.png")
+    splits = [(15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
+    shared = [front_row(Cell("flow-3", split, "euler"), args)[0] for split in splits]
+    cells = [Cell(run, count, solver) for run in ("flow-2", "flow-4") for count, solver in ((30, "euler"), (15, "ab2"))]
+    stages = [front_row(cell, args)[0] for cell in cells]
+    header = ["run", "steps", "solver", "full-rate calls", *SCORES]
+    return [(header, rows), (header, shared), (header, stages)]
+
+
+def front_row(cell: Cell, args: argparse.Namespace) -> tuple[list, tuple]:
+    counts = split_steps(cell.steps, int(cell.run[5]))
+    calls = sample.full_rate_steps(counts)
+    row = [cell.run, "-".join(map(str, counts)), cell.solver, f"{calls:.4g}", *row_of("", cell, args)[1:]]
+    return row, (calls, measured(cell, args)["judge_distance"])
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("the figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_curves(curves: dict[str, list], x_label: str, y_label: str, path: Path) -> None:
+    """Curves of (x, values over seeds): the means, and the range as a band; both axes logarithmic."""
+    figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for name, points in curves.items():
+        x, values = zip(*sorted(points), strict=True)
+        (line,) = axes.plot(x, [statistics.mean(v) for v in values], marker="o", markersize=4, label=name)
+        axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
+    axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path, every: int = 2) -> None:
+    """Clips (B, C, T, H, W) under their names, one below the other, every second frame to the right."""
+    rows = -(-len(pictures) // columns)
+    height, width = next(iter(pictures.values())).shape[0], next(iter(pictures.values())).shape[2] // every
+    size = (0.35 * width * columns, (0.35 * height + 0.25) * rows)
+    figure, grid = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, (name, clips) in zip(grid.flat, pictures.items(), strict=True):
+        images = np.pad(to_images(clips)[:, ::every], ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
+        count, frames, high, wide, colors = images.shape
+        axes.imshow(images.transpose(0, 2, 1, 3, 4).reshape(count * high, frames * wide, colors))
+        axes.set_title(name, fontsize=8)
+        axes.axis("off")
+    figure.savefig(path, dpi=120)
+
+
+CLAIMS = {f.__name__: f for f in (latency, training, alignment, renoising, early, sampling, growth)}
+TOOLS = {"quality": quality, "cost": cost, "judge": make_judge}
 
 
 def make_parser() -> sample.Parser:
     parser = sample.Parser(prog="evaluate.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("command", choices=COMMANDS)
-    add("--checkpoint", type=Path, help="weights.pt of a run, or its folder [newest match in runs/, else shipped]")
-    add("--mode", choices=["flow", "ddim"], default="flow")
-    add("--stages", type=sample.positive_int, default=3)
-    add("--steps", type=sample.positive_int, default=30, help="solver steps in all")
-    add("--solver", choices=["euler", "ab2"], default="euler")
-    add("--guidance", type=sample.real_number(-100, 100), default=1.0)
-    add("--number", type=sample.positive_int, default=1000, help="clips of a number")
+    add("command", choices=[*TOOLS, *CLAIMS, "all"])
+    add("--checkpoint", type=Path, help="of quality: weights.pt or a run's folder [newest in runs/, else shipped]")
+    add("--mode", choices=["flow", "ddim"], default="flow", help="of quality")
+    add("--stages", type=sample.positive_int, default=3, help="of quality; of cost: the most")
+    add("--steps", type=sample.positive_int, nargs="+", default=[30], help="of quality and cost: solver steps")
+    add("--solver", choices=["euler", "ab2"], default="euler", help="of quality")
+    add("--number", type=sample.positive_int, default=340, help="clips of a number and seed")
     add("--reference", type=sample.positive_int, default=4000, help="real clips that they are compared with")
     add("--seeds", type=sample.non_negative_int, nargs="+", default=[0, 1, 2], help="sampling seeds")
-    add("--batch", type=sample.positive_int, default=50)
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    add("--repeats", type=sample.positive_int, default=7, help="timings of each kind")
+    add("--batch", type=sample.positive_int, default=34, help="clips sampled at once")
+    add("--compile", action="store_true", help="of claims: torch.compile the models that are sampled")
+    add("--repeats", type=sample.positive_int, default=9, help="timings of each kind")
     add("--judge-steps", type=sample.positive_int, default=1500)
-    add("--frames", type=sample.positive_int, default=16, help="of latency and cost, as are the next ones")
-    add("--size", type=sample.positive_int, default=32)
-    add("--patch", type=sample.positive_int, default=4)
-    add("--tokens", type=sample.positive_int, default=64, help="tokens a frame, of cost")
+    add("--frames", type=sample.positive_int, default=16, help="of cost, as are the next ones")
+    add("--tokens", type=sample.positive_int, default=64, help="tokens a frame")
     add("--width", type=sample.positive_int, default=96)
     add("--depth", type=sample.positive_int, default=4)
-    add("--heads", type=sample.positive_int, default=4)
-    add(
-        "--attention",
-        choices=["factorized", "full"],
-        default="factorized",
-        help="of cost: space then time, or all tokens",
-    )
-    add("--out", type=Path, default=Path("results"))
+    attention = "factorized (space, then time), or full (over all tokens)"
+    add("--attention", choices=["factorized", "full"], default="factorized", help=attention)
+    add("--smoke", action="store_true", help="of claims: tiny runs, few clips, in runs/smoke and results in there")
+    add("--runs", type=Path, default=Path("runs/evaluate"), help="where the claims' runs are")
+    add("--out", type=Path, default=Path("results"), help="where the claims' numbers and figures go")
     return parser
+
+
+def claim(name: str, args: argparse.Namespace) -> None:
+    """Measures a claim, prints its tables and writes them with what they were made by."""
+    tables = CLAIMS[name](args)
+    head = {"command": f"python evaluate.py {name}", "date": str(datetime.date.today()), "machine": bench.processor()}
+    head |= {"torch": torch.__version__, "number": args.number, "seeds": args.seeds}
+    for header, rows in tables:
+        print(bench.markdown(header, rows))
+    write_json(args.out / f"{name}.json", head | {"tables": tables})
+    print(f"wrote {args.out / name}.json\n", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.smoke:
+        parser.set_defaults(**SMOKE)
+        args = parser.parse_args(argv)
     try:
+        if min(args.number, args.reference) < 2:
+            raise ValueError("--number and --reference must be at least 2: one clip has no covariance")
+        if args.command in TOOLS:
+            TOOLS[args.command](args)
+            return
+        pyplot()
         args.out.mkdir(parents=True, exist_ok=True)
-        found = COMMANDS[args.command](args)
+        for name in CLAIMS if args.command == "all" else [args.command]:
+            claim(name, args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    options = {
-        name: value if isinstance(value, int | float | list) else str(value) for name, value in vars(args).items()
-    }
-    head = {"date": str(datetime.date.today()), "machine": bench.processor(), "torch": torch.__version__}
-    name = f"{args.command}-{args.mode}-{args.stages}.json"
-    (args.out / name).write_text(json.dumps(head | {"options": options, "found": found}, indent=1) + "\n")
-    print(f"wrote {args.out / name}")
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(error.returncode) from None  # train.py has said why
 
 
 if __name__ == "__main__":
