@@ -512,18 +512,15 @@ PAIRS = {
 PERCENTS = (10, 20, 40, 60, 80, 100)
 
 
-def step_seconds(args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a training step of each run in PAIRS: the mean over its stages, all measured in turns."""
-    functions = {}
-    for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
+def step_seconds(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Median seconds of a training step of the runs in PAIRS, by stage, all measured in turns."""
+    functions, runs = {}, {run[:6] for pair in PAIRS.values() for run in pair}
+    for run in sorted(runs):
         words = RUNS[run].split() + (TINY.split() if args.smoke else [])
         state = bench.Run(train.make_parser().parse_args(words))
         functions |= {(run, k): partial(state.training_step, k) for k in range(len(state.pyramid))}
-    seconds, means = bench.alternate(functions, args.repeats), {}
-    for pair in PAIRS.values():
-        for run in pair:
-            means[run] = statistics.mean(bench.median(seconds[name]) for name in seconds if name[0] == run[:6])
-    return means
+    seconds = bench.alternate(functions, args.repeats)
+    return {run: [bench.median(seconds[name]) for name in functions if name[0] == run] for run in runs}
 
 
 def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None:
@@ -544,11 +541,13 @@ def training(args: argparse.Namespace) -> list:
     for pair, runs in PAIRS.items():
         curves = {}
         for run in runs:
-            whole = steps_of(run, args) * seconds[run]
+            by_stage = seconds[run[:6]]
+            whole = steps_of(run, args) * statistics.mean(by_stage)
             cells = {percent: measured(Cell(run, percent=percent), args) for percent in PERCENTS}
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
             values = [spread(cell["judge_distance"]) for cell in cells.values()]
-            rows.append([run, f"{seconds[run] * 1e3:.0f}", f"{whole:.0f}", *values, spread(cells[100]["kept"])])
+            times = ", ".join(f"{each * 1e3:.0f}" for each in by_stage)
+            rows.append([run, times, f"{whole:.0f}", *values, spread(cells[100]["kept"])])
         pyramid, vanilla = curves.values()
         draw_curves(
             curves,
@@ -565,7 +564,7 @@ def training(args: argparse.Namespace) -> list:
             gains.append([pair, f"{reached:.0f}", f"{end_pyramid:.0f}", f"{reached / end_pyramid:.2f}"])
     shares = [f"distance at {percent}%" for percent in PERCENTS]
     names = ["", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
-    return [(["run", "ms a step", "seconds", *shares, "kept"], rows), (names, gains)]
+    return [(["run", "ms a step, by stage", "seconds", *shares, "kept"], rows), (names, gains)]
 
 
 def row_of(name: str, cell: Cell, args: argparse.Namespace) -> list:
@@ -725,11 +724,20 @@ def make_parser() -> sample.Parser:
     return parser
 
 
+def commit() -> str:
+    """The code's, with a mark if files differ from it; empty without git."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def claim(name: str, args: argparse.Namespace) -> None:
     """Measures a claim, prints its tables and writes them with what they were made by."""
     tables = CLAIMS[name](args)
     head = {"command": f"python evaluate.py {name}", "date": str(datetime.date.today()), "machine": bench.processor()}
-    head |= {"torch": torch.__version__, "number": args.number, "seeds": args.seeds}
+    head |= {"torch": torch.__version__, "commit": commit(), "number": args.number, "seeds": args.seeds}
     for header, rows in tables:
         print(bench.markdown(header, rows))
     write_json(args.out / f"{name}.json", head | {"tables": tables})
