@@ -15,8 +15,8 @@ Each claim trains the runs it needs (RUNS), samples them, prints its table and w
   python evaluate.py growth       past the paper: sampling time as clips get longer
   python evaluate.py all          every claim
 
-What is done is not done again: a stopped run of train.py is continued, and a number in results/cells.json stays as long
-as the weights it is of. --smoke does all of it at a tiny size.
+Runs and clips are not made twice: a stopped run of train.py is continued, and the scores in results/cells.json stay as
+long as the weights they are of. Times are measured anew, so leave the machine alone. --smoke: all at a tiny size.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -69,8 +70,8 @@ RUNS = {
     "flow-4": "--mode flow --stages 4 --steps 3500 --seed 1",
 }
 SMOKE = {"number": 4, "reference": 50, "seeds": [0, 1], "batch": 4, "repeats": 1}
-SMOKE |= {"runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
-TINY = "--width 16 --depth 1 --heads 2 --batch 2 --sample-interval 1000"  # of --smoke, of 20 steps
+SMOKE |= {"width": 16, "depth": 1, "runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
+TINY = "--steps 20 --width 16 --depth 1 --heads 2 --batch 2 --sample-interval 1000"  # of --smoke
 
 
 class Judge(nn.Module):
@@ -253,13 +254,17 @@ def i3d_features(network: Callable, clips: Tensor) -> Tensor:
     parts = []
     for clip in clips.expand(-1, 3, -1, -1, -1):
         frames = F.interpolate(clip.transpose(0, 1), (224, 224), mode="bilinear", align_corners=False)
-        parts.append(network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True))
+        try:
+            parts.append(network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"the network of --i3d does not take {tuple(clip.shape)} as I3D does ({reason})") from None
     return torch.cat(parts).double()
 
 
 def load_i3d(path: Path) -> Callable:
     try:
-        return torch.jit.load(path).eval()
+        return torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a TorchScript file ({str(error).splitlines()[0]})") from None
 
@@ -297,6 +302,7 @@ class PlainNoise(WithoutNoise):
         )
 
 
+METRICS = 1  # raised when the same clips would score otherwise
 RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "no noise": WithoutNoise}
 
 
@@ -311,33 +317,40 @@ class Cell:
     renoising: str = "paper"
 
 
-def steps_of(run: str, args: argparse.Namespace) -> int:
-    words = RUNS[run].split()
-    return 20 if args.smoke else int(words[words.index("--steps") + 1])
+def train_words(run: str, args: argparse.Namespace) -> tuple[list[str], int]:
+    """A run's options for train.py, and its steps. Weights are kept twenty times."""
+    words = RUNS[run].split() + (TINY.split() if args.smoke else [])
+    steps = int(words[len(words) - words[::-1].index("--steps")])  # the last one counts
+    return [*words, "--keep-interval", str(steps // 20)], steps
 
 
 def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
-    """The weights of a run after a share of its steps, a multiple of 5%. The run is made now unless it is there."""
-    folder, steps = args.runs / run, steps_of(run, args)
-    path = folder / f"weights-{steps * percent // 100}.pt"
+    """The weights of a run after a share of its steps, a multiple of 5%. The run is made now unless it is there.
+
+    Raises ValueError if its folder holds a run with other options."""
+    folder, (words, steps) = args.runs / run, train_words(run, args)
+    path, note = folder / f"weights-{steps * percent // 100}.pt", folder / "options.txt"
+    begun = (folder / "checkpoint.pt").exists()
+    if begun and (not note.exists() or note.read_text().split() != words):
+        raise ValueError(f"{folder} is not the run of evaluate.py with train.py {' '.join(words)}: move it away")
     if not path.exists():
-        words = [
-            sys.executable,
-            train.__file__,
-            *RUNS[run].split(),
-            "--keep-interval",
-            str(steps // 20),
-            "--out",
-            folder,
-        ]
-        words += [*TINY.split(), "--steps", str(steps)] if args.smoke else []
-        words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
-        subprocess.run(words, check=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(" ".join(words) + "\n")
+        command = [sys.executable, train.__file__, *words, "--out", folder, *["--resume"] * begun]
+        child = subprocess.Popen(command)
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            code = child.wait()  # the terminal told it too, and it saves first
+        if code:
+            raise SystemExit(f"evaluate.py: train.py ended with {code}; the same command goes on from its checkpoint")
     return path
 
 
 def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Tensor:
-    """`number` clips of a cell, of all classes in turn."""
+    """`number` clips of a cell, of all classes in turn; of the run "real", real ones that no reference holds."""
+    if cell.run == "real":
+        return real_clips(args.reference + seed * number, number)
     weights = sample.load_weights(trained(cell.run, cell.percent, args), sample.choose_device())
     if args.compile:
         compiled = compiled_model(weights.model.config)
@@ -367,16 +380,32 @@ def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number:
 
 
 def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
-    """A cell's metrics, from results/cells.json or now."""
-    path, digest = args.out / "cells.json", hashlib.sha256(trained(cell.run, cell.percent, args).read_bytes())
-    what = {"weights": digest.hexdigest()[:16], "number": args.number, "seeds": args.seeds, "real": args.reference}
-    found, name = json.loads(path.read_text()) if path.exists() else {}, str(cell)
-    if {key: found.get(name, {}).get(key) for key in what} != what:
-        found[name] = what | scores_of(
-            partial(clips_of, cell, args), partial(digit_metrics, reference=args.reference), args
-        )
-        write_json(path, found)
-    return found[name]
+    """A cell's metrics, from results/cells.json or now. They count for the weights and the judge they are of."""
+    path, files = args.out / "cells.json", [JUDGE]
+    files += [] if cell.run == "real" else [trained(cell.run, cell.percent, args)]
+    what = {"files": [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files], "metrics": METRICS}
+    what |= {"number": args.number, "seeds": args.seeds, "real": args.reference}
+    name, read = str(cell), lambda: json.loads(path.read_text()) if path.exists() else {}
+    found = read().get(name, {})
+    if {key: found.get(key) for key in what} != what:
+        metrics = partial(digit_metrics, reference=args.reference)
+        found = what | {"date": str(datetime.date.today()), "commit": commit()}
+        found |= scores_of(partial(clips_of, cell, args), metrics, args)
+        write_json(path, read() | {name: found})  # read again: another process may have added to it
+    return found
+
+
+@cache
+def commit() -> str:
+    """The code's, marked if source files differ from it; empty without git."""
+    words = ["git", "-C", str(Path(__file__).parent)]
+    options = {"capture_output": True, "text": True}
+    try:
+        changed = subprocess.run([*words, "diff", "--quiet", "HEAD", "--", "*.py"], **options).returncode
+        name = subprocess.run([*words, "rev-parse", "--short", "HEAD"], **options).stdout.strip()
+    except OSError:
+        return ""
+    return name + "-dirty" * bool(changed)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -386,38 +415,47 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def quality(args: argparse.Namespace) -> None:
-    """How good one run's samples are, beside real clips that are not in the reference either."""
+    """How good one run's samples are, beside real clips."""
     path = sample.weight_file(args.checkpoint or sample.find_weights(args.mode, args.stages))
     weights = sample.load_weights(path, sample.choose_device())
-    channels, steps = weights.model.config.channels, args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
+    steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
     split_steps(steps, weights.stages)
-    if args.data:
-        if weights.latent_scale is not None:
-            raise ValueError(f"{path} makes latents, and only pictures can be compared")
-        data = FolderClips(
-            args.data, weights.frames, weights.size, frame_stride=args.frame_stride, grayscale=channels == 1
-        )
-        print(data.summary)
-        features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}
-        features |= {"fvd": partial(i3d_features, load_i3d(args.i3d))} if args.i3d else {}
-        metrics = distances_to(stack_clips(data, 0, args.reference), features)
-    else:
-        if (channels, weights.size) != (1, 32) or weights.classes != MovingDigits.classes:
-            problem = "was not trained on moving digits of 32x32, which is all that the judge knows"
-            raise ValueError(f"{path} {problem}; give real clips with --data")
-        data, metrics = MovingDigits(seed=REAL_SEED), partial(digit_metrics, reference=args.reference)
-    ways = {
-        f"{weights.mode}, {weights.stages} stages, step {weights.step}": partial(
-            generate, weights, Cell(str(path), steps, args.solver), args.batch
-        )
-    }
-    ways["real"] = lambda seed, number: stack_clips(data, args.reference + seed * number, number)
+    data, metrics, references = held_out(path, weights, args) if args.data else digits_for(path, weights, args)
+    name = f"{weights.mode}, {weights.stages} stages, step {weights.step}"
+    ways = {name: partial(generate, weights, Cell(str(path), steps, args.solver), args.batch)}
+    ways["real"] = lambda seed, number: stack_clips(data, references + seed * number, number)
     found = {name: scores_of(make, metrics, args) for name, make in ways.items()}
     rows = [[name, *map(spread, values.values())] for name, values in found.items()]
     print(bench.markdown(["", *found["real"]], rows))
 
 
-def network_cost(frames: int, tokens: int, width: int, depth: int, attention: str) -> float:
+def digits_for(path: Path, weights: sample.Weights, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
+    """Real moving digits, the metrics, and how many clips the reference has taken."""
+    if args.i3d or args.frame_stride != 1:
+        raise ValueError("--i3d and --frame-stride have no meaning without --data")
+    shape = weights.model.config.channels, weights.frames, weights.size
+    if shape != (1, 16, 32) or weights.classes != MovingDigits.classes:
+        problem = "was not trained on 16 frames of moving digits of 32x32, which is all that the judge knows"
+        raise ValueError(f"{path} {problem}; give real clips with --data")
+    return MovingDigits(seed=REAL_SEED), partial(digit_metrics, reference=args.reference), args.reference
+
+
+def held_out(path: Path, weights: sample.Weights, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
+    """The same of the clips of --data; at most four windows of a clip make the reference."""
+    if weights.latent_scale is not None or weights.frames < 3:
+        raise ValueError(f"{path} makes latents, or fewer than 3 frames: it cannot be compared")
+    grayscale = weights.model.config.channels == 1
+    data = FolderClips(args.data, weights.frames, weights.size, frame_stride=args.frame_stride, grayscale=grayscale)
+    if data.latent:
+        raise ValueError(f"{args.data} holds latents, and only pictures can be compared")
+    print(data.summary)
+    features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}
+    features |= {"fvd": partial(i3d_features, load_i3d(args.i3d))} if args.i3d else {}
+    references = min(args.reference, 4 * len(data))
+    return data, distances_to(stack_clips(data, 0, references), features), references
+
+
+def network_cost(frames: float, tokens: int, width: int, depth: int, attention: str) -> float:
     """Multiplications of one network call on one clip: the linear layers, and attention, whose cost for a token grows
     with the number of tokens that it sees. `attention`: "factorized" (space, then time), or "full" over all tokens."""
     linear = {"factorized": 16, "full": 12}[attention] * width**2
@@ -428,18 +466,17 @@ def network_cost(frames: int, tokens: int, width: int, depth: int, attention: st
 def predicted_speedup(counts: list[int], frames: int, *size) -> float:
     """Vanilla's cost over the pyramid's, for as many steps; `counts` by stage, noisiest first."""
     rates = [2**k for k in reversed(range(len(counts)))]
-    pyramid = sum(count * network_cost(frames // rate, *size) for count, rate in zip(counts, rates, strict=True))
+    pyramid = sum(count * network_cost(frames / rate, *size) for count, rate in zip(counts, rates, strict=True))
     return sum(counts) * network_cost(frames, *size) / pyramid
 
 
 def cost(args: argparse.Namespace) -> None:
-    """The prediction alone, for every number of stages up to --stages that the frames divide by."""
-    size, rows = (args.tokens, args.width, args.depth, args.attention), []
-    for stages in range(1, args.stages + 1):
-        if args.frames % 2 ** (stages - 1) == 0 and sum(args.steps) >= stages:
-            counts = split_steps(sum(args.steps), stages)
-            rows.append([stages, "-".join(map(str, counts)), f"{predicted_speedup(counts, args.frames, *size):.3g}"])
-    print(bench.markdown(["stages", "steps (noisiest first)", "times as fast as one stage"], rows))
+    """The prediction alone: for every number of stages up to --stages, or for the steps given stage by stage."""
+    size, most = (args.tokens, args.width, args.depth, args.attention), min(args.stages, *args.steps)
+    splits = [split_steps(args.steps[0], stages) for stages in range(1, most + 1)]
+    splits = splits if len(args.steps) == 1 else [args.steps]
+    rows = [["-".join(map(str, counts)), f"{predicted_speedup(counts, args.frames, *size):.3g}"] for counts in splits]
+    print(bench.markdown(["steps (noisiest first)", "times as fast as one stage"], rows))
 
 
 def make_judge(args: argparse.Namespace) -> None:
@@ -449,40 +486,31 @@ def make_judge(args: argparse.Namespace) -> None:
     print(f"wrote {JUDGE}; real clips score {digit_metrics(real_clips(args.reference, 1000), args.reference)}")
 
 
-def default_model(args: argparse.Namespace) -> argparse.Namespace:
-    """train.py's options for what is only timed."""
-    return train.make_parser().parse_args(TINY.split() if args.smoke else [])
-
-
 def sampling_times(frames: int, settings: dict, args: argparse.Namespace) -> dict:
     """Sorted seconds of 30 Euler steps, network untrained. `settings`: a name -> (mode, stages, batch)."""
-    functions, options = {}, default_model(args)
+    functions = {}
     for name, (mode, stages, batch) in settings.items():
-        model = DiT(DiTConfig(1, options.patch, options.width, options.depth, options.heads, stages))
-        model = model.to(sample.choose_device()).eval()
-        weights = sample.Weights(model, mode, stages, frames, options.size, (), 0)
+        model = DiT(DiTConfig(1, 4, args.width, args.depth, 4, stages)).to(sample.choose_device()).eval()
+        weights = sample.Weights(model, mode, stages, frames, 4 * math.isqrt(args.tokens), (), 0)
         functions[name] = partial(sample.generate, weights, Pyramid(mode, stages), None, batch)
     return bench.alternate(functions, args.repeats)
 
 
-def default_speedup(stages: int, frames: int, args: argparse.Namespace) -> float:
-    options, counts = default_model(args), split_steps(30, stages)
-    tokens = (options.size // options.patch) ** 2
-    return predicted_speedup(counts, frames, tokens, options.width, options.depth, "factorized")
+def predicted(stages: int, frames: int, args: argparse.Namespace) -> float:
+    return predicted_speedup(split_steps(30, stages), frames, args.tokens, args.width, args.depth, "factorized")
 
 
 def latency(args: argparse.Namespace) -> list:
-    """Table 1: sampling a clip, and --batch clips, in 30 Euler steps; the pyramid beside vanilla."""
-    rows, predicted = [], default_speedup(3, 16, args)
+    """Table 1: sampling one clip, and eight at once, in 30 Euler steps; the pyramid beside vanilla."""
+    rows, expected = [], predicted(3, 16, args)
     for mode, papers in (("flow", 1.71), ("ddim", 1.49)):
-        settings = {(batch, stages): (mode, stages, batch) for batch in (1, args.batch) for stages in (1, 3)}
+        settings = {(batch, stages): (mode, stages, batch) for batch in (1, 8) for stages in (1, 3)}
         seconds = sampling_times(16, settings, args)
-        for batch in (1, args.batch):
+        for batch in (1, 8):
             one, three = seconds[batch, 1], seconds[batch, 3]
-            speedup = bench.median(one) / bench.median(three)
-            times = [f"{bench.in_milliseconds(one)}", f"{bench.in_milliseconds(three)}"]
-            off = f"{speedup / predicted - 1:+.0%}"
-            rows.append([mode, batch, *times, f"{speedup:.2f}", f"{predicted:.2f}", off, papers])
+            speedup, times = bench.median(one) / bench.median(three), map(bench.in_milliseconds, (one, three))
+            off = f"{speedup / expected - 1:+.0%}"
+            rows.append([mode, batch, *times, f"{speedup:.2f}", f"{expected:.2f}", off, papers])
     header = ["mode", "clips", "vanilla, ms", "3 stages, ms", "times as fast", "predicted", "off by", "the paper's"]
     return [(header, rows)]
 
@@ -496,8 +524,8 @@ def growth(args: argparse.Namespace) -> list:
         one, three, most = (bench.median(seconds[name]) for name in (1, 3, "most"))
         figure["vanilla"].append((frames, [one]))
         figure["pyramid"].append((frames, [most]))
-        predicted = [f"{default_speedup(count, frames, args):.2f}" for count in (3, stages)]
-        ratios = [f"{one / three:.2f}", predicted[0], stages, f"{one / most:.2f}", predicted[1]]
+        ratios = [f"{one / three:.2f}", f"{predicted(3, frames, args):.2f}"]
+        ratios += [stages, f"{one / most:.2f}", f"{predicted(stages, frames, args):.2f}"]
         rows.append([frames, bench.in_milliseconds(seconds[1]), *ratios])
     draw_curves(figure, "frames", "seconds a clip", args.out / "growth.png")
     names = ["frames", "vanilla, ms", "3 stages: times as fast", "predicted"]
@@ -516,8 +544,7 @@ def step_seconds(args: argparse.Namespace) -> dict[str, list[float]]:
     """Median seconds of a training step of the runs in PAIRS, by stage, all measured in turns."""
     functions, runs = {}, {run[:6] for pair in PAIRS.values() for run in pair}
     for run in sorted(runs):
-        words = RUNS[run].split() + (TINY.split() if args.smoke else [])
-        state = bench.Run(train.make_parser().parse_args(words))
+        state = bench.Run(train.make_parser().parse_args(train_words(run, args)[0]))
         functions |= {(run, k): partial(state.training_step, k) for k in range(len(state.pyramid))}
     seconds = bench.alternate(functions, args.repeats)
     return {run: [bench.median(seconds[name]) for name in functions if name[0] == run] for run in runs}
@@ -542,7 +569,7 @@ def training(args: argparse.Namespace) -> list:
         curves = {}
         for run in runs:
             by_stage = seconds[run[:6]]
-            whole = steps_of(run, args) * statistics.mean(by_stage)
+            whole = train_words(run, args)[1] * statistics.mean(by_stage)
             cells = {percent: measured(Cell(run, percent=percent), args) for percent in PERCENTS}
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
             values = [spread(cell["judge_distance"]) for cell in cells.values()]
@@ -558,29 +585,34 @@ def training(args: argparse.Namespace) -> list:
         (end_pyramid, last_pyramid), (end_vanilla, last_vanilla) = pyramid[-1], vanilla[-1]
         reached = time_to(statistics.mean(last_vanilla), pyramid)
         if reached:
-            gains.append([pair, f"{end_vanilla:.0f}", f"{reached:.0f}", f"{end_vanilla / reached:.2f}"])
+            at_least = "at least " * (reached == pyramid[0][0])
+            gains.append([pair, f"{end_vanilla:.0f}", f"{reached:.0f}", f"{at_least}{end_vanilla / reached:.2f}"])
         else:
             reached = time_to(statistics.mean(last_pyramid), vanilla)
-            gains.append([pair, f"{reached:.0f}", f"{end_pyramid:.0f}", f"{reached / end_pyramid:.2f}"])
+            at_most = "at most " * (reached == vanilla[0][0])
+            gains.append([pair, f"{reached:.0f}", f"{end_pyramid:.0f}", f"{at_most}{reached / end_pyramid:.2f}"])
     shares = [f"distance at {percent}%" for percent in PERCENTS]
     names = ["", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
-    return [(["run", "ms a step, by stage", "seconds", *shares, "kept"], rows), (names, gains)]
+    equal_steps = ("flow-3", "flow-1-long", "ddim-3", "ddim-1-long", "real")
+    ends = [row_of(run, Cell(run), args) for run in equal_steps]
+    curves = ["run", "ms a step, by stage", "seconds", *shares, "kept"]
+    return [(curves, rows), (names, gains), (["run", *SCORES], ends)]
 
 
 def row_of(name: str, cell: Cell, args: argparse.Namespace) -> list:
     """A table's row: distance, legible and kept shares, and flicker as a multiple of real clips'."""
-    found, real = measured(cell, args), flicker(real_clips(0, args.reference))
-    shares = [spread(found[metric]) for metric in ("judge_distance", "legible", "kept", "off_track")]
+    found, real = measured(cell, args), statistics.mean(measured(Cell("real"), args)["flicker"])
+    shares = [spread(found[metric]) for metric in ("judge_distance", "legible", "kept", "straight", "off_track")]
     return [name, *shares, spread([value / real for value in found["flicker"]])]
 
 
-SCORES = ["judge's distance", "legible", "kept", "off track, px", "flicker, of real"]
+SCORES = ["judge's distance", "legible", "kept", "straight", "off track, px", "flicker, of real"]
 
 
 def alignment(args: argparse.Namespace) -> list:
     """Table 3: training without alignment and with it, and how much of the target's variance it removes."""
     names = {"flow": ("flow-3", "flow-3-nearest", "flow-3-none"), "ddim": ("ddim-3", "ddim-3-none")}
-    rows = [row_of(run, Cell(run), args) for runs in names.values() for run in runs]
+    rows = [row_of(run, Cell(run), args) for run in (*names["flow"], "flow-3-seed-2", *names["ddim"], "real")]
     removed = []
     for batch in (4, 16) if args.smoke else (4, 16, 64, 256):
         shares = [variance_removed(mode, k, batch) for mode in names for k in range(3)]
@@ -589,16 +621,23 @@ def alignment(args: argparse.Namespace) -> list:
 
 
 def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
-    """Share of the target's variance (per pixel, over clips and noises) that alignment in a batch removes."""
+    """Share that alignment in a batch removes of the variance, per pixel over clips and noises, of what the network
+    is trained to say, halfway through a stage."""
     pyramid, targets = Pyramid(mode, 3), {"aligned": [], "plain": []}
-    for x0 in real_clips(0, max(clips, batch)).split(batch):
-        x0_stage = downsample(x0, 2**k)
+    for x0 in cached_clips(max(clips, batch)).split(batch):
+        x0_stage, u = downsample(x0, 2**k), torch.full((len(x0),), 0.5)
         noise = torch.randn(x0_stage.shape, generator=sample.generator_for(k, len(targets["plain"])))
         for name, paired in (("aligned", align(x0_stage, noise)), ("plain", noise)):
-            ends = pyramid.endpoints(x0, paired, k)
-            targets[name].append(pyramid.interpolate(*ends, k, torch.zeros(len(x0)))[1])
+            x_t, target, t = pyramid.interpolate(*pyramid.endpoints(x0, paired, k), k, u)
+            a, b = sample.output_coefficients(pyramid, x_t, t)
+            targets[name].append((target - a * x_t) / b)
     aligned, plain = (torch.cat(targets[name]).var(0).mean().item() for name in ("aligned", "plain"))
     return 1 - aligned / plain
+
+
+@cache
+def cached_clips(count: int) -> Tensor:
+    return real_clips(0, count)
 
 
 def renoising(args: argparse.Namespace) -> list:
@@ -610,7 +649,7 @@ def renoising(args: argparse.Namespace) -> list:
             rows.append(row_of(f"{run}, {way}", cell, args))
             pictures[f"{run}, {way}"] = clips_of(cell, args, args.seeds[0], 3)
     draw_clips(pictures, 1, args.out / "renoising.png")
-    return [(["run, renoising", *SCORES], rows)]
+    return [(["run, renoising", *SCORES], [*rows, row_of("real", Cell("real"), args)])]
 
 
 def early(args: argparse.Namespace) -> list:
@@ -706,16 +745,21 @@ def make_parser() -> sample.Parser:
     add("--steps", type=sample.positive_int, nargs="+", default=[30], help="of quality and cost: solver steps")
     add("--solver", choices=["euler", "ab2"], default="euler", help="of quality")
     add("--number", type=sample.positive_int, default=340, help="clips of a number and seed")
-    add("--reference", type=sample.positive_int, default=4000, help="real clips that they are compared with")
+    add(
+        "--reference",
+        type=sample.positive_int,
+        default=4000,
+        help="real clips that they are compared with; of --data, at most four windows a clip",
+    )
     add("--seeds", type=sample.non_negative_int, nargs="+", default=[0, 1, 2], help="sampling seeds")
     add("--batch", type=sample.positive_int, default=34, help="clips sampled at once")
-    add("--compile", action="store_true", help="of claims: torch.compile the models that are sampled")
+    add("--compile", action="store_true", help="of claims: torch.compile what is sampled to be judged")
     add("--repeats", type=sample.positive_int, default=9, help="timings of each kind")
     add("--judge-steps", type=sample.positive_int, default=1500)
-    add("--frames", type=sample.positive_int, default=16, help="of cost, as are the next ones")
-    add("--tokens", type=sample.positive_int, default=64, help="tokens a frame")
-    add("--width", type=sample.positive_int, default=96)
-    add("--depth", type=sample.positive_int, default=4)
+    add("--frames", type=sample.positive_int, default=16, help="of cost")
+    add("--tokens", type=sample.positive_int, default=64, help="a frame, of cost, latency and growth")
+    add("--width", type=sample.positive_int, default=96, help="of cost, latency and growth")
+    add("--depth", type=sample.positive_int, default=4, help="of cost, latency and growth")
     attention = "factorized (space, then time), or full (over all tokens)"
     add("--attention", choices=["factorized", "full"], default="factorized", help=attention)
     add("--smoke", action="store_true", help="of claims: tiny runs, few clips, in runs/smoke and results in there")
@@ -724,19 +768,14 @@ def make_parser() -> sample.Parser:
     return parser
 
 
-def commit() -> str:
-    """The code's, with a mark if files differ from it; empty without git."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def claim(name: str, args: argparse.Namespace) -> None:
+def claim(name: str, args: argparse.Namespace, argv: list[str]) -> None:
     """Measures a claim, prints its tables and writes them with what they were made by."""
     tables = CLAIMS[name](args)
-    head = {"command": f"python evaluate.py {name}", "date": str(datetime.date.today()), "machine": bench.processor()}
+    head = {
+        "command": shlex.join(["python", "evaluate.py", *argv]),
+        "date": str(datetime.date.today()),
+        "machine": bench.processor(),
+    }
     head |= {"torch": torch.__version__, "commit": commit(), "number": args.number, "seeds": args.seeds}
     for header, rows in tables:
         print(bench.markdown(header, rows))
@@ -759,11 +798,13 @@ def main(argv: list[str] | None = None) -> None:
         pyplot()
         args.out.mkdir(parents=True, exist_ok=True)
         for name in CLAIMS if args.command == "all" else [args.command]:
-            claim(name, args)
+            claim(name, args, sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    except subprocess.CalledProcessError as error:
-        raise SystemExit(error.returncode) from None  # train.py has said why
+    except (RuntimeError, MemoryError) as error:
+        if not sample.is_out_of_memory(error):
+            raise
+        parser.error("not enough memory: a smaller --batch or --reference needs less")
 
 
 if __name__ == "__main__":
