@@ -69,7 +69,7 @@ RUNS = {
     "flow-2": "--mode flow --stages 2 --steps 2460 --seed 1",
     "flow-4": "--mode flow --stages 4 --steps 3500 --seed 1",
 }
-SMOKE = {"number": 4, "reference": 50, "seeds": [0, 1], "batch": 4, "repeats": 1}
+SMOKE = {"number": 8, "reference": 50, "seeds": [0, 1], "batch": 8, "repeats": 1}
 SMOKE |= {"width": 16, "depth": 1, "runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
 TINY = "--steps 20 --width 16 --depth 1 --heads 2 --batch 2 --sample-interval 1000"  # of --smoke
 
@@ -647,7 +647,7 @@ def renoising(args: argparse.Namespace) -> list:
         for way in RENOISING:
             cell = Cell(run, renoising=way)
             rows.append(row_of(f"{run}, {way}", cell, args))
-            pictures[f"{run}, {way}"] = clips_of(cell, args, args.seeds[0], 3)
+            pictures[f"{run}, {way}"] = clips_of(cell, args, args.seeds[0], args.batch)[:3]
     draw_clips(pictures, 1, args.out / "renoising.png")
     return [(["run, renoising", *SCORES], [*rows, row_of("real", Cell("real"), args)])]
 
@@ -657,7 +657,7 @@ def early(args: argparse.Namespace) -> list:
     pictures = {}
     for percent in (5, 10, 20, 40):
         for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
-            pictures[f"{run}, {percent}%"] = clips_of(Cell(run, percent=percent), args, args.seeds[0], 10)[5:8]
+            pictures[f"{run}, {percent}%"] = clips_of(Cell(run, percent=percent), args, args.seeds[0], args.batch)[5:8]
     draw_clips(pictures, 4, args.out / "early.png")
     return []
 
