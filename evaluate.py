@@ -163,25 +163,15 @@ def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
     off_track is not a share: pixels from the nearest such path, at the worst frame, mean over the clips; real 0.4.
     """
     labels, positions = judge.read(clips)
-    glyphs, size = MovingDigits().glyphs, clips.shape[-1]
-    legible, kept, off = [], [], []
-    for clip, digits, places in zip(
-        clips[:, 0].double().numpy(), labels.tolist(), positions.double().numpy(), strict=True
-    ):
-        frames = (clip + 1) / 2
+    glyphs, size, scores = MovingDigits().glyphs, clips.shape[-1], []
+    for frames, digits, places in zip((clips[:, 0].numpy() + 1) / 2, labels.tolist(), positions.numpy(), strict=True):
         drawn = np.stack([draw_digit(glyphs[d], *p[:, None], size)[0] for d, p in zip(digits, places, strict=True)])
-        fine = ((frames - drawn) ** 2).sum((1, 2)) < 0.25 * (drawn**2).sum((1, 2))
-        legible.append(fine.mean())
-        kept.append(fine.all() and len(set(digits)) == 1)
+        legible = ((frames - drawn) ** 2).sum((1, 2)) < 0.25 * (drawn**2).sum((1, 2))
+        kept = legible.all() and len(set(digits)) == 1
         rooms = size - np.array(glyphs[statistics.mode(digits)].shape)
-        off.append(max(off_track(places[:, axis], rooms[axis]) for axis in (0, 1)))
-    straight = np.mean(np.array(kept) & (np.array(off) < 1))
-    return {
-        "legible": float(np.mean(legible)),
-        "kept": float(np.mean(kept)),
-        "straight": float(straight),
-        "off_track": float(np.mean(off)),
-    }
+        off = max(off_track(places[:, axis], rooms[axis]) for axis in (0, 1))
+        scores.append([legible.mean(), kept, kept and off < 1, off])
+    return dict(zip(("legible", "kept", "straight", "off_track"), np.mean(scores, axis=0).tolist(), strict=True))
 
 
 def off_track(positions: np.ndarray, room: float) -> float:
@@ -296,10 +286,8 @@ class PlainNoise(WithoutNoise):
     """As much noise as in Eq. 15, independent in the two frames of a pair: its g is 0 where the paper has -1."""
 
     def renoise(self, x_end: Tensor, k: int, generator: Generators = None) -> Tensor:
-        scaled = super().renoise(x_end, k)
-        return scaled + self[k - 1].sigma_start / math.sqrt(2) * randn(
-            scaled.shape, generator, x_end.device, x_end.dtype
-        )
+        x = super().renoise(x_end, k)
+        return x + self[k - 1].sigma_start / math.sqrt(2) * randn(x.shape, generator, x.device, x.dtype)
 
 
 METRICS = 1  # raised when the same clips would score otherwise
@@ -576,12 +564,8 @@ def training(args: argparse.Namespace) -> list:
             times = ", ".join(f"{each * 1e3:.0f}" for each in by_stage)
             rows.append([run, times, f"{whole:.0f}", *values, spread(cells[100]["kept"])])
         pyramid, vanilla = curves.values()
-        draw_curves(
-            curves,
-            "seconds of training",
-            "judge's distance",
-            args.out / f"training-{pair.replace(', ', '-').replace(' ', '-')}.png",
-        )
+        path = args.out / f"training-{pair.replace(', ', '-').replace(' ', '-')}.png"
+        draw_curves(curves, "seconds of training", "judge's distance", path)
         (end_pyramid, last_pyramid), (end_vanilla, last_vanilla) = pyramid[-1], vanilla[-1]
         reached = time_to(statistics.mean(last_vanilla), pyramid)
         if reached:
