@@ -2434,6 +2434,7 @@ def test_efficientnet_distance_grows_with_damage_of_every_kind(damage, strengths
     assert metrics(clips)["distance"] == pytest.approx(0, abs=1e-3) and 0.01 < distances[0] < distances[1]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is, and the usual file of I3D is made by it
 def test_i3d_is_given_clips_of_224_pixels_in_three_channels(tmp_path, capsys):
     class Stub(nn.Module):
         def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
