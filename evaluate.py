@@ -30,6 +30,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -305,18 +306,22 @@ class Cell:
     renoising: str = "paper"
 
 
-def train_words(run: str, args: argparse.Namespace) -> tuple[list[str], int]:
-    """A run's options for train.py, and its steps. Weights are kept twenty times."""
+def train_words(run: str, args: argparse.Namespace) -> list[str]:
+    """A run's options for train.py as words. Weights are kept twenty times."""
     words = RUNS[run].split() + (TINY.split() if args.smoke else [])
-    steps = int(words[len(words) - words[::-1].index("--steps")])  # the last one counts
-    return [*words, "--keep-interval", str(steps // 20)], steps
+    return [*words, "--keep-interval", str(train.make_parser().parse_args(words).steps // 20)]
+
+
+def train_options(run: str, args: argparse.Namespace) -> argparse.Namespace:
+    """The same as train.py reads them."""
+    return train.make_parser().parse_args(train_words(run, args))
 
 
 def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
     """The weights of a run after a share of its steps, a multiple of 5%. The run is made now unless it is there.
 
     Raises ValueError if its folder holds a run with other options."""
-    folder, (words, steps) = args.runs / run, train_words(run, args)
+    folder, words, steps = args.runs / run, train_words(run, args), train_options(run, args).steps
     path, note = folder / f"weights-{steps * percent // 100}.pt", folder / "options.txt"
     begun = (folder / "checkpoint.pt").exists()
     if begun and (not note.exists() or note.read_text().split() != words):
@@ -528,14 +533,16 @@ PAIRS = {
 PERCENTS = (10, 20, 40, 60, 80, 100)
 
 
-def step_seconds(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Median seconds of a training step of the runs in PAIRS, by stage, all measured in turns."""
-    functions, runs = {}, {run[:6] for pair in PAIRS.values() for run in pair}
-    for run in sorted(runs):
-        state = bench.Run(train.make_parser().parse_args(train_words(run, args)[0]))
-        functions |= {(run, k): partial(state.training_step, k) for k in range(len(state.pyramid))}
-    seconds = bench.alternate(functions, args.repeats)
-    return {run: [bench.median(seconds[name]) for name in functions if name[0] == run] for run in runs}
+def step_seconds(args: argparse.Namespace) -> dict[tuple[str, int], list[float]]:
+    """Median seconds of a training step by mode and number of stages: a list by stage. All measured in turns."""
+    functions = {}
+    for options in (train_options(run, args) for run in ("flow-3", "flow-1", "ddim-3", "ddim-1")):
+        step = bench.Run(options).training_step
+        functions |= {(options.mode, options.stages, k): partial(step, k) for k in range(options.stages)}
+    by_kind = defaultdict(list)
+    for (mode, stages, _), seconds in bench.alternate(functions, args.repeats).items():
+        by_kind[mode, stages].append(bench.median(seconds))
+    return by_kind
 
 
 def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None:
@@ -556,8 +563,9 @@ def training(args: argparse.Namespace) -> list:
     for pair, runs in PAIRS.items():
         curves = {}
         for run in runs:
-            by_stage = seconds[run[:6]]
-            whole = train_words(run, args)[1] * statistics.mean(by_stage)
+            options = train_options(run, args)
+            by_stage = seconds[options.mode, options.stages]
+            whole = options.steps * statistics.mean(by_stage)
             cells = {percent: measured(Cell(run, percent=percent), args) for percent in PERCENTS}
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
             values = [spread(cell["judge_distance"]) for cell in cells.values()]
@@ -666,7 +674,7 @@ def sampling(args: argparse.Namespace) -> list:
 
 
 def front_row(cell: Cell, args: argparse.Namespace) -> tuple[list, tuple]:
-    counts = split_steps(cell.steps, int(cell.run[5]))
+    counts = split_steps(cell.steps, train_options(cell.run, args).stages)
     calls = sample.full_rate_steps(counts)
     row = [cell.run, "-".join(map(str, counts)), cell.solver, f"{calls:.4g}", *row_of("", cell, args)[1:]]
     return row, (calls, measured(cell, args)["judge_distance"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data import save_gif, save_latents, save_strip
 from model import DiT, DiTConfig
-from tpdiff import Pyramid, split_steps
+from tpdiff import Pyramid, per_clip, split_steps
 
 FORMAT = 4  # of the weight files; raised when old ones can no longer be read
 SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
@@ -191,7 +191,7 @@ def output_coefficients(pyramid: Pyramid, x_t: Tensor, t: Tensor) -> tuple[Tenso
     paper, which finetunes a model that predicts noise: trained from scratch on eps_k itself, no digit stayed legible.
     """
     gamma, sigma = pyramid.gamma_sigma(t) if pyramid.mode == "ddim" else (torch.ones(len(t)), torch.zeros(len(t)))
-    return tuple(value.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) for value in (sigma, gamma))
+    return per_clip(sigma, x_t), per_clip(gamma, x_t)
 
 
 def make_predict(

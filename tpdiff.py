@@ -212,7 +212,7 @@ class Pyramid:
         (scale_s, scale_e), (s, e) = (v.tolist() for v in self._coordinates([stage.t_start, stage.t_end], stage))
         target = (x_end / scale_e - x_start / scale_s) / (e - s)  # Eq. 11 and 13
         w = (position_t - s) / (e - s)  # 0 at the start, 1 at the end
-        to_start, to_end = _per_clip(scale_t / scale_s * (1 - w), x_start), _per_clip(scale_t / scale_e * w, x_start)
+        to_start, to_end = per_clip(scale_t / scale_s * (1 - w), x_start), per_clip(scale_t / scale_e * w, x_start)
         x_t = to_start * x_start + to_end * x_end  # Eq. 10 and 12, without forming the large x / gamma
         return x_t, target, t.to(x_start)
 
@@ -330,7 +330,7 @@ def _interpolate_table(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     return ys[left] + (x - xs[left]) / (xs[right] - xs[left]) * (ys[right] - ys[left])
 
 
-def _per_clip(value: Tensor, like: Tensor) -> Tensor:
+def per_clip(value: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1, 1), with the dtype and device of the clips."""
     return value.to(like).view(-1, *[1] * (like.ndim - 1))
 
