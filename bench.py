@@ -5,7 +5,7 @@ README comes from here.
   python bench.py peers        forward plus backward beside other video models
   python bench.py parts        how a step's time splits, what the pyramid adds to it, alignment beside torchcfm's
   python bench.py memory       peak memory by stage, with and without --gradient-checkpointing
-  python bench.py processes    one process on two threads against two processes on one
+  python bench.py processes    one process on two threads against two on one each, joined and apart
 
 Any option of train.py may follow, as in `python bench.py step --width 256 --compile`: what is timed is that run's own
 code on its own data. What is compared takes turns, so that a slow moment of the machine falls on all alike.
@@ -474,27 +474,40 @@ def largest_clip(options: list[str], divisor: int, limit: float) -> str:
     return f"{frames} ({peak:.0f} MiB; {too_many} do not)"
 
 
-def bench_processes(args: argparse.Namespace, options: list[str], repeats: int) -> None:
-    """The same global batch by one process on two threads and by two processes on one thread each."""
-    rates = {1: [], 2: []}
-    interval = 30
+def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, interval: int = 30) -> None:
+    """The same global batch by one process on two threads, by two on one thread each, and by two that train apart:
+    what these are faster than the joined two is what sharing the gradients costs."""
+    Run(args)  # what train.py would refuse is refused here
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    settings = {"1": [[*launch, "--nproc_per_node=1"]], "2, joined": [[*launch, "--nproc_per_node=2"]]}
+    settings["2, apart"] = [[sys.executable]] * 2
+    rates = {name: [] for name in settings}
     for _ in range(max(3, repeats // 10)):
-        for world in rates:
-            with tempfile.TemporaryDirectory() as folder:
-                words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-                words += [train.__file__, *options, "--batch", str(args.batch // world), "--out", f"{folder}/run"]
-                words += ["--steps", str(3 * interval), "--log-interval", str(interval)]
-                words += ["--sample-interval", "1000000"]
-                environment = os.environ | {"OMP_NUM_THREADS": str(2 // world)}
-                subprocess.run(words, env=environment, check=True, capture_output=True)
-                rows = [json.loads(row) for row in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-                rates[world].append(rows[1]["clips_per_second"])
-    one = median(rates[1])
-    rows = [[world, 2 // world, args.batch // world] for world in rates]
+        for name, commands in settings.items():
+            world = int(name[0])
+            words = [train.__file__, *options, "--batch", str(args.batch // world), "--steps", str(3 * interval)]
+            words += ["--log-interval", str(interval), "--sample-interval", "1000000"]
+            rates[name].append(trained_rate([[*command, *words] for command in commands], 2 // world))
+    one = median(rates["1"])
+    rows = [[name, 2 // int(name[0]), args.batch // int(name[0])] for name in settings]
     for row in rows:
         values = sorted(rates[row[0]])
         row += [f"{median(values):.1f} [{values[0]:.1f}, {values[-1]:.1f}]", f"{median(values) / one:.2f}"]
     table("processes, threads each, batch each, clips/s [least to most], of one process", rows)
+
+
+def trained_rate(commands: list[list[str]], threads: int) -> float:
+    """Clips/s between the first and the second logging of runs of train.py that run side by side, together."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        outs = [Path(folder, str(number)) for number in range(len(commands))]
+        children = [subprocess.Popen([*c, "--out", out], **options) for c, out in zip(commands, outs, strict=True)]
+        for child, (_, errors) in [(child, child.communicate()) for child in children]:
+            if child.returncode:
+                raise ValueError(f"train.py failed: {errors.decode().strip().splitlines()[-1]}")
+        metrics = [(out / "metrics.jsonl").read_text().splitlines() for out in outs]
+        return sum(json.loads(rows[1])["clips_per_second"] for rows in metrics)
 
 
 def main(argv: list[str] | None = None) -> None:
