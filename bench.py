@@ -367,7 +367,7 @@ def split_sampling(args: argparse.Namespace, repeats: int) -> None:
     table("sampling step with, ms of solver and renoising, ms in all, share", rows)
 
 
-def wait_for_data(args: argparse.Namespace, steps: int = 30) -> None:
+def wait_for_data(args: argparse.Namespace, steps: int = 100) -> None:
     """How long the training loop waits for its next batch, with the run's own loader, over `steps` steps."""
     run = Run(args)
     args.steps, waited = steps + 5, 0.0

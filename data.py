@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +92,9 @@ class MovingDigits(Dataset):
         return tracks
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        clip, tracks = np.zeros((self.frames, self.size, self.size), np.float32), self.tracks(number)
-        for label, y, x in tracks:
-            clip = np.maximum(clip, draw_digit(self.glyphs[label], y, x, self.size))
-        return torch.from_numpy(clip * 2 - 1)[None], tracks[0][0]
+        tracks = self.tracks(number)
+        clip = reduce(np.maximum, (draw_digit(self.glyphs[label], y, x, self.size) for label, y, x in tracks))
+        return torch.from_numpy(clip).mul_(2).sub_(1)[None], tracks[0][0]
 
 
 @dataclass(frozen=True)

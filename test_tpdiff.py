@@ -1550,6 +1550,23 @@ def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path)
         assert_same_weights(other, one, atol=1e-3)
 
 
+def test_digits_on_a_cpu_are_drawn_by_the_training_process_and_files_read_by_a_worker(monkeypatch):
+    class Loader:
+        def __init__(self, *_, num_workers, **__):
+            asked.append(num_workers)
+
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr(train, "DataLoader", Loader)
+    asked, digits = [], MovingDigits()
+    for words in ([], ["--data", "clips"], ["--workers", "3"]):
+        args = train.make_parser().parse_args([*words, "--steps", "1"])
+        with pytest.raises(ValueError):  # the loader is empty, and its numbers are not
+            next(train.make_batches(digits, args, 0, 0, 1, torch.device("cpu")))
+    assert asked == [0, 1, 3]
+
+
 def test_workers_and_torchrun_of_one_process_change_nothing(tmp_path):
     whole = run_training(tmp_path / "whole", "--steps", "5")
     assert_same_weights(run_training(tmp_path / "workers", "--steps", "5", "--workers", "2"), whole)
@@ -2581,9 +2598,8 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(
 
 def test_tables_of_the_readme_are_those_of_results():
     readme, claims = (ROOT / "README.md").read_text(), 0
-    for claim in evaluate.CLAIMS:
-        path = ROOT / "results" / f"{claim}.json"
-        for header, rows in json.loads(path.read_text())["tables"] if path.exists() else []:
+    for path in [path for claim in evaluate.CLAIMS for path in (ROOT / "results").rglob(f"{claim}.json")]:
+        for header, rows in json.loads(path.read_text())["tables"]:
             claims += 1
             assert bench.markdown(header, rows) in readme, path
     assert claims

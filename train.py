@@ -67,7 +67,8 @@ def make_parser() -> sample.Parser:
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip; must divide by 2^(stages - 1)")
     add("--size", type=positive_int, default=32, help="height and width in pixels; must divide by the patch")
-    add("--workers", type=non_negative_int, default=1, help="processes that prepare clips")
+    workers = "processes that prepare clips [1; 0 for moving digits on a CPU]"
+    add("--workers", type=non_negative_int, help=workers)
     add = parser.add_argument_group("model").add_argument
     add("--patch", type=positive_int, default=4, help="patch size in pixels")
     add("--init", metavar="CHECKPOINT", help="weights to start from: of an image model, or of another video model")
@@ -162,13 +163,16 @@ def sample_numbers(args: argparse.Namespace, start: int, rank: int, world: int) 
 
 def make_batches(dataset: Dataset, args, start: int, rank: int, world: int, device: torch.device) -> Iterator:
     """This rank's micro-batches from step `start` on: (sample numbers, clips (B, C, T, H, W), labels (B,))."""
+    workers = args.workers
+    if workers is None:  # drawing digits takes a CPU less time than it loses to a worker
+        workers = int(bool(args.data) or device.type == "cuda")
     loader = DataLoader(
         dataset,
         batch_sampler=sample_numbers(args, start, rank, world),
-        num_workers=args.workers,
+        num_workers=workers,
         worker_init_fn=_leave_process_group,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if args.workers else None,
+        prefetch_factor=4 if workers else None,
     )
     for numbers, (x0, labels) in zip(sample_numbers(args, start, rank, world), loader, strict=True):
         yield numbers, x0.to(device, non_blocking=True), labels
