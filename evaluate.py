@@ -639,7 +639,7 @@ def renoising(args: argparse.Namespace) -> list:
         for way in RENOISING:
             cell = Cell(run, renoising=way)
             rows.append(row_of(f"{run}, {way}", cell, args))
-            pictures[f"{run}, {way}"] = clips_of(cell, args, args.seeds[0], args.batch)[:3]
+            pictures[f"{run}, {way}"] = clips_of(cell, args, args.seeds[0], 8)[:3]
     draw_clips(pictures, 1, args.out / "renoising.png")
     return [(["run, renoising", *SCORES], [*rows, row_of("real", Cell("real"), args)])]
 
@@ -649,7 +649,7 @@ def early(args: argparse.Namespace) -> list:
     pictures = {}
     for percent in (5, 10, 20, 40):
         for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
-            pictures[f"{run}, {percent}%"] = clips_of(Cell(run, percent=percent), args, args.seeds[0], args.batch)[5:8]
+            pictures[f"{run}, {percent}%"] = clips_of(Cell(run, percent=percent), args, args.seeds[0], 8)[5:8]
     draw_clips(pictures, 4, args.out / "early.png")
     return []
 
@@ -744,7 +744,7 @@ def make_parser() -> sample.Parser:
         help="real clips that they are compared with; of --data, at most four windows a clip",
     )
     add("--seeds", type=sample.non_negative_int, nargs="+", default=[0, 1, 2], help="sampling seeds")
-    add("--batch", type=sample.positive_int, default=34, help="clips sampled at once")
+    add("--batch", type=sample.positive_int, default=10, help="clips sampled at once; a GPU wants more")
     add("--compile", action="store_true", help="of claims: torch.compile what is sampled to be judged")
     add("--repeats", type=sample.positive_int, default=9, help="timings of each kind")
     add("--judge-steps", type=sample.positive_int, default=1500)
