@@ -331,7 +331,7 @@ def _interpolate_table(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
 
 
 def per_clip(value: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1, 1), with the dtype and device of the clips."""
+    """The coefficients of Eq. 10 to 13, one per clip: (B,) -> (B, 1, 1, 1, 1), with the clips' dtype and device."""
     return value.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
