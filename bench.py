@@ -107,6 +107,7 @@ class Run:
         self.predict = sample.make_predict(self.state.ema, self.pyramid, None, 1.0, self.bf16)
         if args.compile:
             self.model.compile(dynamic=False)
+            self.state.ema.compile(dynamic=False)
 
     def at_stage(self, k: int) -> tuple[Tensor, Tensor]:
         """A batch at the rate of stage k, and a time for each of its clips."""
@@ -128,7 +129,7 @@ class Run:
         x, t = self.at_stage(k)
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
-            self.state.ema(x, t, k)
+            self.state.ema.forward(x, t, k)  # not compiled, to be counted
         return counter.get_total_flops()
 
 

@@ -2191,6 +2191,19 @@ def test_benchmark_counts_the_flops_of_the_linear_layers():
     assert run.tokens(0) == 512 and linear < run.forward_flops(0) < 1.2 * linear
 
 
+def test_benchmark_compiles_the_network_that_it_samples_with_and_counts_it_as_it_is(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(DiT, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
+    torch._dynamo.reset()
+    words = ["--out", "nowhere", "--frames", "4", "--width", "8", "--depth", "1", "--heads", "1", "--batch", "2"]
+    plain, compiled = (bench.Run(train.parse_args([*words, *flag])[0]) for flag in ([], ["--compile"]))
+    plain.sampling_step(0)
+    assert counter.frame_count == 0
+    compiled.sampling_step(0)
+    assert counter.frame_count == 1
+    assert compiled.forward_flops(0) == plain.forward_flops(0) > 0 and counter.frame_count == 1
+
+
 # ---- The README
 
 
