@@ -694,6 +694,11 @@ def draw_curves(curves: dict[str, list], x_label: str, y_label: str, path: Path)
         (line,) = axes.plot(x, [statistics.mean(v) for v in values], marker="o", markersize=4, label=name)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+    from matplotlib.ticker import LogFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):  # 20 and 200, in place of powers of ten
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
