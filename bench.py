@@ -13,7 +13,6 @@ code on its own data. What is compared takes turns, so that a slow moment of the
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import os
@@ -35,7 +34,7 @@ import sample
 import train
 from data import open_data
 from model import DiTConfig
-from tpdiff import Pyramid, align, downsample
+from tpdiff import Pyramid, align, downsample, randn
 
 
 def synchronize() -> None:
@@ -88,7 +87,7 @@ def processor() -> str:
 
 
 class Run:
-    """A training run without its loop: the model and one real batch, timed again and again."""
+    """A training run without its loop: the model, its batches of every stage, and one batch to sample from."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, sample.choose_device()
@@ -100,21 +99,19 @@ class Run:
             train.start_from_file(model, self.data, args)
         self.state = train.make_state(model, args, self.device, None)
         self.model, self.pyramid = self.state.model, Pyramid(args.mode, args.stages)
-        self.numbers = list(range(args.batch))
-        clips, labels = zip(*(self.data[number] for number in self.numbers), strict=True)
-        self.x0, self.labels = torch.stack(clips).to(self.device), torch.tensor(labels)
-        self.batches = itertools.repeat((self.numbers, self.x0, self.labels))
+        self.x0 = torch.stack([self.data[number][0] for number in range(args.batch)]).to(self.device)
+        self.batches = [train.make_batches(self.data, args, 0, 0, 1, self.device, k) for k in range(args.stages)]
         self.predict = sample.make_predict(self.state.ema, self.pyramid, None, 1.0, self.bf16)
         if args.compile:
-            self.model.compile(dynamic=False)
-            self.state.ema.compile(dynamic=False)
+            self.model.compile_blocks()
+            self.state.ema.compile_blocks()
 
     def at_stage(self, k: int) -> tuple[Tensor, Tensor]:
         """A batch at the rate of stage k, and a time for each of its clips."""
         return downsample(self.x0, 2**k), torch.full((self.args.batch,), 0.5, device=self.device)
 
     def training_step(self, k: int) -> None:
-        train.optimize(self.state, self.model, self.pyramid, self.batches, k, self.args)
+        train.optimize(self.state, self.model, self.pyramid, self.batches[k], k, self.args)
 
     @torch.inference_mode()
     def sampling_step(self, k: int) -> None:
@@ -128,8 +125,8 @@ class Run:
         """Model FLOP of a forward pass, of its matrix products alone; forward plus backward counts three times."""
         x, t = self.at_stage(k)
         counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            self.state.ema.forward(x, t, k)  # not compiled, to be counted
+        with torch.no_grad(), counter, torch.compiler.set_stance("force_eager"):  # what is compiled is not counted
+            self.state.ema(x, t, k)
         return counter.get_total_flops()
 
 
@@ -316,16 +313,21 @@ def bench_parts(args: argparse.Namespace, repeats: int) -> None:
 
 
 def split_step(args: argparse.Namespace, repeats: int) -> None:
-    """The parts of a training step, each timed by itself at every stage; the share is of their sum."""
+    """The parts of a training step, each timed by itself at every stage; the share is of their sum. The first three
+    are the loader's, which has processes of its own when a GPU trains."""
     run, sums = Run(args), {}
-    losses = []
+    numbers, generator, losses = range(args.batch), torch.Generator(), []
     for k in range(args.stages):
-
-        def forward(k=k):
-            losses.append(train.training_loss(run.model, run.pyramid, run.x0, run.labels, k, run.numbers, args))
-
-        parts = {"of forward: align, endpoints, interpolate": functools.partial(pyramid_part, run, k)}
-        parts |= {"forward, with noise and pyramid": forward, "backward": lambda: losses.pop().backward()}
+        x0, noise, u, y = next(run.batches[k])
+        x0_stage = downsample(x0, 2**k).cpu()
+        batch = run.model, run.pyramid, x0, noise, u, y, k, args
+        generators = [generator] * args.batch
+        parts = {"clips": lambda: [run.data[number] for number in numbers]}
+        parts |= {"noise": lambda x=x0_stage, g=generators: randn(x.shape, g)}
+        parts |= {"alignment": lambda x=x0_stage: align(x, torch.randn_like(x))}
+        parts |= {"of forward: end points, interpolation": functools.partial(pyramid_part, run, x0, noise, u, k)}
+        parts |= {"forward": lambda batch=batch: losses.append(train.training_loss(*batch))}
+        parts |= {"backward": lambda: losses.pop().backward()}
         parts["clip"] = lambda: nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
         parts |= {type(optimizer).__name__: optimizer.step for optimizer in run.state.optimizers}
         parts |= {"EMA": lambda: train.update_ema(run.state, args.ema), "zero_grad": run.model.zero_grad}
@@ -339,11 +341,9 @@ def split_step(args: argparse.Namespace, repeats: int) -> None:
     table(f"part of a training step (ms), {columns}, share of all stages", rows)
 
 
-def pyramid_part(run: Run, k: int) -> None:
-    """What Algorithm 2 adds to a training step at stage k, beside the network."""
-    x0_stage = downsample(run.x0, 2**k)
-    x_start, x_end = run.pyramid.endpoints(run.x0, train.draw_noise(x0_stage, None, run.args), k)
-    run.pyramid.interpolate(x_start, x_end, k, torch.rand(run.args.batch))
+def pyramid_part(run: Run, x0: Tensor, noise: Tensor, u: Tensor, k: int) -> None:
+    """What Algorithm 2 adds to a training step at stage k, beside alignment and network."""
+    run.pyramid.interpolate(*run.pyramid.endpoints(x0, noise, k), k, u)
 
 
 def split_sampling(args: argparse.Namespace, repeats: int) -> None:
@@ -369,22 +369,21 @@ def split_sampling(args: argparse.Namespace, repeats: int) -> None:
 
 
 def wait_for_data(args: argparse.Namespace, steps: int = 100) -> None:
-    """How long the training loop waits for its next batch, with the run's own loader, over `steps` steps."""
+    """How long the training loop waits for its next batch, or itself draws it, over `steps` steps."""
     run = Run(args)
-    args.steps, waited = steps + 5, 0.0
     batches = train.make_batches(run.data, args, 0, 0, 1, run.device)
-    for step in range(args.steps):
-        if step == 5:
+    for step in range(-5, steps):
+        if step == 0:
             waited, start = 0.0, time.perf_counter()
         asked = time.perf_counter()
-        run.batches = iter([next(batches)])
-        waited += time.perf_counter() - asked
-        run.training_step(train.draw_stage(args.seed, step, args.stages))
+        batch = next(batches)
+        waited = waited + time.perf_counter() - asked if step >= 0 else 0.0
+        k = train.draw_stage(args.seed, step + 5, args.stages)
+        train.optimize(run.state, run.model, run.pyramid, iter([batch]), k, args)
     synchronize()
     whole = time.perf_counter() - start
-    print(
-        f"waiting for data: {waited / steps * 1e3:.2f} of {whole / steps * 1e3:.1f} ms a step, {waited / whole:.2%}\n"
-    )
+    a_step = f"{waited / steps * 1e3:.2f} of {whole / steps * 1e3:.1f} ms a step"
+    print(f"waiting for batches: {a_step}, {waited / whole:.2%}\n")
 
 
 def compare_alignment(repeats: int) -> None:

@@ -354,7 +354,7 @@ def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Te
 def compiled_model(config: DiTConfig) -> DiT:
     """One for all weights of a shape, as compiling takes a minute or more; a graph for each stage and batch size."""
     model = DiT(config).to(sample.choose_device()).eval()
-    model.compile(dynamic=False)
+    model.compile_blocks()
     return model
 
 

@@ -40,7 +40,7 @@ import sample
 import tpdiff
 import train
 from data import DataError, FolderClips, MovingDigits, save_gif, save_strip
-from model import DiT, DiTConfig, Muon, attention, fused_attention, rotate, temporal_positions
+from model import Block, DiT, DiTConfig, Muon, attention, fused_attention, rotate, temporal_positions
 from tpdiff import Pyramid, align, downsample, draw_nearest, randn, split_steps, upsample
 
 ROOT = Path(__file__).parent
@@ -1332,17 +1332,17 @@ def run_training(out: Path, *options: str) -> dict:
     return checkpoint
 
 
-def small_state(*options: str) -> tuple[train.State, argparse.Namespace, Iterator]:
-    """A run of a small model before its first step, its arguments and its batches."""
+def small_state(*options: str, stage: int | None = None) -> tuple[train.State, argparse.Namespace, Iterator]:
+    """A run of a small model before its first step, its arguments and its batches, of the steps' stages or of one."""
     args = train.make_parser().parse_args([*TINY, *options])
     data, device = MovingDigits(8, 16), torch.device("cpu")
     state = train.make_state(train.make_model(data, args), args, device, None)
-    return state, args, train.make_batches(data, args, 0, 0, 1, device)
+    return state, args, train.make_batches(data, args, 0, 0, 1, device, stage)
 
 
 def gradient_of_first_step(*options: str) -> torch.Tensor:
     """The gradient that the optimizer sees."""
-    state, args, batches = small_state("--optimizer", "adamw", *options)
+    state, args, batches = small_state("--optimizer", "adamw", *options, stage=0)
     gradients = []
     state.optimizers[0].register_step_pre_hook(
         lambda *_: gradients.append(torch.cat([p.grad.flatten() for p in state.model.parameters()]))
@@ -1367,7 +1367,8 @@ def test_loss_falls_on_one_batch(mode, stages):
     for k in range(stages):
         losses = []
         for _ in range(80):
-            losses.append(train.training_loss(model, p, x0, labels, k, [0, 1, 2, 3], args))
+            batch = train.draw(x0, labels, 10, k, [0, 1, 2, 3], args)
+            losses.append(train.training_loss(model, p, *batch, k, args))
             losses[-1].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -1389,7 +1390,8 @@ def test_training_loss_is_that_of_algorithm_2(mode, alignment):
     p, data, model = Pyramid(mode, 3), MovingDigits(8, 16), Spy(DiTConfig(width=8, depth=1, heads=1))
     x0 = torch.stack([data[n][0] for n in range(8)])
     for k in range(3):
-        loss = train.training_loss(model, p, x0, torch.full((8,), -1), k, list(range(8)), args)
+        batch = train.draw(x0, torch.full((8,), -1), 0, k, list(range(8)), args)
+        loss = train.training_loss(model, p, *batch, k, args)
         generators = [sample.generator_for(0, sample.TRAINING, n) for n in range(8)]
         u = torch.stack([torch.rand(2, generator=generator)[0] for generator in generators])
         if alignment == "nearest":
@@ -1410,8 +1412,9 @@ def test_training_loss_is_that_of_algorithm_2(mode, alignment):
 def test_the_average_follows_the_weights_and_the_rate_its_schedule():
     state, args, batches = small_state("--steps", "100", "--warmup", "9", "--lr", "0.1", "--clip", "0.5")
     average = [parameter.clone() for parameter in state.ema.parameters()]
-    for step in range(3):
-        train.optimize(state, state.model, Pyramid("flow"), batches, step, args)
+    stages = [train.draw_stage(0, step, 3) for step in range(3)]
+    for step, k in enumerate(stages):
+        train.optimize(state, state.model, Pyramid("flow"), batches, k, args)
         decay = (1 + step) / (10 + step)
         new = [parameter.detach() for parameter in state.model.parameters()]
         average = [decay * old + (1 - decay) * now for old, now in zip(average, new, strict=True)]
@@ -1419,7 +1422,8 @@ def test_the_average_follows_the_weights_and_the_rate_its_schedule():
         torch.testing.assert_close(ours, theirs)
         assert not ours.requires_grad
     assert [train.learning_rate(step, args) for step in (0, 50, 100)] == pytest.approx([0.01, 0.05, 0], abs=1e-9)
-    assert state.losses[1].tolist() == [1, 1, 1] and (state.losses[0] > 0).all()
+    assert state.losses[1].tolist() == [stages.count(k) for k in range(3)]
+    assert ((state.losses[0] > 0) == (state.losses[1] > 0)).all() and len(set(stages)) > 1
 
 
 def test_the_gradient_is_clipped_to_the_given_norm_and_not_at_zero():
@@ -1435,10 +1439,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
 
 def test_compile_makes_one_graph_a_stage(tmp_path, monkeypatch):
     counter = CompileCounter()
-    compile_so = functools.partialmethod(torch.nn.Module.compile, backend=counter)
-    monkeypatch.setattr(DiT, "compile", compile_so)
+    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
     torch._dynamo.reset()
-    run_training(tmp_path, "--compile", "--steps", "12")
+    run_training(tmp_path, "--compile", "--depth", "3", "--steps", "12")
     drawn = {train.draw_stage(0, step, 3) for step in range(12)}
     assert counter.frame_count == len(drawn) == 3
 
@@ -1454,17 +1457,14 @@ def test_noise_and_time_follow_the_seed_and_the_sample_number():
         args = train.make_parser().parse_args([*TINY, "--seed", seed])
         for numbers in ([0, 1], [2, 3]):
             x0, labels = torch.zeros(2, 1, 8, 16, 16), torch.tensor([-1, -1])
-            losses.add(
-                train.training_loss(small_model(live=False), Pyramid("flow"), x0, labels, 0, numbers, args).item()
-            )
+            batch = train.draw(x0, labels, 0, 0, numbers, args)
+            losses.add(train.training_loss(small_model(live=False), Pyramid("flow"), *batch, 0, args).item())
     assert len(losses) == 4
 
 
 def test_labels_are_dropped_at_the_given_rate():
     args = train.make_parser().parse_args([*TINY, "--label-dropout", "0.25"])
-    model, x0 = Spy(DiTConfig(width=8, depth=1, heads=1, patch=8, classes=10)), torch.zeros(400, 1, 4, 8, 8)
-    train.training_loss(model, Pyramid("flow"), x0, torch.full((400,), 7), 2, list(range(400)), args)
-    labels = model.asked[3]
+    labels = train.draw(torch.zeros(400, 1, 4, 8, 8), torch.full((400,), 7), 10, 2, list(range(400)), args)[3]
     assert set(labels.tolist()) == {7, 10} and 0.15 < (labels == 10).float().mean() < 0.35
 
 
@@ -1560,11 +1560,10 @@ def test_digits_on_a_cpu_are_drawn_by_the_training_process_and_files_read_by_a_w
 
     monkeypatch.setattr(train, "DataLoader", Loader)
     asked, digits = [], MovingDigits()
-    for words in ([], ["--data", "clips"], ["--workers", "3"]):
+    for words, device in (([], "cpu"), (["--data", "clips"], "cpu"), (["--workers", "3"], "cpu"), ([], "cuda")):
         args = train.make_parser().parse_args([*words, "--steps", "1"])
-        with pytest.raises(ValueError):  # the loader is empty, and its numbers are not
-            next(train.make_batches(digits, args, 0, 0, 1, torch.device("cpu")))
-    assert asked == [0, 1, 3]
+        assert not list(train.make_batches(digits, args, 0, 0, 1, torch.device(device)))
+    assert asked == [0, 1, 3, 4]
 
 
 def test_workers_and_torchrun_of_one_process_change_nothing(tmp_path):
@@ -1634,13 +1633,16 @@ def test_training_in_bf16_gives_finite_weights(tmp_path):
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in content["model"].values())
 
 
+LOSS = train.training_loss
+
+
 def broken_loss(bad: set[int]):
     """training_loss that is NaN at these steps of a run of one micro-batch a step."""
-    true_loss = train.training_loss
+    true_loss, steps = LOSS, itertools.count()
 
-    def loss(model, pyramid, x0, labels, k, numbers, args):
-        value = true_loss(model, pyramid, x0, labels, k, numbers, args)
-        return value * math.nan if numbers[0] // args.batch in bad else value
+    def loss(*batch):
+        value = true_loss(*batch)
+        return value * math.nan if next(steps) in bad else value
 
     return loss
 
@@ -1675,11 +1677,10 @@ def test_ten_skipped_steps_in_a_row_end_the_run_and_the_message_says_where(tmp_p
 
 
 def test_the_newest_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
-    losses = {0: 5.0, 1: 4.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 3.0, 6: 9.0}
+    losses = iter([5.0, 4.0, 1.0, 2.0, 3.0, 3.0, 9.0])
 
-    def loss(model, pyramid, x0, labels, k, numbers, args):
-        parameters = sum(parameter.sum() for parameter in model.parameters())
-        return 0 * parameters + losses[numbers[0] // args.batch]
+    def loss(model, *_):
+        return 0 * sum(parameter.sum() for parameter in model.parameters()) + next(losses)
 
     monkeypatch.setattr(train, "training_loss", loss)
     run, names = tmp_path / "run", ("checkpoint.pt", "checkpoint-previous.pt", "checkpoint-best.pt")
@@ -2193,9 +2194,9 @@ def test_benchmark_counts_the_flops_of_the_linear_layers():
 
 def test_benchmark_compiles_the_network_that_it_samples_with_and_counts_it_as_it_is(monkeypatch):
     counter = CompileCounter()
-    monkeypatch.setattr(DiT, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
+    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
     torch._dynamo.reset()
-    words = ["--out", "nowhere", "--frames", "4", "--width", "8", "--depth", "1", "--heads", "1", "--batch", "2"]
+    words = ["--out", "nowhere", "--frames", "4", "--width", "8", "--depth", "3", "--heads", "1", "--batch", "2"]
     plain, compiled = (bench.Run(train.parse_args([*words, *flag])[0]) for flag in ([], ["--compile"]))
     plain.sampling_step(0)
     assert counter.frame_count == 0

@@ -39,6 +39,7 @@ FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing"
 FREE += ("log_interval", "sample_interval", "save_interval", "keep_interval")
 COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
 MOST_SKIPPED = 10
+WORKERS_FOR_GPU = 4  # processes that draw digits and noise and align, for each GPU
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
 DATA_ONLY = ("labels", "frame_stride", "flip", "grayscale", "latent_scale")
 
@@ -67,7 +68,7 @@ def make_parser() -> sample.Parser:
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip; must divide by 2^(stages - 1)")
     add("--size", type=positive_int, default=32, help="height and width in pixels; must divide by the patch")
-    workers = "processes that prepare clips [1; 0 for moving digits on a CPU]"
+    workers = f"processes that prepare clips and noise [{WORKERS_FOR_GPU} with a GPU; else 1, 0 for moving digits]"
     add("--workers", type=non_negative_int, help=workers)
     add = parser.add_argument_group("model").add_argument
     add("--patch", type=positive_int, default=4, help="patch size in pixels")
@@ -161,21 +162,46 @@ def sample_numbers(args: argparse.Namespace, start: int, rank: int, world: int) 
         yield list(range(first, first + args.batch))
 
 
-def make_batches(dataset: Dataset, args, start: int, rank: int, world: int, device: torch.device) -> Iterator:
-    """This rank's micro-batches from step `start` on: (sample numbers, clips (B, C, T, H, W), labels (B,))."""
+class TrainingBatches(Dataset):
+    """What a step takes in: clips, and all that is random about them. It is drawn here, on the CPU and with --workers
+    beside the training, so that a GPU need not wait for it."""
+
+    def __init__(self, dataset: Dataset, args: argparse.Namespace, world: int, stage: int | None = None):
+        self.dataset, self.args, self.world, self.stage = dataset, args, world, stage
+
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The samples' clips (B, C, T, H, W), noise at the stage's rate, u (B,), and labels (B,) or None."""
+        clips, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
+        step = numbers[0] // (self.args.batch * self.world * self.args.accumulate)
+        k = draw_stage(self.args.seed, step, self.args.stages) if self.stage is None else self.stage
+        return draw(torch.stack(clips), torch.tensor(labels), len(self.dataset.classes), k, numbers, self.args)
+
+
+def make_batches(
+    dataset: Dataset,
+    args: argparse.Namespace,
+    start: int,
+    rank: int,
+    world: int,
+    device: torch.device,
+    stage: int | None = None,
+) -> Iterator:
+    """This rank's micro-batches from step `start` on, of the steps' own stages or all of one, on `device` but for u."""
     workers = args.workers
     if workers is None:  # drawing digits takes a CPU less time than it loses to a worker
-        workers = int(bool(args.data) or device.type == "cuda")
+        workers = WORKERS_FOR_GPU if device.type == "cuda" else int(bool(args.data))
     loader = DataLoader(
-        dataset,
-        batch_sampler=sample_numbers(args, start, rank, world),
+        TrainingBatches(dataset, args, world, stage),
+        batch_size=None,
+        sampler=sample_numbers(args, start, rank, world),
         num_workers=workers,
         worker_init_fn=_leave_process_group,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    for numbers, (x0, labels) in zip(sample_numbers(args, start, rank, world), loader, strict=True):
-        yield numbers, x0.to(device, non_blocking=True), labels
+    for x0, noise, u, y in loader:
+        on_device = [each if each is None else each.to(device, non_blocking=True) for each in (x0, noise, y)]
+        yield on_device[0], on_device[1], u, on_device[2]
 
 
 def _leave_process_group(_worker: int) -> None:
@@ -195,21 +221,25 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: argparse.Namespac
     return align(x0_stage, noise) if args.align == "assignment" else noise  # Algorithm 1
 
 
-def training_loss(model, pyramid: Pyramid, x0: Tensor, labels: Tensor, k: int, numbers: list[int], args) -> Tensor:
-    """Algorithm 2 for one batch at stage k: noise, alignment, end points, a point between them, the squared error.
+def draw(x0: Tensor, labels: Tensor, classes: int, k: int, numbers: list[int], args: argparse.Namespace) -> tuple:
+    """Clips with their noise at stage k, their place u in it, and their labels, `classes` where one is dropped.
 
-    Sample n's draws come from a generator of its own. `labels` are -1 where the data has none.
+    Sample n's draws come from a generator of its own. `labels` are -1, and become None, where the data has none.
     """
     generators = [generator_for(args.seed, sample.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
-    x0_stage = downsample(x0, pyramid[k].stride)
-    noise = draw_noise(x0_stage, generators, args)
+    noise = draw_noise(downsample(x0, 2**k), generators, args)
+    return x0, noise, u, labels.where(dropout >= args.label_dropout, classes) if classes else None
+
+
+def training_loss(
+    model: torch.nn.Module, pyramid: Pyramid, x0: Tensor, noise: Tensor, u: Tensor, y: Tensor | None, k: int, args
+) -> Tensor:
+    """Algorithm 2 for one batch at stage k and its aligned noise: end points, a point between them, the squared error
+    of what the network says there. `u` on the CPU."""
     x_start, x_end = pyramid.endpoints(x0, noise, k)  # Eq. 7-8
     x_t, target, t = pyramid.interpolate(x_start, x_end, k, u)  # Eq. 10-13
     a, b = sample.output_coefficients(pyramid, x_t, t)
-    y = None
-    if labels[0] >= 0:
-        y = labels.where(dropout >= args.label_dropout, unwrap(model).null_label).to(x0.device)
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=sample.use_bf16(args.precision, x0.device)):
         output = model(x_t, t, k, y)
     return (output - (target - a * x_t) / b).square().mean()
@@ -362,10 +392,10 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
     Raises SystemExit after MOST_SKIPPED such steps in a row."""
     losses = torch.zeros(2, device=state.losses.device)
     for micro in range(args.accumulate):
-        numbers, x0, labels = next(batches)
+        x0, noise, u, y = next(batches)
         last = micro == args.accumulate - 1
         with nullcontext() if last or model is state.model else model.no_sync():
-            loss = training_loss(model, pyramid, x0, labels, k, numbers, args)
+            loss = training_loss(model, pyramid, x0, noise, u, y, k, args)
             (loss / args.accumulate).backward()
         losses += torch.stack([loss.detach(), torch.ones_like(loss)])
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
@@ -401,8 +431,7 @@ def skip(state: State, k: int, args: argparse.Namespace) -> None:
 @torch.no_grad()
 def update_ema(state: State, decay: float) -> None:
     decay = min(decay, (1 + state.step) / (10 + state.step))  # short at first, when the weights move fast
-    for average, parameter in zip(state.ema.parameters(), state.model.parameters(), strict=True):
-        average.lerp_(parameter, 1 - decay)
+    torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
 
 
 def start_metrics(path: Path, step: int) -> None:
@@ -497,7 +526,7 @@ def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, w
     """The whole run. Returns 0, or 128 + the number of the signal that stopped it."""
     stop, pyramid, model, first = StopRequest(), Pyramid(args.mode, args.stages), state.model, rank == 0
     if args.compile:
-        model.compile(dynamic=False)  # one graph a stage
+        model.compile_blocks()
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     batches = make_batches(dataset, args, state.step, rank, world, device)
