@@ -98,12 +98,12 @@ class Run:
         if args.init:
             train.start_from_file(model, self.data, args)
         self.state = train.make_state(model, args, self.device, None)
-        self.model, self.pyramid = self.state.model, Pyramid(args.mode, args.stages)
+        self.model = train.fast_form(self.state.model, args, self.device)
+        self.pyramid = Pyramid(args.mode, args.stages)
         self.x0 = torch.stack([self.data[number][0] for number in range(args.batch)]).to(self.device)
         self.batches = [train.make_batches(self.data, args, 0, 0, 1, self.device, k) for k in range(args.stages)]
         self.predict = sample.make_predict(self.state.ema, self.pyramid, None, 1.0, self.bf16)
         if args.compile:
-            self.model.compile_blocks()
             self.state.ema.compile_blocks()
 
     def at_stage(self, k: int) -> tuple[Tensor, Tensor]:
@@ -284,7 +284,8 @@ def bench_peers(args: argparse.Namespace, repeats: int) -> None:
 
     peers = make_peers(run)
     functions = {
-        f"ours, stage {k}": lambda k=k: forward_backward(run.model, run.model, k, (k,)) for k in range(args.stages)
+        f"ours, stage {k}": lambda k=k: forward_backward(run.state.model, run.state.model, k, (k,))
+        for k in range(args.stages)
     }
     models = dict.fromkeys(functions, run.state.model)
     for name, (model, call) in peers.items():
@@ -328,9 +329,9 @@ def split_step(args: argparse.Namespace, repeats: int) -> None:
         parts |= {"of forward: end points, interpolation": functools.partial(pyramid_part, run, x0, noise, u, k)}
         parts |= {"forward": lambda batch=batch: losses.append(train.training_loss(*batch))}
         parts |= {"backward": lambda: losses.pop().backward()}
-        parts["clip"] = lambda: nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
+        parts["clip"] = lambda: nn.utils.clip_grad_norm_(run.state.model.parameters(), args.clip or math.inf)
         parts |= {type(optimizer).__name__: optimizer.step for optimizer in run.state.optimizers}
-        parts |= {"EMA": lambda: train.update_ema(run.state, args.ema), "zero_grad": run.model.zero_grad}
+        parts |= {"EMA": lambda: train.update_ema(run.state, args.ema), "zero_grad": run.state.model.zero_grad}
         for name, values in alternate(parts, repeats).items():
             sums.setdefault(name, []).append(median(values))
     total = sum(sum(values) for name, values in sums.items() if not name.startswith("of forward"))

@@ -1446,6 +1446,30 @@ def test_compile_makes_one_graph_a_stage(tmp_path, monkeypatch):
     assert counter.frame_count == len(drawn) == 3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@pytest.mark.parametrize("option", ["--steps=10", "--compile", "--gradient-checkpointing"])
+@pytest.mark.parametrize("classes", [MovingDigits.classes, ()])
+def test_captured_model_has_the_gradients_of_the_model(option, classes, monkeypatch):
+    monkeypatch.setattr(MovingDigits, "classes", classes)
+    args, data = train.make_parser().parse_args([*TINY, option]), MovingDigits(8, 16)
+    state = train.make_state(train.make_model(data, args), args, sample.choose_device(), None)
+    captured, parameters = train.fast_form(state.model, args, sample.choose_device()), list(state.model.parameters())
+    assert isinstance(captured, train.Captured)
+    with torch.no_grad():  # as steps of training will
+        [parameter.add_(0.1 * torch.randn_like(parameter)) for parameter in parameters]
+    for k in (2, 0, 1, 0):
+        batch = next(train.make_batches(data, args, 0, 0, 1, sample.choose_device(), k))
+        gradients = []
+        for model in (captured, state.model):
+            loss = train.training_loss(model, Pyramid("flow"), *batch, k, args)
+            loss.backward()
+            gradients.append([loss.detach(), *(parameter.grad.clone() for parameter in parameters)])
+            state.model.zero_grad()
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    args.accumulate = 2  # whose second backward pass would write over the gradients of the first
+    assert train.fast_form(state.model, args, sample.choose_device()) is state.model
+
+
 def test_noise_and_time_follow_the_seed_and_the_sample_number():
     draws = {
         torch.rand(4, generator=sample.generator_for(*numbers)).sum().item()
