@@ -652,7 +652,7 @@ def early(args: argparse.Namespace) -> list:
 def sampling(args: argparse.Namespace) -> list:
     """Quality against cost: solver and steps, how steps are shared out over stages, and the number of stages."""
     rows, figure = [], {}
-    steps = (30, 9) if args.smoke else (30, 24, 18, 15, 12, 9)
+    steps = (30, 3) if args.smoke else (30, 24, 18, 15, 12, 9, 6, 3)
     for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
         for solver in ("euler", "ab2"):
             for count in steps:

@@ -1540,7 +1540,7 @@ def test_rows_after_the_checkpoint_and_a_half_written_one_are_dropped_on_resume(
 
 def train_as_rank(rank: int, world: int, port: int, out: Path, options: list[str]) -> None:
     """One process of a gloo group; each keeps a checkpoint of its own, for the test to compare."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     args, checkpoint = train.parse_args([*TINY, "--out", str(out / str(rank)), *options])
@@ -1572,6 +1572,16 @@ def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path)
     other = run_training(tmp_path / "other", *options, "--batch", "8", "--seed", "1")
     with pytest.raises(AssertionError):
         assert_same_weights(other, one, atol=1e-3)
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--out", "nowhere"])
+    assert stopped.value.code == 2
+    assert "process 1 of this machine finds 1 GPU: start no more processes than GPUs" in capsys.readouterr().err
 
 
 def test_digits_on_a_cpu_are_drawn_by_the_training_process_and_files_read_by_a_worker(monkeypatch):
