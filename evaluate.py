@@ -651,28 +651,32 @@ def early(args: argparse.Namespace) -> list:
 
 def sampling(args: argparse.Namespace) -> list:
     """Quality against cost: solver and steps, how steps are shared out over stages, and the number of stages."""
-    rows, figure = [], {}
     steps = (30, 3) if args.smoke else (30, 24, 18, 15, 12, 9, 6, 3)
-    for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
-        for solver in ("euler", "ab2"):
-            for count in steps:
-                row, point = front_row(Cell(run, count, solver), args)
-                rows.append(row)
-                figure.setdefault(f"{run}, {solver}", []).append(point)
+    calls = {stages: [sample.full_rate_steps(split_steps(count, stages)) for count in steps] for stages in (1, 3)}
+    rows = [[f"full-rate calls, stages: {stages}", *(f"{each:.4g}" for each in calls[stages])] for stages in (1, 3)]
+    distances, kept, figure = rows.copy(), rows.copy(), {}
+    for run, solver in itertools.product(("flow-3", "flow-1", "ddim-3", "ddim-1"), ("euler", "ab2")):
+        found, name = [measured(Cell(run, count, solver), args) for count in steps], f"{run}, {solver}"
+        distances.append([name, *(spread(each["judge_distance"]) for each in found)])
+        kept.append([name, *(spread(each["kept"]) for each in found)])
+        values = [each["judge_distance"] for each in found]
+        figure[name] = list(zip(calls[train_options(run, args).stages], values, strict=True))
     draw_curves(figure, "full-rate network calls", "judge's distance", args.out / "sampling.png")
-    splits = [(15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
-    shared = [front_row(Cell("flow-3", split, "euler"), args)[0] for split in splits]
-    cells = [Cell(run, count, solver) for run in ("flow-2", "flow-4") for count, solver in ((30, "euler"), (15, "ab2"))]
-    stages = [front_row(cell, args)[0] for cell in cells]
-    header = ["run", "steps", "solver", "full-rate calls", *SCORES]
-    return [(header, rows), (header, shared), (header, stages)]
+    splits = [30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
+    shared = [front_row(Cell("flow-3", split), args) for split in splits]
+    runs = ("flow-1", "flow-2", "flow-3", "flow-4")
+    stages = [
+        front_row(Cell(run, count, solver), args) for run in runs for count, solver in ((30, "euler"), (15, "ab2"))
+    ]
+    header, by_steps = ["run", "steps", "solver", "full-rate calls", *SCORES], [f"{count} steps" for count in steps]
+    first = [(["judge's distance", *by_steps], distances), (["kept", *by_steps], kept)]
+    return [*first, (header, shared), (header, stages)]
 
 
-def front_row(cell: Cell, args: argparse.Namespace) -> tuple[list, tuple]:
+def front_row(cell: Cell, args: argparse.Namespace) -> list:
     counts = split_steps(cell.steps, train_options(cell.run, args).stages)
-    calls = sample.full_rate_steps(counts)
-    row = [cell.run, "-".join(map(str, counts)), cell.solver, f"{calls:.4g}", *row_of("", cell, args)[1:]]
-    return row, (calls, measured(cell, args)["judge_distance"])
+    calls = f"{sample.full_rate_steps(counts):.4g}"
+    return [cell.run, "-".join(map(str, counts)), cell.solver, calls, *row_of("", cell, args)[1:]]
 
 
 def pyplot():
