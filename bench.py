@@ -1,5 +1,5 @@
 """What the code costs, beside what the machine can do and what people would use instead. Every speed figure of the
-README comes from here.
+README comes from here, but for those it says have no command.
 
   python bench.py step         training and sampling step by stage, as a share of the matrix-product rate
   python bench.py peers        forward plus backward beside other video models
@@ -34,7 +34,7 @@ import sample
 import train
 from data import open_data
 from model import DiTConfig
-from tpdiff import Pyramid, align, downsample, randn
+from tpdiff import Pyramid, align, downsample
 
 
 def synchronize() -> None:
@@ -89,7 +89,7 @@ def processor() -> str:
 class Run:
     """A training run without its loop: the model, its batches of every stage, and one batch to sample from."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, captured: bool = True):
         self.args, self.device = args, sample.choose_device()
         self.bf16 = sample.use_bf16(args.precision, self.device)
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -98,10 +98,11 @@ class Run:
         if args.init:
             train.start_from_file(model, self.data, args)
         self.state = train.make_state(model, args, self.device, None)
-        self.model = train.fast_form(self.state.model, args, self.device)
+        self.model = train.fast_form(self.state.model, args, self.device) if captured else self.state.model
         self.pyramid = Pyramid(args.mode, args.stages)
         self.x0 = torch.stack([self.data[number][0] for number in range(args.batch)]).to(self.device)
-        self.batches = [train.make_batches(self.data, args, 0, 0, 1, self.device, k) for k in range(args.stages)]
+        endless = argparse.Namespace(**vars(args) | {"steps": 2**40})
+        self.batches = [train.make_batches(self.data, endless, 0, 0, 1, self.device, k) for k in range(args.stages)]
         self.predict = sample.make_predict(self.state.ema, self.pyramid, None, 1.0, self.bf16)
         if args.compile:
             self.state.ema.compile_blocks()
@@ -150,7 +151,8 @@ def matrix_products(run: Run, k: int) -> tuple[Callable, float]:
 
 
 def bench_step(args: argparse.Namespace, repeats: int) -> None:
-    """The whole training step (noise, alignment, forward, backward, clip, optimizer, EMA) and a sampling step."""
+    """The whole training step (clips, noise and alignment, unless processes of the loader draw them; forward, backward,
+    clip, optimizer, EMA) and a sampling step."""
     start, stages = time.perf_counter(), range(args.stages)
     run = Run(args)
     for k in stages:
@@ -312,18 +314,19 @@ def bench_parts(args: argparse.Namespace, repeats: int) -> None:
 
 
 def split_step(args: argparse.Namespace, repeats: int) -> None:
-    """The parts of a training step, each timed by itself at every stage; the share is of their sum. The first three
-    are the loader's, which has processes of its own when a GPU trains."""
+    """The parts of a training step, each timed by itself at every stage; the share is of their sum. What the loader
+    does belongs to the step on a CPU; for a GPU processes of its own do it meanwhile."""
     run, sums = Run(args), {}
-    numbers, generator, losses = range(args.batch), torch.Generator(), []
+    numbers, losses, generators = range(args.batch), [], [torch.Generator() for _ in range(args.batch)]
+    beside = ("of ", "loader") if run.device.type == "cuda" else ("of ",)
     for k in range(args.stages):
         x0, noise, u, y = next(run.batches[k])
         x0_stage = downsample(x0, 2**k).cpu()
         batch = run.model, run.pyramid, x0, noise, u, y, k, args
-        generators = [generator] * args.batch
-        parts = {"clips": lambda: [run.data[number] for number in numbers]}
-        parts |= {"noise": lambda x=x0_stage, g=generators: randn(x.shape, g)}
-        parts |= {"alignment": lambda x=x0_stage: align(x, torch.randn_like(x))}
+        parts = {"loader: clips": lambda: [run.data[number] for number in numbers]}
+        parts |= {"loader: noise": lambda x=x0_stage: train.draw_noise(x, generators, args)}
+        if args.align == "assignment":
+            parts |= {"of noise: alignment": functools.partial(align, x0_stage, torch.randn_like(x0_stage))}
         parts |= {"of forward: end points, interpolation": functools.partial(pyramid_part, run, x0, noise, u, k)}
         parts |= {"forward": lambda batch=batch: losses.append(train.training_loss(*batch))}
         parts |= {"backward": lambda: losses.pop().backward()}
@@ -332,7 +335,7 @@ def split_step(args: argparse.Namespace, repeats: int) -> None:
         parts |= {"EMA": lambda: train.update_ema(run.state, args.ema), "zero_grad": run.state.model.zero_grad}
         for name, values in alternate(parts, repeats).items():
             sums.setdefault(name, []).append(median(values))
-    total = sum(sum(values) for name, values in sums.items() if not name.startswith("of forward"))
+    total = sum(sum(values) for name, values in sums.items() if not name.startswith(beside))
     rows = []
     for name, values in sums.items():
         rows.append([name, *(f"{value * 1e3:.2f}" for value in values), f"{sum(values) / total:.1%}"])
@@ -370,6 +373,7 @@ def split_sampling(args: argparse.Namespace, repeats: int) -> None:
 def wait_for_data(args: argparse.Namespace, steps: int = 100) -> None:
     """How long the training loop waits for its next batch, or itself draws it, over `steps` steps."""
     run = Run(args)
+    args.steps = steps + 5
     batches = train.make_batches(run.data, args, 0, 0, 1, run.device)
     for step in range(-5, steps):
         if step == 0:
@@ -424,7 +428,7 @@ def measured_apart(options: list[str], k: int) -> float:
 
 
 def bench_peak(args: argparse.Namespace, k: int) -> None:
-    run = Run(args)
+    run = Run(args, captured=False)  # graphs hold the memory of all stages at once
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

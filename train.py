@@ -84,7 +84,12 @@ def make_parser() -> sample.Parser:
         help="optimizer steps; a new number on --resume re-draws the learning rate's curve",
     )
     add("--batch", type=positive_int, default=4, help="clips a process and micro-batch")
-    add("--accumulate", type=positive_int, default=1, help="micro-batches whose gradients make one step")
+    add(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        help="micro-batches whose gradients make one step; more than one turns CUDA graphs off",
+    )
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up, on top of half a cosine to 0")
@@ -151,7 +156,7 @@ def start_processes() -> tuple[int, int, torch.device]:
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
-            raise ValueError(f"process {local} of this machine finds {gpus} GPU: start no more processes than GPUs")
+            raise ValueError(f"process {local} of this machine finds {gpus} GPU(s): start no more processes than GPUs")
         torch.cuda.set_device(local)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -200,11 +205,11 @@ def make_batches(
         num_workers=workers,
         worker_init_fn=_leave_process_group,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
     )
     for x0, noise, u, y in loader:
-        on_device = [each if each is None else each.to(device, non_blocking=True) for each in (x0, noise, y)]
-        yield on_device[0], on_device[1], u, on_device[2]
+        x0, noise, y = (each if each is None else each.to(device, non_blocking=True) for each in (x0, noise, y))
+        yield x0, noise, u, y
 
 
 def _leave_process_group(_worker: int) -> None:
@@ -263,20 +268,21 @@ class Captured(torch.nn.Module):
     """The model, its forward and backward passes recorded once a stage as a CUDA graph, and replayed. A small model's
     kernels are over before Python has launched the next: on an H100 a step of the default run took 8 ms in place of 26.
 
-    A replay writes over the last one's gradients, so there must be one backward pass a step and no more.
+    The graphs keep their memory: the activations of the largest stage, and gradients for each. A replay writes over
+    the last one's gradients, so there must be one backward pass a step and no more.
     """
 
     def __init__(self, model: DiT, args: argparse.Namespace, device: torch.device):
         super().__init__()
         self.at_stage, pool = [], torch.cuda.graph_pool_handle()
-        bf16 = sample.use_bf16(args.precision, device)
+        shape, bf16 = (args.batch, model.config.channels, args.frames), sample.use_bf16(args.precision, device)
         for k in range(args.stages):
-            x = torch.zeros(args.batch, model.config.channels, args.frames // 2**k, args.size, args.size, device=device)
-            inputs = x, torch.full((args.batch,), 0.5, device=device)
-            if model.config.classes:
-                inputs += (torch.zeros(args.batch, dtype=torch.long, device=device),)
+            x = downsample(torch.zeros(*shape, args.size, args.size, device=device), 2**k).contiguous()
+            inputs = [x, torch.full((args.batch,), 0.5, device=device)]
+            inputs += [torch.zeros(args.batch, dtype=torch.long, device=device)] * bool(model.config.classes)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-                self.at_stage.append(torch.cuda.make_graphed_callables(AtStage(model, k), inputs, pool=pool))
+                stage = torch.cuda.make_graphed_callables(AtStage(model, k), tuple(inputs), pool=pool)
+            self.at_stage.append(stage)
 
     def forward(self, x: Tensor, t: Tensor, k: int, y: Tensor | None = None) -> Tensor:
         return self.at_stage[k](x, t) if y is None else self.at_stage[k](x, t, y)
