@@ -692,7 +692,7 @@ def pyplot():
 
 def draw_curves(curves: dict[str, list], x_label: str, y_label: str, path: Path) -> None:
     """Curves of (x, values over seeds): the means, and the range as a band; both axes logarithmic."""
-    figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for name, points in curves.items():
         x, values = zip(*sorted(points), strict=True)
         (line,) = axes.plot(x, [statistics.mean(v) for v in values], marker="o", markersize=4, label=name)
@@ -704,7 +704,7 @@ def draw_curves(curves: dict[str, list], x_label: str, y_label: str, path: Path)
         axis.set_major_formatter(LogFormatter())
         axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
 
 
