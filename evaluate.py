@@ -442,7 +442,7 @@ def held_out(path: Path, weights: sample.Weights, args: argparse.Namespace) -> t
     print(data.summary)
     features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}
     features |= {"fvd": partial(i3d_features, load_i3d(args.i3d))} if args.i3d else {}
-    references = min(args.reference, 4 * len(data))
+    references = min(args.reference, 4 * len(data.sources))
     return data, distances_to(stack_clips(data, 0, references), features), references
 
 

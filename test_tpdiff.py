@@ -2501,6 +2501,26 @@ def test_efficientnet_distance_grows_with_damage_of_every_kind(damage, strengths
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is, and the usual file of I3D is made by it
+class FewChannels(torch.nn.Module):
+    """In place of an image network."""
+
+    def extract_features(self, frames: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(frames, 32)
+
+
+def test_quality_of_a_run_on_real_clips_beside_held_out_ones(tmp_path, capsys, monkeypatch):
+    (tmp_path / "clips").mkdir()
+    for green in (0, 100, 250):
+        animation(tmp_path / "clips" / f"{green}.webp", 12, (16, 16), green=green)
+    run_training(tmp_path / "run", "--data", str(tmp_path / "clips"), "--steps", "1")
+    monkeypatch.setattr(evaluate, "load_efficientnet", FewChannels)
+    words = ["quality", "--data", tmp_path / "clips", "--checkpoint", tmp_path / "run", "--steps", "3", "--number", "6"]
+    evaluate.main([str(word) for word in words])
+    header, _, made, real = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert header == [" efficientnet_distance ", " flicker "]
+    assert float(made[0].split()[0]) > 2 * float(real[0].split()[0]) >= 0
+
+
 def test_i3d_is_given_clips_of_224_pixels_in_three_channels(tmp_path, capsys):
     class Stub(nn.Module):
         def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
