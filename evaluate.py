@@ -65,8 +65,11 @@ RUNS = {
     "flow-3-nearest": "--mode flow --stages 3 --steps 3000 --seed 1 --align nearest",
     "flow-3-none": "--mode flow --stages 3 --steps 3000 --seed 1 --align none",
     "ddim-3-none": "--mode ddim --stages 3 --steps 3000 --seed 1 --align none",
+    "flow-3-none-seed-2": "--mode flow --stages 3 --steps 3000 --seed 2 --align none",
     "flow-2": "--mode flow --stages 2 --steps 2460 --seed 1",
+    "flow-2-seed-2": "--mode flow --stages 2 --steps 2460 --seed 2",
     "flow-4": "--mode flow --stages 4 --steps 3500 --seed 1",
+    "flow-4-seed-2": "--mode flow --stages 4 --steps 3500 --seed 2",
 }
 SMOKE = {"number": 8, "reference": 50, "seeds": [0, 1], "batch": 8, "repeats": 1}
 SMOKE |= {"width": 16, "depth": 1, "runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
@@ -598,13 +601,14 @@ SCORES = ["judge's distance", "legible", "kept", "straight", "off track, px", "f
 
 def alignment(args: argparse.Namespace) -> list:
     """Table 3: training without alignment and with it, and how much of the target's variance it removes."""
-    names = {"flow": ("flow-3", "flow-3-nearest", "flow-3-none"), "ddim": ("ddim-3", "ddim-3-none")}
-    rows = [row_of(run, Cell(run), args) for run in (*names["flow"], "flow-3-seed-2", *names["ddim"], "real")]
+    runs = ("flow-3", "flow-3-nearest", "flow-3-none", "flow-3-seed-2", "flow-3-none-seed-2", "ddim-3", "ddim-3-none")
+    rows = [row_of(run, Cell(run), args) for run in (*runs, "real")]
+    modes = ("flow", "ddim")
     removed = []
     for batch in (4, 16) if args.smoke else (4, 16, 64, 256):
-        shares = [variance_removed(mode, k, batch) for mode in names for k in range(3)]
+        shares = [variance_removed(mode, k, batch) for mode in modes for k in range(3)]
         removed.append([batch, *(f"{share:.2%}" for share in shares)])
-    return [(["run", *SCORES], rows), (["batch", *(f"{mode}, stage {k}" for mode in names for k in range(3))], removed)]
+    return [(["run", *SCORES], rows), (["batch", *(f"{mode}, stage {k}" for mode in modes for k in range(3))], removed)]
 
 
 def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
@@ -664,10 +668,8 @@ def sampling(args: argparse.Namespace) -> list:
     draw_curves(figure, "full-rate network calls", "judge's distance", args.out / "sampling.png")
     splits = [30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
     shared = [front_row(Cell("flow-3", split), args) for split in splits]
-    runs = ("flow-1", "flow-2", "flow-3", "flow-4")
-    stages = [
-        front_row(Cell(run, count, solver), args) for run in runs for count, solver in ((30, "euler"), (15, "ab2"))
-    ]
+    runs = [f"flow-{stages}{seed}" for stages in (1, 2, 3, 4) for seed in ("", "-seed-2")]
+    stages = [front_row(Cell(run), args) for run in runs]
     header, by_steps = ["run", "steps", "solver", "full-rate calls", *SCORES], [f"{count} steps" for count in steps]
     first = [(["judge's distance", *by_steps], distances), (["kept", *by_steps], kept)]
     return [*first, (header, shared), (header, stages)]
