@@ -422,20 +422,13 @@ def to_images(clips: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 4, 1).expand(*[-1] * 4, 3).numpy()
 
 
-def _tile(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
-    """(N, H, W, 3) -> one picture, row by row, with grey gaps."""
-    count, height, width, _ = images.shape
-    rows = -(-count // columns)
-    picture = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 128, np.uint8)
-    for index, image in enumerate(images):
-        y, x = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
-        picture[y : y + height, x : x + width] = image
-    return picture
-
-
-def _enlarge(picture: np.ndarray, scale: int) -> Image.Image:
-    image = Image.fromarray(picture)
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+def _tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.Image:
+    """(N, H, W, 3) -> one picture, row by row, with grey gaps, enlarged."""
+    missing = -len(images) % columns
+    cells = np.pad(images, [(0, missing), (gap, 0), (gap, 0), (0, 0)], constant_values=128)
+    rows = cells.reshape(-1, columns, *cells.shape[1:]).swapaxes(1, 2)
+    picture = np.pad(rows.reshape(-1, columns * cells.shape[2], 3), [(0, gap), (0, gap), (0, 0)], constant_values=128)
+    return ImageOps.scale(Image.fromarray(picture), scale, Image.Resampling.NEAREST)
 
 
 def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale: int = 3, fps: int = 12) -> None:
@@ -444,14 +437,14 @@ def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale:
     Where nothing in the grid changes from one frame to the next, Pillow writes one frame of twice the duration."""
     images = to_images(clips)
     columns = columns or int(np.ceil(len(images) ** 0.5))
-    frames = [_enlarge(_tile(images[:, t], columns), scale) for t in range(images.shape[1])]
+    frames = [_tile(frame, columns, scale) for frame in images.swapaxes(0, 1)]
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
 
 
 def save_strip(clips: Tensor, path: str | Path, scale: int = 2) -> None:
     """Clips (B, C, T, H, W) as one PNG for papers: a clip a row, time to the right."""
     images = to_images(clips)
-    _enlarge(_tile(images.reshape(-1, *images.shape[2:]), columns=images.shape[1]), scale).save(path, format="PNG")
+    _tile(images.reshape(-1, *images.shape[2:]), images.shape[1], scale).save(path, format="PNG")
 
 
 def save_latents(clips: Tensor, path: str | Path, latent_scale: float) -> None:
