@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -211,22 +212,19 @@ def _read_video(path: Path, wanted: range) -> Iterator[Image.Image]:
                     continue
             if round((shown.pts - begin) * rate) > wanted[0]:
                 continue
-            due = iter(wanted)
-            number = next(due)
-            for frame in frames:
-                while number is not None and round((frame.pts - begin) * rate) > number:
+            due = list(wanted)
+            for frame in chain(frames, [None]):
+                if frame:
+                    end = round((frame.pts - begin) * rate)
+                else:  # how long the last one lasts, files disagree
+                    end = round((shown.pts - begin) * rate) + max(2, round((shown.duration or 0) * rate)) + 1
+                while due and due[0] < end:
                     yield _upright(shown, stream.sample_aspect_ratio)
-                    number = next(due, None)
-                if number is None:
+                    del due[0]
+                if not due:
                     return
                 shown = frame
-            end = round((shown.pts - begin) * rate) + max(2, round((shown.duration or 0) * rate))  # as files disagree
-            while number is not None and number <= end:
-                yield _upright(shown, stream.sample_aspect_ratio)
-                number = next(due, None)
-            if number is not None:
-                raise ValueError(f"ends at frame {end}, before frame {number}")
-            return
+            raise ValueError(f"ends at frame {end - 1}, before frame {due[0]}")
 
 
 def _upright(frame, pixel_aspect) -> Image.Image:
