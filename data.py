@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -124,10 +124,9 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
             else:
                 yield (path,)
         for members in numbered.values():
-            members.sort()
-            ends = [i for i in range(1, len(members)) if members[i][0] != members[i - 1][0] + 1]
-            for start, end in zip([0, *ends], [*ends, len(members)], strict=True):
-                yield tuple(path for _, path in members[start:end])
+            members.sort()  # and what runs on keeps its distance from the place in the list
+            for _, run in groupby(enumerate(members), key=lambda member: member[1][0] - member[0]):
+                yield tuple(path for _, (_, path) in run)
 
 
 def _probe(files: tuple[Path, ...]) -> Source:
