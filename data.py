@@ -239,54 +239,49 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return _random(seed, epoch).permutation(count)
 
 
+@dataclass(eq=False)
 class FolderClips(Dataset):
     """Random windows of the clips under a folder, searched recursively, (C, frames, size, size): animated GIF, WebP and
     APNG, folders of numbered stills, videos (with PyAV), or latents (C, T, H, W) in .npy and .pt files.
 
     Pictures are RGB on white, or grey; cropped at their centre to a square and resized. Latents are cropped at their
-    centre, multiplied by `latent_scale`, and have no range. A window's frames are `frame_stride` apart; half of them
-    are mirrored with `flip`. With `labels` the folder's sub-folders are the classes. Every epoch goes through the clips
-    in a new order. What cannot be used is counted in `summary`; a file that turns out damaged past its header is named
-    in a warning and passed over. `index`: a file that keeps what the headers said, so that the next start is quick.
+    centre and have no range. Every epoch goes through the clips in a new order. What cannot be used is counted in
+    `summary`; a file that turns out damaged past its header is named in a warning and passed over.
     Raises DataError if the folder does not exist, holds nothing usable or mixes pictures with latents.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        frames: int = 16,
-        size: int = 32,
-        seed: int = 0,
-        labels: bool = False,
-        frame_stride: int = 1,
-        flip: bool = False,
-        grayscale: bool = False,
-        latent_scale: float = 1.0,
-        index: Path | None = None,
-        cache_bytes: int = 2**30,
-    ):
-        self.folder, self.frames, self.size, self.seed, self.labels = Path(folder), frames, size, seed, labels
-        self.frame_stride, self.flip, self.grayscale, self.latent_scale = frame_stride, flip, grayscale, latent_scale
-        self.span = (frames - 1) * frame_stride + 1
-        self.cache, self.room, self.sources, broken, reasons = {}, cache_bytes, [], [], Counter()
-        for source in find_sources(self.folder, index, series=self.span > 1):
-            reason = self._reason_to_skip(source)
-            reasons[reason] += len(source.files)
-            if reason is None:
-                self.sources.append(source)
-            elif source.kind == "broken":
-                broken.append(str(source.files[0]))
-        files, used = reasons.total(), reasons.pop(None, 0)
-        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
-        skipped += f" ({', '.join(broken)})" if broken else ""
+    folder: str | Path
+    frames: int = 16
+    size: int = 32
+    seed: int = 0
+    labels: bool = False  # True: the folder's sub-folders are the classes
+    frame_stride: int = 1  # frames of a clip from one frame of a window to the next
+    flip: bool = False  # True: half of the windows are mirrored
+    grayscale: bool = False
+    latent_scale: float = 1.0  # what latents are multiplied by
+    index: Path | None = None  # a file that keeps what the headers said, so that the next start is quick
+    cache_bytes: int = 2**30  # of decoded frames that are kept
+
+    def __post_init__(self):
+        name, self.folder = self.folder, Path(self.folder)
+        self.span = (self.frames - 1) * self.frame_stride + 1
+        self.cache, self.room, counts = {}, self.cache_bytes, Counter()
+        found = find_sources(self.folder, self.index, series=self.span > 1)
+        self.sources = [source for source in found if self._reason_to_skip(source) is None]
+        for source in found:
+            counts[self._reason_to_skip(source)] += len(source.files)
+        files, used = counts.total(), counts.pop(None, 0)
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
+        broken = ", ".join(str(source.files[0]) for source in found if source.kind == "broken")
+        skipped += f" ({broken})" if broken else ""
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
-        self.summary = f"{folder}: {files} files found, {used} used, {clips}; skipped: {skipped}"
+        self.summary = f"{name}: {files} files found, {used} used, {clips}; skipped: {skipped}"
         if not self.sources:
             raise DataError(f"{self.summary}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
         self._settle_channels()
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]
         self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
-        self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if labels else ()
+        self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
 
     def _reason_to_skip(self, source: Source) -> str | None:
         if source.kind == "broken":
