@@ -37,7 +37,7 @@ class DataError(ValueError):
 
 def _random(*seed: int) -> np.random.Generator:
     """A generator that depends on the numbers alone, not on the process."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    return np.random.Generator(np.random.Philox(seed))
 
 
 def _glyph(digit: int, height: int) -> np.ndarray:
@@ -71,7 +71,7 @@ class MovingDigits(Dataset):
     """
 
     channels, latent, digest = 1, False, ""
-    classes = tuple(str(digit) for digit in range(10))
+    classes = tuple("0123456789")
 
     def __init__(self, frames: int = 16, size: int = 32, digits: int = 1, seed: int = 0):
         if size < 16 or frames < 1 or digits < 1:
@@ -132,22 +132,20 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
 def _probe(files: tuple[Path, ...]) -> Source:
     """Reads the header. Raises DataError if that needs a package which is missing."""
     suffix = files[0].suffix.lower()
+    av = _import_av(files[0]) if suffix in VIDEOS else None
     try:
         if suffix in LATENTS:
             channels, frames, height, width = _open_latent(files[0]).shape
             return Source(files, "latent", frames, channels, height, width)
-        if suffix in VIDEOS:
-            with _import_av(files[0]).open(str(files[0])) as container:
+        if av:
+            with av.open(str(files[0])) as container:
                 stream = container.streams.video[0]
                 frames = stream.frames or _count_by_time(container, stream)
                 return Source(files, "video", frames, 3, stream.height, stream.width)
         with Image.open(files[0]) as image:
             frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
-            stills = len(files) > 1 and frames == 1
-            kind, frames = ("stills", len(files)) if stills else ("pictures", frames)
+            kind, frames = ("stills", len(files)) if frames == 1 < len(files) else ("pictures", frames)
             return Source(files, kind, frames, 3, image.height, image.width)
-    except DataError:
-        raise
     except Exception:  # Pillow, FFmpeg and numpy raise many kinds for a damaged file
         return Source(files, "broken")
 
@@ -377,6 +375,8 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         name, status = str(files[0]), files[0].stat()
         key = [status.st_mtime_ns, status.st_size, len(files)]
         source = Source(files, *known[name][3:]) if name in known and known[name][:3] == key else _probe(files)
+        if source.kind == "video":
+            _import_av(files[0])  # also if the index knows the file
         if source.kind != "broken":
             rows[name] = [*key, source.kind, source.frames, source.channels, source.height, source.width]
         return source
@@ -386,10 +386,6 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         source = look(files)
         whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
         sources += [source] if whole else [look((file,)) for file in files]
-    for source in sources:
-        if source.kind == "video":
-            _import_av(source.files[0])
-            break
     if index and rows != known:
         index.parent.mkdir(parents=True, exist_ok=True)
         aside = index.with_name(index.name + ".tmp")
