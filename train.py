@@ -7,7 +7,6 @@ Every random draw belongs to a step (its stage) or to a sample number (its clip,
 to a process. So a resumed run is the same run, and n processes train on the same batch as one with n times as many.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -16,7 +15,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,7 +111,7 @@ def make_parser() -> sample.Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     """The arguments, and on --resume the checkpoint, whose arguments are then the defaults. Raises ValueError."""
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -163,51 +163,33 @@ def start_processes() -> tuple[int, int, torch.device]:
     return rank, world, sample.choose_device()
 
 
-def sample_numbers(args: argparse.Namespace, start: int, rank: int, world: int) -> Iterator[list[int]]:
-    """The sample numbers of this rank's micro-batches from step `start` on: ranks take turns, nothing is shared."""
-    for micro in range(start * args.accumulate, args.steps * args.accumulate):
-        first = (micro * world + rank) * args.batch
-        yield list(range(first, first + args.batch))
-
-
 class TrainingBatches(Dataset):
-    """What a step takes in: clips, and all that is random about them. It is drawn here, on the CPU and with --workers
-    beside the training, so that a GPU need not wait for it."""
+    """What a micro-batch of this rank takes in: clips, and all that is random about them. It is drawn here, on the CPU
+    and with --workers beside the training, so that a GPU need not wait for it."""
 
-    def __init__(self, dataset: Dataset, args: argparse.Namespace, world: int, stage: int | None = None):
-        self.dataset, self.args, self.world, self.stage = dataset, args, world, stage
+    def __init__(self, dataset: Dataset, args: Namespace, rank: int, world: int, stage: int | None):
+        self.dataset, self.args, self.rank, self.world, self.stage = dataset, args, rank, world, stage
 
-    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The samples' clips (B, C, T, H, W), noise at the stage's rate, u (B,), and labels (B,) or None."""
+    def __getitem__(self, micro: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Clips (B, C, T, H, W), noise at the stage's rate, u (B,), and labels (B,) or None. Ranks take turns."""
+        args, first = self.args, (micro * self.world + self.rank) * self.args.batch
+        numbers = range(first, first + args.batch)
         clips, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
-        step = numbers[0] // (self.args.batch * self.world * self.args.accumulate)
-        k = draw_stage(self.args.seed, step, self.args.stages) if self.stage is None else self.stage
-        return draw(torch.stack(clips), torch.tensor(labels), len(self.dataset.classes), k, numbers, self.args)
+        k = draw_stage(args.seed, micro // args.accumulate, args.stages) if self.stage is None else self.stage
+        return draw(torch.stack(clips), torch.tensor(labels), len(self.dataset.classes), k, numbers, args)
 
 
 def make_batches(
-    dataset: Dataset,
-    args: argparse.Namespace,
-    start: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-    stage: int | None = None,
+    dataset: Dataset, args: Namespace, start: int, rank: int, world: int, device: torch.device, stage: int | None = None
 ) -> Iterator:
     """This rank's micro-batches from step `start` on, of the steps' own stages or all of one, on `device` but for u."""
-    workers = args.workers
+    workers, gpu = args.workers, device.type == "cuda"
     if workers is None:  # drawing digits takes a CPU less time than it loses to a worker
-        workers = WORKERS_FOR_GPU if device.type == "cuda" else int(bool(args.data))
-    loader = DataLoader(
-        TrainingBatches(dataset, args, world, stage),
-        batch_size=None,
-        sampler=sample_numbers(args, start, rank, world),
-        num_workers=workers,
-        worker_init_fn=_leave_process_group,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=2 if workers else None,
-    )
-    for x0, noise, u, y in loader:
+        workers = WORKERS_FOR_GPU if gpu else int(bool(args.data))
+    batches = TrainingBatches(dataset, args, rank, world, stage)
+    micros = range(start * args.accumulate, args.steps * args.accumulate)
+    options = {"num_workers": workers, "worker_init_fn": _leave_process_group, "pin_memory": gpu}
+    for x0, noise, u, y in DataLoader(batches, batch_size=None, sampler=micros, **options):
         x0, noise, y = (each if each is None else each.to(device, non_blocking=True) for each in (x0, noise, y))
         yield x0, noise, u, y
 
@@ -221,7 +203,7 @@ def draw_stage(seed: int, step: int, stages: int) -> int:
     return int(torch.randint(stages, (), generator=generator_for(seed, sample.STAGE, step)))
 
 
-def draw_noise(x0_stage: Tensor, generators: Generators, args: argparse.Namespace) -> Tensor:
+def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Tensor:
     """Noise for clips at a stage's rate, paired with them as --align says."""
     if args.align == "nearest":
         return draw_nearest(x0_stage, args.candidates, generators)
@@ -229,7 +211,7 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: argparse.Namespac
     return align(x0_stage, noise) if args.align == "assignment" else noise  # Algorithm 1
 
 
-def draw(x0: Tensor, labels: Tensor, classes: int, k: int, numbers: list[int], args: argparse.Namespace) -> tuple:
+def draw(x0: Tensor, labels: Tensor, classes: int, k: int, numbers: Sequence[int], args: Namespace) -> tuple:
     """Clips with their noise at stage k, their place u in it, and their labels, `classes` where one is dropped.
 
     Sample n's draws come from a generator of its own. `labels` are -1, and become None, where the data has none.
@@ -272,7 +254,7 @@ class Captured(torch.nn.Module):
     the last one's gradients, so there must be one backward pass a step and no more.
     """
 
-    def __init__(self, model: DiT, args: argparse.Namespace, device: torch.device):
+    def __init__(self, model: DiT, args: Namespace, device: torch.device):
         super().__init__()
         self.at_stage, pool = [], torch.cuda.graph_pool_handle()
         shape, bf16 = (args.batch, model.config.channels, args.frames), sample.use_bf16(args.precision, device)
@@ -288,7 +270,7 @@ class Captured(torch.nn.Module):
         return self.at_stage[k](x, t) if y is None else self.at_stage[k](x, t, y)
 
 
-def fast_form(model: DiT, args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+def fast_form(model: DiT, args: Namespace, device: torch.device) -> torch.nn.Module:
     """What the training loop calls: the model compiled if --compile says so; joined with those of other processes, or
     captured if it is alone on a GPU and each of its steps has one backward pass."""
     if args.compile:
@@ -298,7 +280,7 @@ def fast_form(model: DiT, args: argparse.Namespace, device: torch.device) -> tor
     return Captured(model, args, device) if device.type == "cuda" and args.accumulate == 1 else model
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
+def learning_rate(step: int, args: Namespace) -> float:
     """Half a cosine from args.lr down to 0, times a linear warm-up."""
     warmup = min(1.0, (step + 1) / (args.warmup + 1))
     return args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
@@ -320,14 +302,14 @@ class State:
     best: float = math.inf  # lowest loss of a checkpoint, the mean of the stages' means on the way to it
 
 
-def make_model(dataset: Dataset, args: argparse.Namespace) -> DiT:
+def make_model(dataset: Dataset, args: Namespace) -> DiT:
     """A new model; of clips of one frame an image model."""
     torch.manual_seed(args.seed)
     shape = dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
     return DiT(DiTConfig(*shape, temporal=args.frames > 1))
 
 
-def start_from_file(model: DiT, dataset: Dataset, args: argparse.Namespace) -> None:
+def start_from_file(model: DiT, dataset: Dataset, args: Namespace) -> None:
     """Gives the model the weights of --init. Raises ValueError if it was trained for something else."""
     weights = sample.load_weights(sample.weight_file(Path(args.init)))
     if weights.mode != args.mode:
@@ -349,7 +331,7 @@ def start_from_file(model: DiT, dataset: Dataset, args: argparse.Namespace) -> N
         raise ValueError(f"--init {args.init}: {error}") from None
 
 
-def make_state(model: DiT, args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> State:
+def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: dict | None) -> State:
     model = model.to(device)
     model.gradient_checkpointing = args.gradient_checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -392,7 +374,7 @@ def keep_as(path: Path, name: str) -> None:
     os.replace(aside, path.with_name(name))
 
 
-def save(state: State, dataset: Dataset, args: argparse.Namespace, world: int) -> None:
+def save(state: State, dataset: Dataset, args: Namespace, world: int) -> None:
     """weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt to resume from; the one before it
     stays as checkpoint-previous.pt, and the one with the lowest loss on the way to it as checkpoint-best.pt."""
     newest, (sums, counts) = args.out / "checkpoint.pt", state.since_judged
@@ -419,7 +401,7 @@ def save(state: State, dataset: Dataset, args: argparse.Namespace, world: int) -
         keep_as(newest, "checkpoint-best.pt")
 
 
-def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: argparse.Namespace) -> None:
+def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: Namespace) -> None:
     """Ten clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they are latents; the same noises every
     time, so that progress shows."""
     weights = sample.Weights(state.ema, args.mode, args.stages, args.frames, args.size, dataset.classes, state.step)
@@ -436,7 +418,7 @@ def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: argpars
         save_gif(clips, stem.with_suffix(".gif"), columns=5)
 
 
-def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: argparse.Namespace) -> None:
+def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: Namespace) -> None:
     """One optimizer step at stage k, its losses added to the state's; skipped if its gradient is NaN or infinite.
     Raises SystemExit after MOST_SKIPPED such steps in a row."""
     losses = torch.zeros(2, device=state.losses.device)
@@ -462,7 +444,7 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
     state.step += 1
 
 
-def skip(state: State, k: int, args: argparse.Namespace) -> None:
+def skip(state: State, k: int, args: Namespace) -> None:
     """Passes over a step whose gradient is NaN or infinite; the weights stay as they are."""
     state.step += 1
     state.skipped += 1
@@ -529,7 +511,7 @@ class StopRequest:
         return self.signal
 
 
-def open_in_turn(args: argparse.Namespace, rank: int, world: int) -> Dataset:
+def open_in_turn(args: Namespace, rank: int, world: int) -> Dataset:
     """Rank 0 reads the files' headers and writes the index, then the others use it. Raises ValueError on all ranks."""
     dataset, problem = None, ""
     for turn in range(min(world, 2)):
@@ -548,7 +530,7 @@ def open_in_turn(args: argparse.Namespace, rank: int, world: int) -> Dataset:
     return dataset
 
 
-def set_up(args: argparse.Namespace, checkpoint: dict | None) -> tuple:
+def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     """What `train` needs: (dataset, state, rank, world, device). Raises ValueError or OSError on bad input."""
     rank, world, device = start_processes()
     if checkpoint and checkpoint["world"] != world:
@@ -571,7 +553,7 @@ def set_up(args: argparse.Namespace, checkpoint: dict | None) -> tuple:
     return dataset, state, rank, world, device
 
 
-def train(args: argparse.Namespace, dataset: Dataset, state: State, rank: int, world: int, device: torch.device) -> int:
+def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int, device: torch.device) -> int:
     """The whole run. Returns 0, or 128 + the number of the signal that stopped it."""
     stop, pyramid, first = StopRequest(), Pyramid(args.mode, args.stages), rank == 0
     model = fast_form(state.model, args, device)
