@@ -419,8 +419,8 @@ def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: Namespa
 
 
 def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: Namespace) -> None:
-    """One optimizer step at stage k, its losses added to the state's; skipped if its gradient is NaN or infinite.
-    Raises SystemExit after MOST_SKIPPED such steps in a row."""
+    """One optimizer step at stage k, its losses added to the state's. If its gradient is NaN or infinite, the weights
+    stay as they are. Raises SystemExit after MOST_SKIPPED such steps in a row."""
     losses = torch.zeros(2, device=state.losses.device)
     for micro in range(args.accumulate):
         x0, noise, u, y = next(batches)
@@ -430,26 +430,19 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
             (loss / args.accumulate).backward()
         losses += torch.stack([loss.detach(), torch.ones_like(loss)])
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
-    if not norm.isfinite():  # the same on all ranks, as the gradient is
-        skip(state, k, args)
-        return
-    state.losses[:, k] += losses
-    state.skipped_in_a_row = 0
-    for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, args)
-        optimizer.step()
-        optimizer.zero_grad()
-    update_ema(state, args.ema)
-    state.step += 1
-
-
-def skip(state: State, k: int, args: Namespace) -> None:
-    """Passes over a step whose gradient is NaN or infinite; the weights stay as they are."""
-    state.step += 1
-    state.skipped += 1
-    state.skipped_in_a_row += 1
+    if norm.isfinite():  # the same on all ranks, as the gradient is
+        state.losses[:, k] += losses
+        state.skipped_in_a_row = 0
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, args)
+            optimizer.step()
+        update_ema(state, args.ema)
+    else:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
     state.model.zero_grad()
+    state.step += 1
     if state.skipped_in_a_row == MOST_SKIPPED:
         path = args.out / "checkpoint.pt"
         last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
