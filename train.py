@@ -504,17 +504,17 @@ class StopRequest:
         return self.signal
 
 
-def open_in_turn(args: Namespace, rank: int, world: int) -> Dataset:
+def open_in_turn(args: Namespace, rank: int) -> Dataset:
     """Rank 0 reads the files' headers and writes the index, then the others use it. Raises ValueError on all ranks."""
     dataset, problem = None, ""
-    for turn in range(min(world, 2)):
-        if turn == min(rank, 1):
-            try:
-                dataset = open_data(args, args.out / "index.json" if args.data else None)
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        if dist.is_initialized():
-            dist.barrier()
+    if rank > 0:
+        dist.barrier()
+    try:
+        dataset = open_data(args, args.out / "index.json" if args.data else None)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
     failed = torch.tensor(float(bool(problem)))
     if dist.is_initialized():
         dist.all_reduce(failed)
@@ -528,7 +528,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     rank, world, device = start_processes()
     if checkpoint and checkpoint["world"] != world:
         raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
-    dataset = open_in_turn(args, rank, world)
+    dataset = open_in_turn(args, rank)
     if checkpoint and checkpoint["digest"] != dataset.digest:
         raise ValueError(f"{args.data} holds other clips than when {args.out} began; --resume cannot go on with them")
     model = make_model(dataset, args)
