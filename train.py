@@ -49,12 +49,8 @@ def make_parser() -> sample.Parser:
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
-    add(
-        "--align",
-        choices=["assignment", "nearest", "none"],
-        default="assignment",
-        help="how noise is paired with data: permuted within a batch, or the nearest of --candidates",
-    )
+    pairing = "how noise is paired with data: permuted within a batch, or the nearest of --candidates"
+    add("--align", choices=["assignment", "nearest", "none"], default="assignment", help=pairing)
     add("--candidates", type=positive_int, default=8, help="noises a clip for --align nearest")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of animations, numbered stills, videos or latents [moving digits, made on the fly]")
@@ -62,9 +58,8 @@ def make_parser() -> sample.Parser:
     add("--frame-stride", type=positive_int, default=1, help="frames of --data from one frame of a clip to the next")
     add("--flip", action="store_true", help="mirror half of the clips of --data")
     add("--grayscale", action="store_true", help="one channel from --data instead of three")
-    add(
-        "--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="factor that brings latents to about unit size"
-    )
+    scale = real_number(1e-6, 1e6)
+    add("--latent-scale", type=scale, default=1.0, help="factor that brings latents to about unit size")
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip; must divide by 2^(stages - 1)")
     add("--size", type=positive_int, default=32, help="height and width in pixels; must divide by the patch")
@@ -77,19 +72,11 @@ def make_parser() -> sample.Parser:
     add("--depth", type=positive_int, default=4, help="blocks")
     add("--heads", type=positive_int, default=4, help="attention heads")
     add = parser.add_argument_group("optimization").add_argument
-    add(
-        "--steps",
-        type=positive_int,
-        default=3000,
-        help="optimizer steps; a new number on --resume re-draws the learning rate's curve",
-    )
+    steps = "optimizer steps; a new number on --resume re-draws the learning rate's curve"
+    add("--steps", type=positive_int, default=3000, help=steps)
     add("--batch", type=positive_int, default=4, help="clips a process and micro-batch")
-    add(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        help="micro-batches whose gradients make one step; more than one turns CUDA graphs off",
-    )
+    accumulate = "micro-batches whose gradients make one step; more than one turns CUDA graphs off"
+    add("--accumulate", type=positive_int, default=1, help=accumulate)
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up, on top of half a cosine to 0")
