@@ -298,20 +298,19 @@ def make_model(dataset: Dataset, args: Namespace) -> DiT:
 
 def start_from_file(model: DiT, dataset: Dataset, args: Namespace) -> None:
     """Gives the model the weights of --init. Raises ValueError if it was trained for something else."""
+    trained = f"--init {args.init} was trained"
     weights = sample.load_weights(sample.weight_file(Path(args.init)))
     if weights.mode != args.mode:
-        raise ValueError(f"--init {args.init} was trained with --mode {weights.mode}, not {args.mode}")
+        raise ValueError(f"{trained} with --mode {weights.mode}, not {args.mode}")
     if bool(weights.classes) != bool(dataset.classes):
-        raise ValueError(
-            f"--init {args.init} was trained {'with' if weights.classes else 'without'} labels, unlike this"
-        )
+        raise ValueError(f"{trained} {'with' if weights.classes else 'without'} labels, unlike this")
     if dataset.classes:  # by name, and a name that is new starts as the null label
         old, embedding = weights.classes, weights.model.embed_label
         rows = [old.index(name) if name in old else len(old) for name in dataset.classes] + [len(old)]
         embedding.weight = torch.nn.Parameter(embedding.weight[rows])
         weights.model.config = replace(weights.model.config, classes=len(dataset.classes))
     if weights.latent_scale not in (None, args.latent_scale):
-        raise ValueError(f"--init {args.init} was trained with --latent-scale {weights.latent_scale}")
+        raise ValueError(f"{trained} with --latent-scale {weights.latent_scale}")
     try:
         model.start_from(weights.model)
     except ValueError as error:
@@ -452,7 +451,7 @@ def start_metrics(path: Path, step: int) -> None:
     path.write_text("".join(row + "\n" for row in kept))
 
 
-def write_metrics(path: Path, state: State, lr: float, clips_per_second: float, first: bool) -> float | None:
+def write_metrics(path: Path, state: State, lr: float, rate: float, first: bool) -> float | None:
     """Appends a row and returns its loss: the means since the last row, over the ranks, in all and by stage."""
     if dist.is_initialized():
         dist.all_reduce(state.losses)
@@ -462,8 +461,7 @@ def write_metrics(path: Path, state: State, lr: float, clips_per_second: float, 
     loss = sum(sums) / sum(counts) if sum(counts) else None
     by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
     row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
-    row |= {"clips_per_second": round(clips_per_second, 2), "seconds": round(state.seconds, 2)}
-    row |= {"skipped": state.skipped}
+    row |= {"clips_per_second": round(rate, 2), "seconds": round(state.seconds, 2), "skipped": state.skipped}
     if first:
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -526,10 +524,9 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
         args.out.mkdir(parents=True, exist_ok=True)
         start_metrics(args.out / "metrics.jsonl", state.step)
         print(dataset.summary)
-        parameters = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
+        size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
         precision = "bf16" if sample.use_bf16(args.precision, device) else "fp32"
-        machine = f"{precision} on {world} x {device.type}"
-        print(f"{args.mode}, {args.stages} stages, {parameters:.2f} M parameters, {machine}")
+        print(f"{args.mode}, {args.stages} stages, {size:.2f} M parameters, {precision} on {world} x {device.type}")
     return dataset, state, rank, world, device
 
 
@@ -596,10 +593,8 @@ def main(argv: list[str] | None = None) -> None:
             make_parser().error(NO_MEMORY)
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = str(error).splitlines()[0]
-        raise SystemExit(
-            f"train.py: another process of the run has ended ({reason}); continue with --resume --out {args.out}"
-        ) from None
+        ended = f"another process of the run has ended ({str(error).splitlines()[0]})"
+        raise SystemExit(f"train.py: {ended}; continue with --resume --out {args.out}") from None
 
 
 if __name__ == "__main__":
