@@ -324,15 +324,13 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
     losses, since_judged = torch.zeros(2, 2, args.stages, device=device)
     dtype = torch.bfloat16 if sample.use_bf16(args.precision, device) else torch.float32
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
-    state = State(model, ema, optimizers, losses, since_judged)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        state.ema.load_state_dict(checkpoint["ema"])
-        for optimizer, content in zip(state.optimizers, checkpoint["optimizers"], strict=True):
+        ema.load_state_dict(checkpoint["ema"])
+        for optimizer, content in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(content)
-        for name in COUNTS:
-            setattr(state, name, checkpoint[name])
-    return state
+    counts = {name: checkpoint[name] for name in COUNTS} if checkpoint else {}
+    return State(model, ema, optimizers, losses, since_judged, **counts)
 
 
 def write_whole(content: dict, path: Path) -> None:
