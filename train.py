@@ -361,11 +361,10 @@ def keep_as(path: Path, name: str) -> None:
 def save(state: State, dataset: Dataset, args: Namespace, world: int) -> None:
     """weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt to resume from; the one before it
     stays as checkpoint-previous.pt, and the one with the lowest loss on the way to it as checkpoint-best.pt."""
-    newest, (sums, counts) = args.out / "checkpoint.pt", state.since_judged
-    loss = (sums / counts).mean().item() if counts.all() else math.inf
-    is_best = loss < state.best
-    state.best = min(loss, state.best)
+    newest, best = args.out / "checkpoint.pt", state.best
+    sums, counts = state.since_judged
     if counts.all():
+        state.best = min((sums / counts).mean().item(), best)
         state.since_judged.zero_()
     head = {"format": sample.FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
@@ -381,7 +380,7 @@ def save(state: State, dataset: Dataset, args: Namespace, world: int) -> None:
     if newest.exists():
         keep_as(newest, "checkpoint-previous.pt")
     write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
-    if is_best:
+    if state.best < best:
         keep_as(newest, "checkpoint-best.pt")
 
 
