@@ -539,8 +539,7 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
         optimize(state, model, pyramid, batches, k, args)
         bar.update()
         end = stop.agreed() or state.step == args.steps
-        save_due = end or state.step % args.save_interval == 0
-        save_due |= args.keep_interval > 0 and state.step % args.keep_interval == 0
+        save_due = end or any(n and state.step % n == 0 for n in (args.save_interval, args.keep_interval))
         sample_due = state.step == args.steps or state.step % args.sample_interval == 0
         if save_due or sample_due or state.step % args.log_interval == 0:
             if device.type == "cuda":
