@@ -190,10 +190,8 @@ def _read_images(source: Source, wanted: range) -> Iterator[Image.Image]:
 
 
 def _read_video(path: Path, wanted: range) -> Iterator[Image.Image]:
-    """Frame number j is what is on the screen at j / average_rate seconds, so all last equally long.
-
-    Seeks to a key frame before the first one wanted and decodes from there.
-    """
+    """Frame number j is what is on the screen at j / average_rate seconds, so all last equally long. Decodes from a key
+    frame before the first one wanted."""
     av = _import_av(path)
     for back in (0, 1, 10, np.inf):  # seconds: what follows a key frame may need frames before it, and be left out
         with av.open(str(path)) as container:

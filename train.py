@@ -114,7 +114,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
                 raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     elif (out / "checkpoint.pt").exists():
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
-    idle = dict.fromkeys(("digits",), "with --data") if args.data else dict.fromkeys(DATA_ONLY, "without --data")
+    idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")
     idle |= {} if args.align == "nearest" else {"candidates": f"with --align {args.align}"}
     for name, where in idle.items():
         if getattr(args, name) != parser.get_default(name):
@@ -199,10 +199,8 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Ten
 
 
 def draw(x0: Tensor, labels: Tensor, classes: int, k: int, numbers: Sequence[int], args: Namespace) -> tuple:
-    """Clips with their noise at stage k, their place u in it, and their labels, `classes` where one is dropped.
-
-    Sample n's draws come from a generator of its own. `labels` are -1, and become None, where the data has none.
-    """
+    """Clips with their noise at stage k, their place u in it, and their labels: `classes` where one is dropped, None
+    where the data has none (-1). Sample n's draws come from a generator of its own."""
     generators = [generator_for(args.seed, sample.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     noise = draw_noise(downsample(x0, 2**k), generators, args)
