@@ -99,12 +99,10 @@ class Judge(nn.Module):
     @torch.no_grad()
     def features(self, clips: Tensor) -> Tensor:
         """(B, 3 D) over time: mean of what was seen, root mean square of its second difference, mean of motion."""
-        parts = []
-        for batch in clips.split(100):
-            seen, motion = self(batch)
-            parts.append(
-                torch.cat([seen.mean(1), seen.diff(n=2, dim=1).square().mean(1).sqrt(), motion.mean(1)], dim=1)
-            )
+        parts = [
+            torch.cat([seen.mean(1), seen.diff(n=2, dim=1).square().mean(1).sqrt(), motion.mean(1)], dim=1)
+            for seen, motion in map(self, clips.split(100))
+        ]
         return torch.cat(parts).double()
 
     @torch.no_grad()
@@ -114,30 +112,26 @@ class Judge(nn.Module):
         return self.label(seen).argmax(-1), self.place(seen) * 16 + 11
 
 
-def judge_loss(judge: Judge, clips: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-    """How wrong the judge is about digit, place and velocity in every frame."""
-    seen, motion = judge(clips)
-    velocity = torch.stack(torch.gradient(positions, dim=1)).squeeze(0)
-    wrong_digit = F.cross_entropy(judge.label(seen).flatten(0, 1), labels.repeat_interleave(clips.shape[2]))
-    wrong_place = F.mse_loss(judge.place(seen) * 16 + 11, positions)
-    return wrong_digit + wrong_place / 64 + F.mse_loss(judge.velocity(motion), velocity)
-
-
-def train_judge(steps: int, batch: int = 32) -> Judge:
+def make_judge(args: argparse.Namespace) -> None:
+    """Trains the judge on digit, place and velocity in every frame, and writes it over the shipped one."""
     torch.manual_seed(0)
-    judge, data = Judge(), MovingDigits(seed=JUDGE_SEED)
+    judge, data, steps, batch = Judge(), MovingDigits(seed=JUDGE_SEED), args.judge_steps, 32
     optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
     for step in tqdm(range(steps), desc="training the judge", unit="step"):
-        numbers = range(step * batch, (step + 1) * batch)
-        tracks = [data.tracks(number)[0] for number in numbers]
+        tracks = [data.tracks(number)[0] for number in range(step * batch, (step + 1) * batch)]
         positions = torch.tensor(np.stack([np.stack([y, x], axis=-1) for _, y, x in tracks]), dtype=torch.float32)
-        labels = torch.tensor([label for label, _, _ in tracks])
-        loss = judge_loss(judge, torch.stack([data[number][0] for number in numbers]), labels, positions)
+        (velocities,) = torch.gradient(positions, dim=1)
+        labels = torch.tensor([label for label, _, _ in tracks]).repeat_interleave(data.frames)
+        seen, motion = judge(stack_clips(data, step * batch, batch))
+        wrong_digit = F.cross_entropy(judge.label(seen).flatten(0, 1), labels)
+        wrong_place = F.mse_loss(judge.place(seen) * 16 + 11, positions)
+        loss = wrong_digit + wrong_place / 64 + F.mse_loss(judge.velocity(motion), velocities)
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return judge.eval()
+    torch.save(judge.state_dict(), JUDGE)
+    print(f"wrote {JUDGE}; real clips score {digit_metrics(real_clips(args.reference, 1000), args.reference)}")
 
 
 @cache
@@ -471,13 +465,6 @@ def cost(args: argparse.Namespace) -> None:
     splits = splits if len(args.steps) == 1 else [args.steps]
     rows = [["-".join(map(str, counts)), f"{predicted_speedup(counts, args.frames, *size):.3g}"] for counts in splits]
     print(bench.markdown(["steps (noisiest first)", "times as fast as one stage"], rows))
-
-
-def make_judge(args: argparse.Namespace) -> None:
-    """Trains the judge and writes it over the shipped one."""
-    torch.save(train_judge(args.judge_steps).state_dict(), JUDGE)
-    load_judge.cache_clear()
-    print(f"wrote {JUDGE}; real clips score {digit_metrics(real_clips(args.reference, 1000), args.reference)}")
 
 
 def sampling_times(frames: int, settings: dict, args: argparse.Namespace) -> dict:
