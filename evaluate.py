@@ -51,7 +51,8 @@ from model import DiT, DiTConfig
 from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
 
 JUDGE = sample.SHIPPED / "judge.pt"
-JUDGE_SEED, REAL_SEED = 2**31, 2**31 + 1  # of the judge's training clips, and of the real clips of every measurement
+JUDGE_SEED = 2**31
+REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
 
 # Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 to 0.67 times as long as
 # one of vanilla (of two stages 0.77, of four 0.54), so all runs have about equal time; `training` measures it.
@@ -122,7 +123,7 @@ def make_judge(args: argparse.Namespace) -> None:
         positions = torch.tensor(np.stack([np.stack([y, x], axis=-1) for _, y, x in tracks]), dtype=torch.float32)
         (velocities,) = torch.gradient(positions, dim=1)
         labels = torch.tensor([label for label, _, _ in tracks]).repeat_interleave(data.frames)
-        seen, motion = judge(stack_clips(data, step * batch, batch))
+        seen, motion = judge(real_clips(step * batch, batch, data))
         wrong_digit = F.cross_entropy(judge.label(seen).flatten(0, 1), labels)
         wrong_place = F.mse_loss(judge.place(seen) * 16 + 11, positions)
         loss = wrong_digit + wrong_place / 64 + F.mse_loss(judge.velocity(motion), velocities)
@@ -159,7 +160,7 @@ def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
     off_track is not a share: pixels from the nearest such path, at the worst frame, mean over the clips; real 0.4.
     """
     labels, positions = judge.read(clips)
-    glyphs, size, scores = MovingDigits().glyphs, clips.shape[-1], []
+    glyphs, size, scores = REAL.glyphs, clips.shape[-1], []
     for frames, digits, places in zip((clips[:, 0].numpy() + 1) / 2, labels.tolist(), positions.numpy(), strict=True):
         drawn = np.stack([draw_digit(glyphs[d], *p[:, None], size)[0] for d, p in zip(digits, places, strict=True)])
         legible = ((frames - drawn) ** 2).sum((1, 2)) < 0.25 * (drawn**2).sum((1, 2))
@@ -184,12 +185,7 @@ def flicker(clips: Tensor) -> float:
     return clips.double().diff(n=2, dim=2).square().mean().item()
 
 
-def real_clips(first: int, count: int) -> Tensor:
-    """Moving digits that no run was trained on."""
-    return stack_clips(MovingDigits(seed=REAL_SEED), first, count)
-
-
-def stack_clips(data: Dataset, first: int, count: int) -> Tensor:
+def real_clips(first: int, count: int, data: Dataset = REAL) -> Tensor:
     return torch.stack([data[number][0] for number in range(first, first + count)])
 
 
@@ -411,7 +407,7 @@ def quality(args: argparse.Namespace) -> None:
     data, metrics, references = held_out(path, weights, args) if args.data else digits_for(path, weights, args)
     name = f"{weights.mode}, {weights.stages} stages, step {weights.step}"
     ways = {name: partial(generate, weights, Cell(str(path), steps, args.solver), args.batch)}
-    ways["real"] = lambda seed, number: stack_clips(data, references + seed * number, number)
+    ways["real"] = lambda seed, number: real_clips(references + seed * number, number, data)
     found = {name: scores_of(make, metrics, args) for name, make in ways.items()}
     rows = [[name, *map(spread, values.values())] for name, values in found.items()]
     print(bench.markdown(["", *found["real"]], rows))
@@ -425,7 +421,7 @@ def digits_for(path: Path, weights: sample.Weights, args: argparse.Namespace) ->
     if shape != (1, 16, 32) or weights.classes != MovingDigits.classes:
         problem = "was not trained on 16 frames of moving digits of 32x32, which is all that the judge knows"
         raise ValueError(f"{path} {problem}; give real clips with --data")
-    return MovingDigits(seed=REAL_SEED), partial(digit_metrics, reference=args.reference), args.reference
+    return REAL, partial(digit_metrics, reference=args.reference), args.reference
 
 
 def held_out(path: Path, weights: sample.Weights, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
@@ -440,7 +436,7 @@ def held_out(path: Path, weights: sample.Weights, args: argparse.Namespace) -> t
     features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}
     features |= {"fvd": partial(i3d_features, load_i3d(args.i3d))} if args.i3d else {}
     references = min(args.reference, 4 * len(data.sources))
-    return data, distances_to(stack_clips(data, 0, references), features), references
+    return data, distances_to(real_clips(0, references, data), features), references
 
 
 def network_cost(frames: float, tokens: int, width: int, depth: int, attention: str) -> float:
@@ -602,7 +598,7 @@ def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
     """Share that alignment in a batch removes of the variance, per pixel over clips and noises, of what the network
     is trained to say, halfway through a stage."""
     pyramid, targets = Pyramid(mode, 3), {"aligned": [], "plain": []}
-    for x0 in cached_clips(max(clips, batch)).split(batch):
+    for x0 in real_clips(0, clips).split(batch):
         x0_stage, u = downsample(x0, 2**k), torch.full((len(x0),), 0.5)
         noise = torch.randn(x0_stage.shape, generator=sample.generator_for(k, len(targets["plain"])))
         for name, paired in (("aligned", align(x0_stage, noise)), ("plain", noise)):
@@ -611,11 +607,6 @@ def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
             targets[name].append((target - a * x_t) / b)
     aligned, plain = (torch.cat(targets[name]).var(0).mean().item() for name in ("aligned", "plain"))
     return 1 - aligned / plain
-
-
-@cache
-def cached_clips(count: int) -> Tensor:
-    return real_clips(0, count)
 
 
 def renoising(args: argparse.Namespace) -> list:
