@@ -46,7 +46,7 @@ from tqdm import tqdm
 import bench
 import sample
 import train
-from data import FolderClips, MovingDigits, draw_digit, to_images
+from data import FolderClips, MovingDigits, _bounce, draw_digit, to_images
 from model import DiT, DiTConfig
 from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
 
@@ -173,11 +173,9 @@ def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
 
 def off_track(positions: np.ndarray, room: float) -> float:
     """Largest distance of positions (T,) from the nearest path of constant velocity that bounces off 0 and `room`."""
-    time = np.arange(len(positions))
     velocities, starts = np.arange(-2.2, 2.2, 0.05), np.arange(0, room + 0.25, 0.25)
-    unfolded = starts[:, None, None] + velocities[:, None] * time
-    path = room - np.abs(unfolded % (2 * room) - room)
-    return np.abs(path - positions).max(-1).min()
+    paths = _bounce(starts[:, None, None], velocities[:, None], len(positions), room)
+    return np.abs(paths - positions).max(-1).min()
 
 
 def flicker(clips: Tensor) -> float:
