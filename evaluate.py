@@ -32,6 +32,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -318,13 +319,10 @@ def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(" ".join(words) + "\n")
-        command = [sys.executable, train.__file__, *words, "--out", folder, *["--resume"] * begun]
-        child = subprocess.Popen(command)
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:
-            code = child.wait()  # the terminal told it too, and it saves first
-        if code:
+        child = subprocess.Popen([sys.executable, train.__file__, *words, "--out", folder, *["--resume"] * begun])
+        with suppress(KeyboardInterrupt):  # the terminal told the child too, and it saves first
+            child.wait()
+        if code := child.wait():
             raise SystemExit(f"evaluate.py: train.py ended with {code}; the same command goes on from its checkpoint")
     return path
 
@@ -354,10 +352,9 @@ def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number:
     pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
     labels = sample.choose_labels(weights.classes, number)
     for first in tqdm(range(0, number, batch), desc=f"{cell.run}, seed {seed}", unit="batch", leave=False):
-        count = min(batch, number - first)
-        part = labels if labels is None else labels[first : first + count]
-        options = cell.steps, cell.solver, 1.0, seed
-        clips.append(sample.generate(weights, pyramid, part, count, *options, first=first).cpu())
+        part, count = labels if labels is None else labels[first : first + batch], min(batch, number - first)
+        made = sample.generate(weights, pyramid, part, count, cell.steps, cell.solver, seed=seed, first=first)
+        clips.append(made.cpu())
     return torch.cat(clips)
 
 
@@ -380,14 +377,12 @@ def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
 @cache
 def commit() -> str:
     """The code's, marked if source files differ from it; empty without git."""
-    words = ["git", "-C", str(Path(__file__).parent)]
-    options = {"capture_output": True, "text": True}
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
-        changed = subprocess.run([*words, "diff", "--quiet", "HEAD", "--", "*.py"], **options).returncode
-        name = subprocess.run([*words, "rev-parse", "--short", "HEAD"], **options).stdout.strip()
+        name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return name + "-dirty" * bool(git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode)
     except OSError:
         return ""
-    return name + "-dirty" * bool(changed)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -745,12 +740,9 @@ def make_parser() -> sample.Parser:
 def claim(name: str, args: argparse.Namespace, argv: list[str]) -> None:
     """Measures a claim, prints its tables and writes them with what they were made by."""
     tables = CLAIMS[name](args)
-    head = {
-        "command": shlex.join(["python", "evaluate.py", *argv]),
-        "date": str(datetime.date.today()),
-        "machine": bench.processor(),
-    }
-    head |= {"torch": torch.__version__, "commit": commit(), "number": args.number, "seeds": args.seeds}
+    head = {"command": shlex.join(["python", "evaluate.py", *argv]), "date": str(datetime.date.today())}
+    head |= {"machine": bench.processor(), "torch": torch.__version__, "commit": commit()}
+    head |= {"number": args.number, "seeds": args.seeds}
     for header, rows in tables:
         print(bench.markdown(header, rows))
     write_json(args.out / f"{name}.json", head | {"tables": tables})
