@@ -30,7 +30,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -510,21 +509,8 @@ PAIRS = {
 PERCENTS = (10, 20, 40, 60, 80, 100)
 
 
-def step_seconds(args: argparse.Namespace) -> dict[tuple[str, int], list[float]]:
-    """Median seconds of a training step by mode and number of stages: a list by stage. All measured in turns."""
-    functions = {}
-    for options in (train_options(run, args) for run in ("flow-3", "flow-1", "ddim-3", "ddim-1")):
-        step = bench.Run(options).training_step
-        functions |= {(options.mode, options.stages, k): partial(step, k) for k in range(options.stages)}
-    by_kind = defaultdict(list)
-    for (mode, stages, _), seconds in bench.alternate(functions, args.repeats).items():
-        by_kind[mode, stages].append(bench.median(seconds))
-    return by_kind
-
-
 def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None:
-    """When a curve of (time, values over seeds) first comes down to `goal`; between points its logarithm is
-    interpolated linearly. None if it never does."""
+    """When a curve of (time, values over seeds) first comes down to `goal`, interpolated by its logarithm, or None."""
     points = [(time, math.log(statistics.mean(values) / goal)) for time, values in curve]
     if points[0][1] <= 0:
         return points[0][0]
@@ -536,30 +522,31 @@ def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None
 
 def training(args: argparse.Namespace) -> list:
     """Fig. 5: the judge's distance against training time, pyramid and vanilla in equal time."""
-    seconds, rows, gains = step_seconds(args), [], []
+    steps, rows, gains = {}, [], []
+    for options in (train_options(run, args) for run in ("flow-3", "flow-1", "ddim-3", "ddim-1")):
+        step = bench.Run(options).training_step
+        steps |= {(options.mode, options.stages, k): partial(step, k) for k in range(options.stages)}
+    seconds = bench.alternate(steps, args.repeats)
     for pair, runs in PAIRS.items():
         curves = {}
         for run in runs:
             options = train_options(run, args)
-            by_stage = seconds[options.mode, options.stages]
+            by_stage = [bench.median(seconds[options.mode, options.stages, k]) for k in range(options.stages)]
             whole = options.steps * statistics.mean(by_stage)
             cells = {percent: measured(Cell(run, percent=percent), args) for percent in PERCENTS}
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
             values = [spread(cell["judge_distance"]) for cell in cells.values()]
-            times = ", ".join(f"{each * 1e3:.0f}" for each in by_stage)
-            rows.append([run, times, f"{whole:.0f}", *values, spread(cells[100]["kept"])])
+            milliseconds = ", ".join(f"{each * 1e3:.0f}" for each in by_stage)
+            rows.append([run, milliseconds, f"{whole:.0f}", *values, spread(cells[100]["kept"])])
         pyramid, vanilla = curves.values()
         path = args.out / f"training-{pair.replace(', ', '-').replace(' ', '-')}.png"
         draw_curves(curves, "seconds of training", "judge's distance", path)
-        (end_pyramid, last_pyramid), (end_vanilla, last_vanilla) = pyramid[-1], vanilla[-1]
-        reached = time_to(statistics.mean(last_vanilla), pyramid)
-        if reached:
-            at_least = "at least " * (reached == pyramid[0][0])
-            gains.append([pair, f"{end_vanilla:.0f}", f"{reached:.0f}", f"{at_least}{end_vanilla / reached:.2f}"])
+        if reached := time_to(statistics.mean(vanilla[-1][1]), pyramid):
+            times, bound = (vanilla[-1][0], reached), "at least " * (reached == pyramid[0][0])
         else:
-            reached = time_to(statistics.mean(last_pyramid), vanilla)
-            at_most = "at most " * (reached == vanilla[0][0])
-            gains.append([pair, f"{reached:.0f}", f"{end_pyramid:.0f}", f"{at_most}{reached / end_pyramid:.2f}"])
+            reached = time_to(statistics.mean(pyramid[-1][1]), vanilla)
+            times, bound = (reached, pyramid[-1][0]), "at most " * (reached == vanilla[0][0])
+        gains.append([pair, *(f"{each:.0f}" for each in times), f"{bound}{times[0] / times[1]:.2f}"])
     shares = [f"distance at {percent}%" for percent in PERCENTS]
     names = ["", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
     return [(["run", "ms a step, by stage", "seconds", *shares, "kept"], rows), (names, gains)]
