@@ -552,11 +552,11 @@ def training(args: argparse.Namespace) -> list:
     return [(["run", "ms a step, by stage", "seconds", *shares, "kept"], rows), (names, gains)]
 
 
-def row_of(name: str, cell: Cell, args: argparse.Namespace) -> list:
-    """A table's row: distance, legible and kept shares, and flicker as a multiple of real clips'."""
+def scores_row(cell: Cell, args: argparse.Namespace) -> list[str]:
+    """A cell's SCORES; its flicker as a multiple of real clips'."""
     found, real = measured(cell, args), statistics.mean(measured(Cell("real"), args)["flicker"])
-    shares = [spread(found[metric]) for metric in ("judge_distance", "legible", "kept", "straight", "off_track")]
-    return [name, *shares, spread([value / real for value in found["flicker"]])]
+    scores = [spread(found[metric]) for metric in ("judge_distance", "legible", "kept", "straight", "off_track")]
+    return [*scores, spread([value / real for value in found["flicker"]])]
 
 
 SCORES = ["judge's distance", "legible", "kept", "straight", "off track, px", "flicker, of real"]
@@ -565,48 +565,43 @@ SCORES = ["judge's distance", "legible", "kept", "straight", "off track, px", "f
 def alignment(args: argparse.Namespace) -> list:
     """Table 3: training without alignment and with it, and how much of the target's variance it removes."""
     runs = ("flow-3", "flow-3-nearest", "flow-3-none", "flow-3-seed-2", "flow-3-none-seed-2", "ddim-3", "ddim-3-none")
-    rows = [row_of(run, Cell(run), args) for run in (*runs, "real")]
-    modes = ("flow", "ddim")
-    removed = []
-    for batch in (4, 16) if args.smoke else (4, 16, 64, 256):
-        shares = [variance_removed(mode, k, batch) for mode in modes for k in range(3)]
-        removed.append([batch, *(f"{share:.2%}" for share in shares)])
-    return [(["run", *SCORES], rows), (["batch", *(f"{mode}, stage {k}" for mode in modes for k in range(3))], removed)]
+    rows = [[run, *scores_row(Cell(run), args)] for run in (*runs, "real")]
+    stages = list(itertools.product(("flow", "ddim"), range(3)))
+    batches = (4, 16) if args.smoke else (4, 16, 64, 256)
+    removed = [[batch, *(f"{variance_removed(*stage, batch):.2%}" for stage in stages)] for batch in batches]
+    return [(["run", *SCORES], rows), (["batch", *(f"{mode}, stage {k}" for mode, k in stages)], removed)]
 
 
 def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
     """Share that alignment in a batch removes of the variance, per pixel over clips and noises, of what the network
     is trained to say, halfway through a stage."""
-    pyramid, targets = Pyramid(mode, 3), {"aligned": [], "plain": []}
+    pyramid, aligned, plain = Pyramid(mode, 3), [], []
     for x0 in real_clips(0, clips).split(batch):
         x0_stage, u = downsample(x0, 2**k), torch.full((len(x0),), 0.5)
-        noise = torch.randn(x0_stage.shape, generator=sample.generator_for(k, len(targets["plain"])))
-        for name, paired in (("aligned", align(x0_stage, noise)), ("plain", noise)):
+        noise = torch.randn(x0_stage.shape, generator=sample.generator_for(k, len(plain)))
+        for targets, paired in ((aligned, align(x0_stage, noise)), (plain, noise)):
             x_t, target, t = pyramid.interpolate(*pyramid.endpoints(x0, paired, k), k, u)
             a, b = sample.output_coefficients(pyramid, x_t, t)
-            targets[name].append((target - a * x_t) / b)
-    aligned, plain = (torch.cat(targets[name]).var(0).mean().item() for name in ("aligned", "plain"))
-    return 1 - aligned / plain
+            targets.append((target - a * x_t) / b)
+    left, whole = (torch.cat(targets).var(0).mean().item() for targets in (aligned, plain))
+    return 1 - left / whole
 
 
 def renoising(args: argparse.Namespace) -> list:
     """Fig. 6: the same weights and first noise, three ways from one stage to the next."""
-    rows, pictures = [], {}
-    for run in ("flow-3", "ddim-3"):
-        for way in RENOISING:
-            cell = Cell(run, renoising=way)
-            rows.append(row_of(f"{run}, {way}", cell, args))
-            pictures[f"{run}, {way}"] = clips_of(cell, args, args.seeds[0], 8)[:3]
+    ways = itertools.product(("flow-3", "ddim-3"), RENOISING)
+    cells = {f"{run}, {way}": Cell(run, renoising=way) for run, way in ways}
+    rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
+    pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
     draw_clips(pictures, 1, args.out / "renoising.png")
-    return [(["run, renoising", *SCORES], [*rows, row_of("real", Cell("real"), args)])]
+    return [(["run, renoising", *SCORES], rows)]
 
 
 def early(args: argparse.Namespace) -> list:
     """Fig. 8: clips at 5, 10, 20 and 40% of training, the pyramid beside vanilla."""
     pictures = {}
-    for percent in (5, 10, 20, 40):
-        for run in ("flow-3", "flow-1", "ddim-3", "ddim-1"):
-            pictures[f"{run}, {percent}%"] = clips_of(Cell(run, percent=percent), args, args.seeds[0], 8)[5:8]
+    for percent, run in itertools.product((5, 10, 20, 40), ("flow-3", "flow-1", "ddim-3", "ddim-1")):
+        pictures[f"{run}, {percent}%"] = clips_of(Cell(run, percent=percent), args, args.seeds[0], 8)[5:8]
     draw_clips(pictures, 4, args.out / "early.png")
     return []
 
@@ -636,7 +631,7 @@ def sampling(args: argparse.Namespace) -> list:
 def front_row(cell: Cell, args: argparse.Namespace) -> list:
     counts = split_steps(cell.steps, train_options(cell.run, args).stages)
     calls = f"{sample.full_rate_steps(counts):.4g}"
-    return [cell.run, "-".join(map(str, counts)), cell.solver, calls, *row_of("", cell, args)[1:]]
+    return [cell.run, "-".join(map(str, counts)), cell.solver, calls, *scores_row(cell, args)]
 
 
 def pyplot():
