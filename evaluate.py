@@ -46,7 +46,7 @@ from tqdm import tqdm
 import bench
 import sample
 import train
-from data import FolderClips, MovingDigits, _bounce, draw_digit, to_images
+from data import FolderClips, MovingDigits, _bounce, _tile, draw_digit, to_images
 from model import DiT, DiTConfig
 from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
 
@@ -636,12 +636,10 @@ def front_row(cell: Cell, args: argparse.Namespace) -> list:
 
 def pyplot():
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         raise ValueError("the figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot.switch_backend("Agg")
     return pyplot
 
 
@@ -663,16 +661,15 @@ def draw_curves(curves: dict[str, list], x_label: str, y_label: str, path: Path)
     figure.savefig(path, dpi=120)
 
 
-def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path, every: int = 2) -> None:
+def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path) -> None:
     """Clips (B, C, T, H, W) under their names, one below the other, every second frame to the right."""
     rows = -(-len(pictures) // columns)
-    height, width = next(iter(pictures.values())).shape[0], next(iter(pictures.values())).shape[2] // every
-    size = (0.35 * width * columns, (0.35 * height + 0.25) * rows)
+    images = {name: to_images(clips)[:, ::2] for name, clips in pictures.items()}
+    count, shown, *frame = next(iter(images.values())).shape
+    size = (0.35 * shown * columns, (0.35 * count + 0.25) * rows)
     figure, grid = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axes, (name, clips) in zip(grid.flat, pictures.items(), strict=True):
-        images = np.pad(to_images(clips)[:, ::every], ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
-        count, frames, high, wide, colors = images.shape
-        axes.imshow(images.transpose(0, 2, 1, 3, 4).reshape(count * high, frames * wide, colors))
+    for axes, (name, frames) in zip(grid.flat, images.items(), strict=True):
+        axes.imshow(_tile(frames.reshape(-1, *frame), shown, scale=1))
         axes.set_title(name, fontsize=8)
         axes.axis("off")
     figure.savefig(path, dpi=120)
