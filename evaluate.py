@@ -501,14 +501,6 @@ def growth(args: argparse.Namespace) -> list:
     return [([*names, "most stages", "times as fast", "predicted"], rows)]
 
 
-PAIRS = {
-    "flow, seed 1": ("flow-3", "flow-1"),
-    "flow, seed 2": ("flow-3-seed-2", "flow-1-seed-2"),
-    "ddim, seed 1": ("ddim-3", "ddim-1"),
-}
-PERCENTS = (10, 20, 40, 60, 80, 100)
-
-
 def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None:
     """When a curve of (time, values over seeds) first comes down to `goal`, interpolated by its logarithm, or None."""
     points = [(time, math.log(statistics.mean(values) / goal)) for time, values in curve]
@@ -522,32 +514,31 @@ def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None
 
 def training(args: argparse.Namespace) -> list:
     """Fig. 5: the judge's distance against training time, pyramid and vanilla in equal time."""
-    steps, rows, gains = {}, [], []
+    percents, steps, rows, gains = (10, 20, 40, 60, 80, 100), {}, [], []
     for options in (train_options(run, args) for run in ("flow-3", "flow-1", "ddim-3", "ddim-1")):
         step = bench.Run(options).training_step
         steps |= {(options.mode, options.stages, k): partial(step, k) for k in range(options.stages)}
     seconds = bench.alternate(steps, args.repeats)
-    for pair, runs in PAIRS.items():
+    for mode, seed in (("flow", 1), ("flow", 2), ("ddim", 1)):
         curves = {}
-        for run in runs:
+        for run in (f"{mode}-{stages}" + "-seed-2" * (seed == 2) for stages in (3, 1)):
             options = train_options(run, args)
-            by_stage = [bench.median(seconds[options.mode, options.stages, k]) for k in range(options.stages)]
+            by_stage = [bench.median(seconds[mode, options.stages, k]) for k in range(options.stages)]
             whole = options.steps * statistics.mean(by_stage)
-            cells = {percent: measured(Cell(run, percent=percent), args) for percent in PERCENTS}
+            cells = {percent: measured(Cell(run, percent=percent), args) for percent in percents}
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
             values = [spread(cell["judge_distance"]) for cell in cells.values()]
             milliseconds = ", ".join(f"{each * 1e3:.0f}" for each in by_stage)
             rows.append([run, milliseconds, f"{whole:.0f}", *values, spread(cells[100]["kept"])])
         pyramid, vanilla = curves.values()
-        path = args.out / f"training-{pair.replace(', ', '-').replace(' ', '-')}.png"
-        draw_curves(curves, "seconds of training", "judge's distance", path)
+        draw_curves(curves, "seconds of training", "judge's distance", args.out / f"training-{mode}-seed-{seed}.png")
         if reached := time_to(statistics.mean(vanilla[-1][1]), pyramid):
             times, bound = (vanilla[-1][0], reached), "at least " * (reached == pyramid[0][0])
         else:
             reached = time_to(statistics.mean(pyramid[-1][1]), vanilla)
             times, bound = (reached, pyramid[-1][0]), "at most " * (reached == vanilla[0][0])
-        gains.append([pair, *(f"{each:.0f}" for each in times), f"{bound}{times[0] / times[1]:.2f}"])
-    shares = [f"distance at {percent}%" for percent in PERCENTS]
+        gains.append([f"{mode}, seed {seed}", *(f"{each:.0f}" for each in times), f"{bound}{times[0] / times[1]:.2f}"])
+    shares = [f"distance at {percent}%" for percent in percents]
     names = ["", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
     return [(["run", "ms a step, by stage", "seconds", *shares, "kept"], rows), (names, gains)]
 
