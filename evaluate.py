@@ -48,6 +48,7 @@ import sample
 import train
 from data import FolderClips, MovingDigits, _bounce, _tile, draw_digit, to_images
 from model import DiT, DiTConfig
+from sample import non_negative_int, positive_int
 from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
 
 JUDGE = sample.SHIPPED / "judge.pt"
@@ -397,12 +398,11 @@ def quality(args: argparse.Namespace) -> None:
     steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
     split_steps(steps, weights.stages)
     data, metrics, references = held_out(path, weights, args) if args.data else digits_for(path, weights, args)
+    made = scores_of(partial(generate, weights, Cell(str(path), steps, args.solver), args.batch), metrics, args)
+    real = scores_of(lambda seed, number: real_clips(references + seed * number, number, data), metrics, args)
     name = f"{weights.mode}, {weights.stages} stages, step {weights.step}"
-    ways = {name: partial(generate, weights, Cell(str(path), steps, args.solver), args.batch)}
-    ways["real"] = lambda seed, number: real_clips(references + seed * number, number, data)
-    found = {name: scores_of(make, metrics, args) for name, make in ways.items()}
-    rows = [[name, *map(spread, values.values())] for name, values in found.items()]
-    print(bench.markdown(["", *found["real"]], rows))
+    rows = [[name, *map(spread, made.values())], ["real", *map(spread, real.values())]]
+    print(bench.markdown(["", *real], rows))
 
 
 def digits_for(path: Path, weights: sample.Weights, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
@@ -432,8 +432,7 @@ def held_out(path: Path, weights: sample.Weights, args: argparse.Namespace) -> t
 
 
 def network_cost(frames: float, tokens: int, width: int, depth: int, attention: str) -> float:
-    """Multiplications of one network call on one clip: the linear layers, and attention, whose cost for a token grows
-    with the number of tokens that it sees. `attention`: "factorized" (space, then time), or "full" over all tokens."""
+    """Multiplications of a network call on a clip: the linear layers, and attention to the tokens that each sees."""
     linear = {"factorized": 16, "full": 12}[attention] * width**2
     seen = {"factorized": tokens + frames, "full": tokens * frames}[attention]
     return depth * frames * tokens * (linear + 2 * width * seen)
@@ -441,8 +440,7 @@ def network_cost(frames: float, tokens: int, width: int, depth: int, attention: 
 
 def predicted_speedup(counts: list[int], frames: int, *size) -> float:
     """Vanilla's cost over the pyramid's, for as many steps; `counts` by stage, noisiest first."""
-    rates = [2**k for k in reversed(range(len(counts)))]
-    pyramid = sum(count * network_cost(frames / rate, *size) for count, rate in zip(counts, rates, strict=True))
+    pyramid = sum(count * network_cost(frames / 2**k, *size) for k, count in enumerate(reversed(counts)))
     return sum(counts) * network_cost(frames, *size) / pyramid
 
 
@@ -677,28 +675,24 @@ def make_parser() -> sample.Parser:
     add("command", choices=[*TOOLS, *CLAIMS, "all"])
     add("--checkpoint", type=Path, help="of quality: weights.pt or a run's folder [newest in runs/, else shipped]")
     add("--data", help="of quality: folder of real clips, best held out from training [moving digits]")
-    add("--frame-stride", type=sample.positive_int, default=1, help="of --data, as in train.py")
+    add("--frame-stride", type=positive_int, default=1, help="of --data, as in train.py")
     add("--i3d", type=Path, help="of --data: TorchScript file of I3D, for FVD itself")
     add("--mode", choices=["flow", "ddim"], default="flow", help="of quality")
-    add("--stages", type=sample.positive_int, default=3, help="of quality; of cost: the most")
-    add("--steps", type=sample.positive_int, nargs="+", default=[30], help="of quality and cost: solver steps")
+    add("--stages", type=positive_int, default=3, help="of quality; of cost: the most")
+    add("--steps", type=positive_int, nargs="+", default=[30], help="of quality and cost: solver steps")
     add("--solver", choices=["euler", "ab2"], default="euler", help="of quality")
-    add("--number", type=sample.positive_int, default=340, help="clips of a number and seed")
-    add(
-        "--reference",
-        type=sample.positive_int,
-        default=4000,
-        help="real clips that they are compared with; of --data, at most four windows a clip",
-    )
-    add("--seeds", type=sample.non_negative_int, nargs="+", default=[0, 1, 2], help="sampling seeds")
-    add("--batch", type=sample.positive_int, default=10, help="clips sampled at once; a GPU wants more")
+    add("--number", type=positive_int, default=340, help="clips of a number and seed")
+    reference = "real clips that they are compared with; of --data, at most four windows a clip"
+    add("--reference", type=positive_int, default=4000, help=reference)
+    add("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="sampling seeds")
+    add("--batch", type=positive_int, default=10, help="clips sampled at once; a GPU wants more")
     add("--compile", action="store_true", help="of claims: torch.compile what is sampled to be judged")
-    add("--repeats", type=sample.positive_int, default=9, help="timings of each kind")
-    add("--judge-steps", type=sample.positive_int, default=1500)
-    add("--frames", type=sample.positive_int, default=16, help="of cost")
-    add("--tokens", type=sample.positive_int, default=64, help="a frame, of cost, latency and growth")
-    add("--width", type=sample.positive_int, default=96, help="of cost, latency and growth")
-    add("--depth", type=sample.positive_int, default=4, help="of cost, latency and growth")
+    add("--repeats", type=positive_int, default=9, help="timings of each kind")
+    add("--judge-steps", type=positive_int, default=1500)
+    add("--frames", type=positive_int, default=16, help="of cost")
+    add("--tokens", type=positive_int, default=64, help="a frame, of cost, latency and growth")
+    add("--width", type=positive_int, default=96, help="of cost, latency and growth")
+    add("--depth", type=positive_int, default=4, help="of cost, latency and growth")
     attention = "factorized (space, then time), or full (over all tokens)"
     add("--attention", choices=["factorized", "full"], default="factorized", help=attention)
     add("--smoke", action="store_true", help="of claims: tiny runs, few clips, in runs/smoke and results in there")
