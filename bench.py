@@ -17,13 +17,13 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, median
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +54,6 @@ def alternate(functions: dict, repeats: int) -> dict:
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: sorted(values) for name, values in seconds.items()}
-
-
-def median(seconds: list[float]) -> float:
-    return statistics.median(seconds)
 
 
 def in_milliseconds(seconds: list[float]) -> str:
@@ -165,20 +161,16 @@ def bench_step(args: argparse.Namespace, repeats: int) -> None:
     functions |= {("sampling", k): lambda k=k: run.sampling_step(k) for k in stages}
     seconds = alternate(functions, repeats)
     for what, passes in (("training", 3), ("sampling", 1)):
-        rows = []
-        full = median(seconds[what, 0])
-        for ks in [*([k] for k in stages), list(stages)]:
-            time_k = sum(median(seconds[what, k]) for k in ks)
-            model_rate = passes * sum(run.forward_flops(k) for k in ks) / time_k
+        rows, full = [], median(seconds[what, 0])
+        for name, ks in [*((k, [k]) for k in stages), ("all, equally often", stages)]:
+            whole = sum(median(seconds[what, k]) for k in ks)
+            model = passes * sum(run.forward_flops(k) for k in ks)
             # The mean over the stages weighs each by its model FLOP: the time the products alone would have taken.
-            ideal = sum(run.forward_flops(k) * median(seconds["products", k]) / flops[k] for k in ks) * passes
-            clips, tokens = args.batch * len(ks) / time_k, sum(run.tokens(k) for k in ks) / time_k
-            name = ks[0] if len(ks) == 1 else "all, equally often"
-            spread = in_milliseconds(seconds[what, ks[0]]) if len(ks) == 1 else f"{time_k / len(ks) * 1e3:.1f}"
-            rate = f"{model_rate / 1e9:.0f}"
-            best = f"{model_rate / 1e9 * time_k / ideal:.0f}"
-            cost = f"{time_k / len(ks) / full:.2f}"
-            rows.append([name, spread, cost, f"{clips:.1f}", f"{tokens:.0f}", rate, best, f"{ideal / time_k:.0%}"])
+            ideal = passes * sum(run.forward_flops(k) * median(seconds["products", k]) / flops[k] for k in ks)
+            spread = in_milliseconds(seconds[what, name]) if name in stages else f"{whole / len(ks) * 1e3:.1f}"
+            rates = args.batch * len(ks) / whole, sum(run.tokens(k) for k in ks) / whole
+            row = [name, spread, f"{whole / len(ks) / full:.2f}", f"{rates[0]:.1f}", f"{rates[1]:.0f}"]
+            rows.append([*row, f"{model / whole / 1e9:.0f}", f"{model / ideal / 1e9:.0f}", f"{ideal / whole:.0%}"])
         unit = "GFLOP/s of the model, of its products alone, share"
         table(f"{what} step at stage, ms [quartiles], of stage 0, clips/s, tokens/s, {unit}", rows)
 
@@ -224,9 +216,8 @@ class UsualBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         B, T, N, _ = x.shape
-        shift, scale, gate = (
-            self.condition(condition)[:, None, None].unflatten(-1, (3, 3, -1)).permute(4, 3, 0, 1, 2, 5)
-        )
+        modulation = self.condition(condition)[:, None, None].unflatten(-1, (3, 3, -1))
+        shift, scale, gate = modulation.permute(4, 3, 0, 1, 2, 5)
         y = (self.norms[0](x) * (1 + scale[0]) + shift[0]).flatten(0, 1)
         x = x + gate[0] * self.attend(y, 0).unflatten(0, (B, T))
         y = (self.norms[1](x) * (1 + scale[1]) + shift[1]).transpose(1, 2).flatten(0, 1)
@@ -299,10 +290,10 @@ def bench_peers(args: argparse.Namespace, repeats: int) -> None:
     for name, values in seconds.items():
         clips, million = args.batch / median(values), count_parameters(models[name]) / 1e6
         rows.append([name, f"{million:.2f}", in_milliseconds(values), f"{clips:.1f}", f"{best / median(values):.2f}"])
-    mean = statistics.mean(median(seconds[f"ours, stage {k}"]) for k in range(args.stages))
+    ours = mean(median(seconds[f"ours, stage {k}"]) for k in range(args.stages))
     million = count_parameters(run.state.model) / 1e6
-    rows.append(["ours, mean of stages", f"{million:.2f}", f"{mean * 1e3:.1f}", f"{args.batch / mean:.1f}"])
-    rows[-1].append(f"{best / mean:.2f}")
+    rows.append(["ours, mean of stages", f"{million:.2f}", f"{ours * 1e3:.1f}", f"{args.batch / ours:.1f}"])
+    rows[-1].append(f"{best / ours:.2f}")
     table("model, M parameters, ms forward + backward [quartiles], clips/s, times the best peer", rows)
 
 
