@@ -12,7 +12,6 @@ code on its own data. What is compared takes turns, so that a slow moment of the
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -131,9 +131,7 @@ def matrix_products(run: Run, k: int) -> tuple[Callable, float]:
     """(a function, its FLOP): the products of a block's linear layers at stage k, forward and backward, alone."""
     width, rows = run.args.width, run.tokens(k)
 
-    def random(*shape):
-        return torch.randn(*shape, device=run.device, dtype=run.dtype)
-
+    random = partial(torch.randn, device=run.device, dtype=run.dtype)
     shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
     operands = [(random(rows, m), random(n, m), random(rows, n)) for m, n in shapes]
 
@@ -265,35 +263,28 @@ def make_peers(run: Run) -> dict[str, tuple[nn.Module, Callable]]:
 
 def bench_peers(args: argparse.Namespace, repeats: int) -> None:
     """Forward plus backward at the full rate, and ours averaged over the stages: what the pyramid adds."""
-    run = Run(args)
+    run, rows = Run(args), []
+    ours, peers = run.state.model, make_peers(run)
 
-    def forward_backward(call, model, k=0, extra=()):
+    def forward_backward(model: nn.Module, call: Callable, k: int = 0) -> None:
         x, t = run.at_stage(k)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-            call(x, t, *extra).square().mean().backward()
+            call(x, t).square().mean().backward()
         model.zero_grad()
 
-    peers = make_peers(run)
-    functions = {
-        f"ours, stage {k}": lambda k=k: forward_backward(run.state.model, run.state.model, k, (k,))
-        for k in range(args.stages)
-    }
-    models = dict.fromkeys(functions, run.state.model)
-    for name, (model, call) in peers.items():
-        models[name] = model.to(run.device).train()
+    for model, _ in peers.values():
+        model.to(run.device).train()
         if args.compile:
             model.compile(dynamic=False)
-        functions[name] = lambda call=call, model=model: forward_backward(call, model)
-    seconds = alternate(functions, repeats)
-    best = min(median(seconds[name]) for name in peers)
-    rows = []
-    for name, values in seconds.items():
-        clips, million = args.batch / median(values), count_parameters(models[name]) / 1e6
-        rows.append([name, f"{million:.2f}", in_milliseconds(values), f"{clips:.1f}", f"{best / median(values):.2f}"])
-    ours = mean(median(seconds[f"ours, stage {k}"]) for k in range(args.stages))
-    million = count_parameters(run.state.model) / 1e6
-    rows.append(["ours, mean of stages", f"{million:.2f}", f"{ours * 1e3:.1f}", f"{args.batch / ours:.1f}"])
-    rows[-1].append(f"{best / ours:.2f}")
+    calls = {f"ours, stage {k}": (ours, partial(ours, stage=k), k) for k in range(args.stages)} | peers
+    seconds = alternate({name: partial(forward_backward, *call) for name, call in calls.items()}, repeats)
+    times = {name: (median(values), in_milliseconds(values)) for name, values in seconds.items()}
+    best = min(times[name][0] for name in peers)
+    average = mean(one for name, (one, _) in times.items() if name not in peers)
+    times["ours, mean of stages"] = average, f"{average * 1e3:.1f}"
+    for name, (one, shown) in times.items():
+        million = count_parameters(peers[name][0] if name in peers else ours) / 1e6
+        rows.append([name, f"{million:.2f}", shown, f"{args.batch / one:.1f}", f"{best / one:.2f}"])
     table("model, M parameters, ms forward + backward [quartiles], clips/s, times the best peer", rows)
 
 
@@ -307,19 +298,23 @@ def bench_parts(args: argparse.Namespace, repeats: int) -> None:
 def split_step(args: argparse.Namespace, repeats: int) -> None:
     """The parts of a training step, each timed by itself at every stage; the share is of their sum. What the loader
     does belongs to the step on a CPU; for a GPU processes of its own do it meanwhile."""
-    run, sums = Run(args), {}
-    numbers, losses, generators = range(args.batch), [], [torch.Generator() for _ in range(args.batch)]
+    run, sums, losses = Run(args), {}, []
+    pyramid, generators = run.pyramid, [torch.Generator() for _ in range(args.batch)]
+
+    def interpolate(x0, noise, u, _, k):  # what Algorithm 2 adds to a step, beside alignment and network
+        pyramid.interpolate(*pyramid.endpoints(x0, noise, k), k, u)
+
     beside = ("of ", "loader") if run.device.type == "cuda" else ("of ",)
     for k in range(args.stages):
         x0, noise, u, y = next(run.batches[k])
         x0_stage = downsample(x0, 2**k).cpu()
-        batch = run.model, run.pyramid, x0, noise, u, y, k, args
-        parts = {"loader: clips": lambda: [run.data[number] for number in numbers]}
-        parts |= {"loader: noise": lambda x=x0_stage: train.draw_noise(x, generators, args)}
+        batch = x0, noise, u, y, k
+        parts = {"loader: clips": lambda: [run.data[number] for number in range(args.batch)]}
+        parts |= {"loader: noise": partial(train.draw_noise, x0_stage, generators, args)}
         if args.align == "assignment":
-            parts |= {"of noise: alignment": functools.partial(align, x0_stage, torch.randn_like(x0_stage))}
-        parts |= {"of forward: end points, interpolation": functools.partial(pyramid_part, run, x0, noise, u, k)}
-        parts |= {"forward": lambda batch=batch: losses.append(train.training_loss(*batch))}
+            parts |= {"of noise: alignment": partial(align, x0_stage, torch.randn_like(x0_stage))}
+        parts |= {"of forward: end points, interpolation": partial(interpolate, *batch)}
+        parts |= {"forward": lambda batch=batch: losses.append(train.training_loss(run.model, pyramid, *batch, args))}
         parts |= {"backward": lambda: losses.pop().backward()}
         parts["clip"] = lambda: nn.utils.clip_grad_norm_(run.state.model.parameters(), args.clip or math.inf)
         parts |= {type(optimizer).__name__: optimizer.step for optimizer in run.state.optimizers}
@@ -332,11 +327,6 @@ def split_step(args: argparse.Namespace, repeats: int) -> None:
         rows.append([name, *(f"{value * 1e3:.2f}" for value in values), f"{sum(values) / total:.1%}"])
     columns = ", ".join(f"stage {k}" for k in range(args.stages))
     table(f"part of a training step (ms), {columns}, share of all stages", rows)
-
-
-def pyramid_part(run: Run, x0: Tensor, noise: Tensor, u: Tensor, k: int) -> None:
-    """What Algorithm 2 adds to a training step at stage k, beside alignment and network."""
-    run.pyramid.interpolate(*run.pyramid.endpoints(x0, noise, k), k, u)
 
 
 def split_sampling(args: argparse.Namespace, repeats: int) -> None:
