@@ -331,41 +331,32 @@ def split_step(args: argparse.Namespace, repeats: int) -> None:
 
 def split_sampling(args: argparse.Namespace, repeats: int) -> None:
     """The sampler with a network that costs nothing, against the network: solver and renoising as a share."""
-    run, steps = Run(args), 10 * args.stages
-    shape = tuple(run.x0.shape)
+    run, steps, rows = Run(args), 10 * args.stages, []
     generators = [sample.generator_for(0, index) for index in range(args.batch)]
-    rows = []
+    predicts = {"free": lambda x, t, k: x, "whole": run.predict}
+    draw = torch.inference_mode()(run.pyramid.sample)
     for solver in ("euler", "ab2"):
-
-        @torch.inference_mode()
-        def whole(predict, solver=solver):
-            run.pyramid.sample(predict, shape, steps, solver, generators, run.device)
-
-        functions = {
-            "free": lambda whole=whole: whole(lambda x, t, k: x),
-            "whole": lambda whole=whole: whole(run.predict),
-        }
-        seconds = alternate(functions, max(3, repeats // 5))
-        free, all_of_it = median(seconds["free"]), median(seconds["whole"])
-        rows.append([solver, f"{free / steps * 1e3:.2f}", f"{all_of_it / steps * 1e3:.2f}", f"{free / all_of_it:.1%}"])
+        options = tuple(run.x0.shape), steps, solver, generators, run.device
+        functions = {name: partial(draw, predict, *options) for name, predict in predicts.items()}
+        free, whole = (median(seconds) for seconds in alternate(functions, max(3, repeats // 5)).values())
+        rows.append([solver, f"{free / steps * 1e3:.2f}", f"{whole / steps * 1e3:.2f}", f"{free / whole:.1%}"])
     table("sampling step with, ms of solver and renoising, ms in all, share", rows)
 
 
 def wait_for_data(args: argparse.Namespace, steps: int = 100) -> None:
     """How long the training loop waits for its next batch, or itself draws it, over `steps` steps."""
     run = Run(args)
-    args.steps = steps + 5
+    args.steps = steps + 5  # five to warm up
     batches = train.make_batches(run.data, args, 0, 0, 1, run.device)
-    for step in range(-5, steps):
-        if step == 0:
-            waited, start = 0.0, time.perf_counter()
-        asked = time.perf_counter()
+    asked, got = [], []
+    for step in range(args.steps):
+        asked.append(time.perf_counter())
         batch = next(batches)
-        waited = waited + time.perf_counter() - asked if step >= 0 else 0.0
-        k = train.draw_stage(args.seed, step + 5, args.stages)
+        got.append(time.perf_counter())
+        k = train.draw_stage(args.seed, step, args.stages)
         train.optimize(run.state, run.model, run.pyramid, iter([batch]), k, args)
     synchronize()
-    whole = time.perf_counter() - start
+    whole, waited = time.perf_counter() - asked[5], sum(got[5:]) - sum(asked[5:])
     a_step = f"{waited / steps * 1e3:.2f} of {whole / steps * 1e3:.1f} ms a step"
     print(f"waiting for batches: {a_step}, {waited / whole:.2%}\n")
 
@@ -374,28 +365,26 @@ def compare_alignment(repeats: int) -> None:
     """`align` against torchcfm's exact plan: the same total squared distance, in less time."""
     try:
         from torchcfm.optimal_transport import OTPlanSampler
+
+        get_map = OTPlanSampler(method="exact").get_map
     except ImportError:
         print("torchcfm is not installed: align is timed alone (pip install torchcfm)")
-        OTPlanSampler = None
+        get_map = None
     rows = []
     for batch in (16, 64, 256, 1024):
         generator = torch.Generator().manual_seed(batch)
-        x = torch.randn(batch, 1, 16, 32, 32, generator=generator)
-        noise = torch.randn(x.shape, generator=generator)
-        functions = {"ours": lambda x=x, noise=noise: align(x, noise)}
-        costs = {"ours": (x - align(x, noise)).double().square().sum().item()}
-        if OTPlanSampler:
-            sampler = OTPlanSampler(method="exact")
-            functions["torchcfm"] = lambda x=x, noise=noise, sampler=sampler: sampler.get_map(noise, x)
-            plan = torch.as_tensor(sampler.get_map(noise, x))
-            pairs = plan.argmax(dim=0)  # of every clip, its noise
+        x, noise = torch.randn(2, batch, 1, 16, 32, 32, generator=generator)
+        functions, paired = {"ours": partial(align, x, noise)}, [align(x, noise)]
+        if get_map:
+            functions["torchcfm"] = partial(get_map, noise, x)
+            pairs = torch.as_tensor(get_map(noise, x)).argmax(dim=0)  # of every clip, its noise
             assert len(set(pairs.tolist())) == batch
-            costs["torchcfm"] = (x - noise[pairs]).double().square().sum().item()
-        seconds = alternate(functions, max(3, repeats // 5))
-        ours, theirs = seconds["ours"], seconds.get("torchcfm")
-        row = [batch, in_milliseconds(ours), in_milliseconds(theirs) if theirs else "", f"{costs['ours']:.9g}"]
-        row += [f"{costs['torchcfm']:.9g}", f"{median(theirs) / median(ours):.1f}"] if theirs else ["", ""]
-        rows.append(row)
+            paired.append(noise[pairs])
+        seconds = list(alternate(functions, max(3, repeats // 5)).values())
+        costs = [f"{(x - noise).double().square().sum().item():.9g}" for noise in paired]
+        faster = f"{median(seconds[-1]) / median(seconds[0]):.1f}" if get_map else ""
+        missing = [""] * (not get_map)
+        rows.append([batch, *map(in_milliseconds, seconds), *missing, *costs, *missing, faster])
     table("clips of 16x32x32, align (ms), torchcfm (ms), distance, torchcfm's, times as fast", rows)
 
 
