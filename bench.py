@@ -401,33 +401,29 @@ def bench_peak(args: argparse.Namespace, k: int) -> None:
     run = Run(args, captured=False)  # graphs hold the memory of all stages at once
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = peak_resident()
+    before = peak_bytes()
     for _ in range(2):
         run.training_step(k)
-    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
-    print((after - before) / 2**20)
+    print((peak_bytes() - before) / 2**20)
 
 
-def peak_resident() -> int:
-    """Bytes of the most memory this process has held (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+def peak_bytes() -> int:
+    """The most memory this process has held: of the GPU, else of the machine (Linux; getrusage counts a parent's)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def bench_memory(args: argparse.Namespace, options: list[str], limit: float = 8192.0) -> None:
     rows, steps = [], {}
-    for flag in ([], ["--gradient-checkpointing"]):
-        peaks = [measured_apart([*options, *flag], k) for k in range(args.stages)]
-        rows.append([flag[0] if flag else "plain", *(f"{peak:.0f}" for peak in peaks)])
+    for name, flag in (("plain", []), ("--gradient-checkpointing", ["--gradient-checkpointing"])):
+        peaks = [f"{measured_apart([*options, *flag], k):.0f}" for k in range(args.stages)]
+        longest = largest_clip([*options, *flag, "--batch", "1"], 2 ** (args.stages - 1), limit)
+        rows.append([name, *peaks, longest])
         args.gradient_checkpointing = bool(flag)
-        run = Run(args)
-        steps[rows[-1][0]] = lambda run=run: run.training_step(0)
+        steps[name] = partial(Run(args).training_step, 0)
     for row, values in zip(rows, alternate(steps, 5).values(), strict=True):
-        row.append(in_milliseconds(values))
-    for row, flag in zip(rows, ([], ["--gradient-checkpointing"]), strict=True):
-        row.append(largest_clip([*options, *flag, "--batch", "1"], 2 ** (args.stages - 1), limit))
+        row.insert(-1, in_milliseconds(values))
     columns = ", ".join(f"stage {k}" for k in range(args.stages))
     size = f"{args.size}x{args.size}"
     table(f"peak MiB of training at, {columns}, ms at stage 0, frames of {size} in {limit / 1024:.0f} GiB", rows)
@@ -452,20 +448,19 @@ def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, 
     what these are faster than the joined two is what sharing the gradients costs."""
     Run(args)  # what train.py would refuse is refused here
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    settings = {"1": [[*launch, "--nproc_per_node=1"]], "2, joined": [[*launch, "--nproc_per_node=2"]]}
-    settings["2, apart"] = [[sys.executable]] * 2
+    settings = {"1": (1, [[*launch, "--nproc_per_node=1"]]), "2, joined": (2, [[*launch, "--nproc_per_node=2"]])}
+    settings["2, apart"] = 2, [[sys.executable]] * 2
     rates = {name: [] for name in settings}
     for _ in range(max(3, repeats // 10)):
-        for name, commands in settings.items():
-            world = int(name[0])
+        for name, (world, commands) in settings.items():
             words = [train.__file__, *options, "--batch", str(args.batch // world), "--steps", str(3 * interval)]
             words += ["--log-interval", str(interval), "--sample-interval", "1000000"]
             rates[name].append(trained_rate([[*command, *words] for command in commands], 2 // world))
-    one = median(rates["1"])
-    rows = [[name, 2 // int(name[0]), args.batch // int(name[0])] for name in settings]
-    for row in rows:
-        values = sorted(rates[row[0]])
-        row += [f"{median(values):.1f} [{values[0]:.1f}, {values[-1]:.1f}]", f"{median(values) / one:.2f}"]
+    rows = []
+    for name, (world, _) in settings.items():
+        middle, ends = median(rates[name]), f"[{min(rates[name]):.1f}, {max(rates[name]):.1f}]"
+        rate = f"{middle:.1f} {ends}", f"{middle / median(rates['1']):.2f}"
+        rows.append([name, 2 // world, args.batch // world, *rate])
     table("processes, threads each, batch each, clips/s [least to most], of one process", rows)
 
 
