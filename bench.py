@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample
 import train
 from data import open_data
-from model import DiTConfig
+from model import DiTConfig, angles, embed_angles
 from tpdiff import Pyramid, align, downsample
 
 
@@ -189,9 +189,7 @@ class UsualDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         (B, C, T, H, W), patch = x.shape, self.config.patch
         x = self.embed(x).flatten(3).permute(0, 2, 3, 1) + self.space + self.time[:, None]
-        frequencies = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
-        angles = 1000 * t[:, None] * frequencies
-        condition = self.embed_t(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        condition = self.embed_t(embed_angles(angles(1000 * t, 128, 1e4)))
         for block in self.blocks:
             x = block(x, condition)
         x = self.unembed(self.norm(x)).view(B, T, H // patch, W // patch, patch, patch, C)
@@ -286,13 +284,6 @@ def bench_peers(args: argparse.Namespace, repeats: int) -> None:
         million = count_parameters(peers[name][0] if name in peers else ours) / 1e6
         rows.append([name, f"{million:.2f}", shown, f"{args.batch / one:.1f}", f"{best / one:.2f}"])
     table("model, M parameters, ms forward + backward [quartiles], clips/s, times the best peer", rows)
-
-
-def bench_parts(args: argparse.Namespace, repeats: int) -> None:
-    split_step(args, repeats)
-    split_sampling(args, repeats)
-    wait_for_data(args)
-    compare_alignment(repeats)
 
 
 def split_step(args: argparse.Namespace, repeats: int) -> None:
@@ -492,8 +483,15 @@ def main(argv: list[str] | None = None) -> None:
             return bench_peak(args, ours.stage)
         print(f"torch {torch.__version__} on {processor()}: bench.py {' '.join([ours.what, *options])}")
         print(f"{'bf16' if sample.use_bf16(args.precision, sample.choose_device()) else 'fp32'}, batch {args.batch}")
-        if ours.what in ("step", "peers", "parts"):
-            {"step": bench_step, "peers": bench_peers, "parts": bench_parts}[ours.what](args, ours.repeats)
+        if ours.what == "step":
+            bench_step(args, ours.repeats)
+        elif ours.what == "peers":
+            bench_peers(args, ours.repeats)
+        elif ours.what == "parts":
+            split_step(args, ours.repeats)
+            split_sampling(args, ours.repeats)
+            wait_for_data(args)
+            compare_alignment(ours.repeats)
         elif ours.what == "memory":
             bench_memory(args, options)
         else:
