@@ -206,16 +206,11 @@ def reference_features(count: int) -> Tensor:
     return load_judge().features(real_clips(0, count))
 
 
-@torch.no_grad()
-def picture_features(network: nn.Module, clips: Tensor) -> Tensor:
-    """Of any clips, frame by frame at 128x128 by an image network: over time the mean, and the mean size of the
-    differences, (B, 2 D)."""
-    parts = []
-    for clip in clips.expand(-1, 3, -1, -1, -1):
-        frames = F.interpolate(clip.transpose(0, 1), (128, 128), mode="bilinear", antialias=True)
-        seen = network.extract_features(frames).mean((2, 3))
-        parts.append(torch.cat([seen.mean(0), seen.diff(dim=0).abs().mean(0)]))
-    return torch.stack(parts).double()
+def picture_features(network: nn.Module, clip: Tensor) -> Tensor:
+    """Of a clip's frames at 128x128, by an image network: over time the mean, and the differences' mean size (2 D,)."""
+    frames = clip.expand(3, -1, -1, -1).transpose(0, 1)
+    seen = network.extract_features(F.interpolate(frames, (128, 128), mode="bilinear", antialias=True)).mean((2, 3))
+    return torch.cat([seen.mean(0), seen.diff(dim=0).abs().mean(0)])
 
 
 def load_efficientnet() -> nn.Module:
@@ -229,18 +224,15 @@ def load_efficientnet() -> nn.Module:
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
 
-@torch.no_grad()
-def i3d_features(network: Callable, clips: Tensor) -> Tensor:
-    """Of I3D on Kinetics-400 (B, 400), before its softmax, from clips brought to 224x224: what FVD is made of."""
-    parts = []
-    for clip in clips.expand(-1, 3, -1, -1, -1):
-        frames = F.interpolate(clip.transpose(0, 1), (224, 224), mode="bilinear", align_corners=False)
-        try:
-            parts.append(network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"the network of --i3d does not take {tuple(clip.shape)} as I3D does ({reason})") from None
-    return torch.cat(parts).double()
+def i3d_features(network: Callable, clip: Tensor) -> Tensor:
+    """Of I3D on Kinetics-400 (400,), before its softmax, from a clip brought to 224x224: what FVD is made of."""
+    clip = clip.expand(3, -1, -1, -1)
+    frames = F.interpolate(clip.transpose(0, 1), (224, 224), mode="bilinear", align_corners=False)
+    try:
+        return network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True)[0]
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"the network of --i3d does not take {tuple(clip.shape)} as I3D does ({reason})") from None
 
 
 def load_i3d(path: Path) -> Callable:
@@ -251,11 +243,16 @@ def load_i3d(path: Path) -> Callable:
 
 
 def distances_to(real: Tensor, features: dict[str, Callable]) -> Callable:
-    """Metrics of any clips: the Frechet distance to the real ones by each of `features`, and the flicker."""
-    references = {name: function(real) for name, function in features.items()}
+    """Metrics of any clips: the Frechet distance to the real ones by each of `features` of a clip, and the flicker."""
+
+    @torch.no_grad()
+    def found(clips: Tensor) -> dict[str, Tensor]:
+        return {name: torch.stack([function(clip) for clip in clips]).double() for name, function in features.items()}
+
+    reference = found(real)
 
     def metrics(clips: Tensor) -> dict[str, float]:
-        distances = {name: frechet_distance(function(clips), references[name]) for name, function in features.items()}
+        distances = {name: frechet_distance(values, reference[name]) for name, values in found(clips).items()}
         return distances | {"flicker": flicker(clips)}
 
     return metrics
@@ -367,9 +364,8 @@ def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
     name, read = str(cell), lambda: json.loads(path.read_text()) if path.exists() else {}
     found = read().get(name, {})
     if {key: found.get(key) for key in what} != what:
-        metrics = partial(digit_metrics, reference=args.reference)
         found = what | {"date": str(datetime.date.today()), "commit": commit()}
-        found |= scores_of(partial(clips_of, cell, args), metrics, args)
+        found |= scores_of(partial(clips_of, cell, args), partial(digit_metrics, reference=args.reference), args)
         write_json(path, read() | {name: found})  # read again: another process may have added to it
     return found
 
