@@ -295,7 +295,7 @@ class Cell:
 
 def train_words(run: str, args: argparse.Namespace) -> list[str]:
     """A run's options for train.py as words. Weights are kept twenty times."""
-    words = RUNS[run].split() + (TINY.split() if args.smoke else [])
+    words = RUNS[run].split() + TINY.split() * args.smoke
     return [*words, "--keep-interval", str(train.make_parser().parse_args(words).steps // 20)]
 
 
@@ -599,9 +599,9 @@ def sampling(args: argparse.Namespace) -> list:
     distances, kept, figure = rows.copy(), rows.copy(), {}
     for run, solver in itertools.product(("flow-3", "flow-1", "ddim-3", "ddim-1"), ("euler", "ab2")):
         found, name = [measured(Cell(run, count, solver), args) for count in steps], f"{run}, {solver}"
-        distances.append([name, *(spread(each["judge_distance"]) for each in found)])
-        kept.append([name, *(spread(each["kept"]) for each in found)])
         values = [each["judge_distance"] for each in found]
+        distances.append([name, *map(spread, values)])
+        kept.append([name, *(spread(each["kept"]) for each in found)])
         figure[name] = list(zip(calls[train_options(run, args).stages], values, strict=True))
     draw_curves(figure, "full-rate network calls", "judge's distance", args.out / "sampling.png")
     splits = [30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
