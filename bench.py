@@ -102,6 +102,8 @@ class Run:
         self.predict = sample.make_predict(self.state.ema, self.pyramid, None, 1.0, self.bf16)
         if args.compile:
             self.state.ema.compile_blocks()
+            if not captured:
+                self.state.model.compile_blocks()
 
     def at_stage(self, k: int) -> tuple[Tensor, Tensor]:
         """A batch at the rate of stage k, and a time for each of its clips."""
@@ -261,7 +263,7 @@ def make_peers(run: Run) -> dict[str, tuple[nn.Module, Callable]]:
 
 def bench_peers(args: argparse.Namespace, repeats: int) -> None:
     """Forward plus backward at the full rate, and ours averaged over the stages: what the pyramid adds."""
-    run, rows = Run(args), []
+    run, rows = Run(args, captured=False), []
     ours, peers = run.state.model, make_peers(run)
 
     def forward_backward(model: nn.Module, call: Callable, k: int = 0) -> None:

@@ -58,7 +58,7 @@ def draw_digit(glyph: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np
     return rows.astype(np.float32) @ glyph @ columns.astype(np.float32).transpose(0, 2, 1)
 
 
-def _bounce(start: float, velocity: float, frames: int, room: float) -> np.ndarray:
+def bounce(start: float, velocity: float, frames: int, room: float) -> np.ndarray:
     """Positions (T,) of a point moving at constant velocity and bouncing off 0 and `room`."""
     return room - np.abs((start + velocity * np.arange(frames)) % (2 * room) - room)
 
@@ -89,7 +89,7 @@ class MovingDigits(Dataset):
             rooms = [self.size - length for length in self.glyphs[label].shape]
             starts = [random.uniform(0, room) for room in rooms]
             velocities = speed * np.sin(angle), speed * np.cos(angle)
-            tracks.append((label, *map(_bounce, starts, velocities, [self.frames] * 2, rooms)))
+            tracks.append((label, *map(bounce, starts, velocities, [self.frames] * 2, rooms)))
         return tracks
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
@@ -408,7 +408,7 @@ def to_images(clips: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 4, 1).expand(*[-1] * 4, 3).numpy()
 
 
-def _tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.Image:
+def tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.Image:
     """(N, H, W, 3) -> one picture, row by row, with grey gaps, enlarged."""
     missing = -len(images) % columns
     cells = np.pad(images, [(0, missing), (gap, 0), (gap, 0), (0, 0)], constant_values=128)
@@ -423,14 +423,14 @@ def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale:
     Where nothing in the grid changes from one frame to the next, Pillow writes one frame of twice the duration."""
     images = to_images(clips)
     columns = columns or int(np.ceil(len(images) ** 0.5))
-    frames = [_tile(frame, columns, scale) for frame in images.swapaxes(0, 1)]
+    frames = [tile(frame, columns, scale) for frame in images.swapaxes(0, 1)]
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
 
 
 def save_strip(clips: Tensor, path: str | Path, scale: int = 2) -> None:
     """Clips (B, C, T, H, W) as one PNG for papers: a clip a row, time to the right."""
     images = to_images(clips)
-    _tile(images.reshape(-1, *images.shape[2:]), images.shape[1], scale).save(path, format="PNG")
+    tile(images.reshape(-1, *images.shape[2:]), images.shape[1], scale).save(path, format="PNG")
 
 
 def save_latents(clips: Tensor, path: str | Path, latent_scale: float) -> None:

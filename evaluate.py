@@ -46,7 +46,7 @@ from tqdm import tqdm
 import bench
 import sample
 import train
-from data import FolderClips, MovingDigits, _bounce, _tile, draw_digit, to_images
+from data import FolderClips, MovingDigits, bounce, draw_digit, tile, to_images
 from model import DiT, DiTConfig
 from sample import non_negative_int, positive_int
 from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
@@ -175,7 +175,7 @@ def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
 def off_track(positions: np.ndarray, room: float) -> float:
     """Largest distance of positions (T,) from the nearest path of constant velocity that bounces off 0 and `room`."""
     velocities, starts = np.arange(-2.2, 2.2, 0.05), np.arange(0, room + 0.25, 0.25)
-    paths = _bounce(starts[:, None, None], velocities[:, None], len(positions), room)
+    paths = bounce(starts[:, None, None], velocities[:, None], len(positions), room)
     return np.abs(paths - positions).max(-1).min()
 
 
@@ -278,8 +278,23 @@ class PlainNoise(WithoutNoise):
         return x + self[k - 1].sigma_start / math.sqrt(2) * randn(x.shape, generator, x.device, x.dtype)
 
 
+class HalfNoise(WithoutNoise):
+    """Eq. 15 with half of its noise."""
+
+    def renoise(self, x_end: Tensor, k: int, generator: Generators = None) -> Tensor:
+        return (super().renoise(x_end, k) + Pyramid.renoise(self, x_end, k, generator)) / 2
+
+
+class CoolStart(Pyramid):
+    """Not renoising, but what its noise is compared with: the first stage, or vanilla, starts from 0.9 of its noise."""
+
+    def _integrate(self, predict: Callable, x: Tensor, k: int, *rest) -> Tensor:
+        return super()._integrate(predict, 0.9 * x if k == len(self) - 1 else x, k, *rest)
+
+
 METRICS = 1  # raised when the same clips would score otherwise
-RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "no noise": WithoutNoise}
+RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "half the noise": HalfNoise, "no noise": WithoutNoise}
+WAYS = RENOISING | {"first noise x 0.9": CoolStart}
 
 
 @dataclass(frozen=True)
@@ -346,7 +361,7 @@ def compiled_model(config: DiTConfig) -> DiT:
 
 def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: int) -> Tensor:
     """In batches; clip i's noise depends on the seed and i alone."""
-    pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
+    pyramid, clips = WAYS[cell.renoising](weights.mode, weights.stages), []
     labels = sample.choose_labels(weights.classes, number)
     for first in tqdm(range(0, number, batch), desc=f"{cell.run}, seed {seed}", unit="batch", leave=False):
         part, count = labels if labels is None else labels[first : first + batch], min(batch, number - first)
@@ -573,13 +588,16 @@ def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
 
 
 def renoising(args: argparse.Namespace) -> list:
-    """Fig. 6: the same weights and first noise, three ways from one stage to the next."""
-    ways = itertools.product(("flow-3", "ddim-3"), RENOISING)
-    cells = {f"{run}, {way}": Cell(run, renoising=way) for run, way in ways}
+    """Fig. 6: the same weights and first noise, four ways from one stage to the next; and whether less noise at the
+    very start does the same."""
+    runs = ("flow-3", "ddim-3", "flow-1", "ddim-1")
+    cells = {f"{run}, {way}": Cell(run, renoising=way) for run, way in itertools.product(runs[:2], RENOISING)}
+    cool = {f"{run}, {way}": Cell(run, renoising=way) for run in runs for way in ("paper", "first noise x 0.9")}
     rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
+    cooled = [[name, *scores_row(cell, args)] for name, cell in cool.items()]
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
     draw_clips(pictures, 1, args.out / "renoising.png")
-    return [(["run, renoising", *SCORES], rows)]
+    return [(["run, renoising", *SCORES], rows), (["run, start", *SCORES], cooled)]
 
 
 def early(args: argparse.Namespace) -> list:
@@ -654,7 +672,7 @@ def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path) -> None:
     size = (0.35 * shown * columns, (0.35 * count + 0.25) * rows)
     figure, grid = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, (name, frames) in zip(grid.flat, images.items(), strict=True):
-        axes.imshow(_tile(frames.reshape(-1, *frame), shown, scale=1))
+        axes.imshow(tile(frames.reshape(-1, *frame), shown, scale=1))
         axes.set_title(name, fontsize=8)
         axes.axis("off")
     figure.savefig(path, dpi=120)

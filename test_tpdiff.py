@@ -2500,7 +2500,6 @@ def test_efficientnet_distance_grows_with_damage_of_every_kind(damage, strengths
     assert metrics(clips)["distance"] == pytest.approx(0, abs=1e-3) and 0.01 < distances[0] < distances[1]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is, and the usual file of I3D is made by it
 class FewChannels(torch.nn.Module):
     """In place of an image network."""
 
@@ -2521,6 +2520,7 @@ def test_quality_of_a_run_on_real_clips_beside_held_out_ones(tmp_path, capsys, m
     assert float(made[0].split()[0]) > 2 * float(real[0].split()[0]) >= 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is, and the usual file of I3D is made by it
 def test_i3d_is_given_clips_of_224_pixels_in_three_channels(tmp_path, capsys):
     class Stub(nn.Module):
         def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
@@ -2589,6 +2589,23 @@ def test_plain_noise_has_the_variance_of_the_paper_s_and_no_noise_has_none(mode)
     assert paper.var() == pytest.approx(plain.var().item(), rel=0.03) and none.abs().max() == 0
     pairs = plain.unflatten(2, (2, 2))
     assert abs((pairs[:, :, :, 0] * pairs[:, :, :, 1]).mean()) < 0.03 * plain.var()
+    torch.testing.assert_close(evaluate.HalfNoise(mode, 3).renoise(x, 1, seeded()), paper / 2)
+
+
+@both_modes
+def test_a_cool_start_has_nine_tenths_of_the_noise_at_the_very_start_alone(mode):
+    seen = {"paper": [], "cool": []}
+    for name, kind in (("paper", Pyramid), ("cool", evaluate.CoolStart)):
+
+        def predict(x, t, k, name=name):
+            seen[name].append(x)
+            return torch.zeros_like(x)
+
+        kind(mode, 2).sample(predict, (1, 1, 4, 2, 2), steps=4, generator=seeded())
+    torch.testing.assert_close(seen["cool"][0], 0.9 * seen["paper"][0])
+    renoised = (seen["paper"][2] - seen["cool"][2]).unflatten(2, (2, 2))  # the added noise is the same and drops out
+    torch.testing.assert_close(renoised[:, :, :, 0], renoised[:, :, :, 1])
+    assert renoised.abs().max() > 0
 
 
 def test_predicted_speedup():
@@ -2611,7 +2628,7 @@ def test_evaluate_measures_the_shipped_weights(capsys):
 
 
 def test_a_clip_off_a_straight_bouncing_path_by_a_pixel_is_said_to_be_so():
-    path = data_module._bounce(3.0, 1.7, 16, 10.0)
+    path = data_module.bounce(3.0, 1.7, 16, 10.0)
     assert evaluate.off_track(path, 10.0) < 0.3
     path[7] += 2.0
     assert 0.7 < evaluate.off_track(path, 10.0) < 1.5
