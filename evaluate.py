@@ -589,9 +589,9 @@ def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
 def renoising(args: argparse.Namespace) -> list:
     """Fig. 6: the same weights and first noise, nine Euler steps, four ways from one stage to the next; and whether
     less noise at the very start does the same."""
-    runs = ("flow-3", "ddim-3", "flow-1", "ddim-1")
-    cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run, way in itertools.product(runs[:2], RENOISING)}
-    cool = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in runs for way in ("paper", "first noise x 0.9")}
+    ways, starts = itertools.product(("flow-3", "ddim-3"), RENOISING), ("paper", "first noise x 0.9")
+    cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run, way in ways}
+    cool = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in ("flow-3", "flow-1") for way in starts}
     rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
     cooled = [[name, *scores_row(cell, args)] for name, cell in cool.items()]
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
