@@ -499,12 +499,12 @@ def growth(args: argparse.Namespace) -> list:
         stages = int(math.log2(frames))
         seconds = sampling_times(frames, {1: ("flow", 1, 1), 3: ("flow", 3, 1), "most": ("flow", stages, 1)}, args)
         one, three, most = (bench.median(seconds[name]) for name in (1, 3, "most"))
-        figure["vanilla"].append((frames, [one]))
-        figure["pyramid"].append((frames, [most]))
+        figure["vanilla"].append((frames, [one * 1e3]))
+        figure["pyramid"].append((frames, [most * 1e3]))
         ratios = [f"{one / three:.2f}", f"{predicted(3, frames, args):.2f}"]
         ratios += [stages, f"{one / most:.2f}", f"{predicted(stages, frames, args):.2f}"]
         rows.append([frames, bench.in_milliseconds(seconds[1]), *ratios])
-    draw_curves(figure, "frames", "seconds a clip", args.out / "growth.png")
+    draw_curves(figure, "frames", "milliseconds a clip", args.out / "growth.png")
     names = ["frames", "vanilla, ms", "3 stages: times as fast", "predicted"]
     return [([*names, "most stages", "times as fast", "predicted"], rows)]
 
