@@ -448,65 +448,74 @@ def network_cost(frames: float, tokens: int, width: int, depth: int, attention: 
     return depth * frames * tokens * (linear + 2 * width * seen)
 
 
-def predicted_speedup(counts: list[int], frames: int, *size) -> float:
-    """Vanilla's cost over the pyramid's, for as many steps; `counts` by stage, noisiest first."""
-    pyramid = sum(count * network_cost(frames / 2**k, *size) for k, count in enumerate(reversed(counts)))
-    return sum(counts) * network_cost(frames, *size) / pyramid
+def predicted_speedup(counts: list[int], frames: int, *size, fixed: float = 0.0) -> float:
+    """Vanilla's time over the pyramid's, for as many steps; `counts` by stage, noisiest first. `fixed`: what a call
+    takes whatever its frames, as a share of one at the full rate; the rest goes with the multiplications."""
+    full = network_cost(frames, *size)
+    calls = [fixed + (1 - fixed) * network_cost(frames / 2**k, *size) / full for k in range(len(counts))]
+    return sum(counts) / sum(count * call for count, call in zip(reversed(counts), calls, strict=True))
+
+
+def fixed_share(full: float, quarter: float, frames: int, *size) -> float:
+    """`fixed` of the above, from the times of vanilla at all frames and at a quarter of them."""
+    ratio = network_cost(frames / 4, *size) / network_cost(frames, *size)
+    return max(0.0, (quarter / full - ratio) / (1 - ratio))
 
 
 def cost(args: argparse.Namespace) -> None:
     """The prediction alone: for every number of stages up to --stages, or for the steps given stage by stage."""
+    predict = partial(predicted_speedup, fixed=args.fixed)
     size, most = (args.tokens, args.width, args.depth, args.attention), min(args.stages, *args.steps)
     splits = [split_steps(args.steps[0], stages) for stages in range(1, most + 1)]
     splits = splits if len(args.steps) == 1 else [args.steps]
-    rows = [["-".join(map(str, counts)), f"{predicted_speedup(counts, args.frames, *size):.3g}"] for counts in splits]
+    rows = [["-".join(map(str, counts)), f"{predict(counts, args.frames, *size):.3g}"] for counts in splits]
     print(bench.markdown(["steps (noisiest first)", "times as fast as one stage"], rows))
 
 
-def sampling_times(frames: int, settings: dict, args: argparse.Namespace) -> dict:
-    """Sorted seconds of 30 Euler steps, network untrained. `settings`: a name -> (mode, stages, batch)."""
+def sampling_times(settings: dict, args: argparse.Namespace) -> dict:
+    """Sorted seconds of 30 Euler steps, network untrained. `settings`: a name -> (mode, stages, frames, batch)."""
     functions = {}
-    for name, (mode, stages, batch) in settings.items():
+    for name, (mode, stages, frames, batch) in settings.items():
         model = DiT(DiTConfig(1, 4, args.width, args.depth, 4, stages)).to(sample.choose_device()).eval()
         weights = sample.Weights(model, mode, stages, frames, 4 * math.isqrt(args.tokens), (), 0)
         functions[name] = partial(sample.generate, weights, Pyramid(mode, stages), None, batch)
     return bench.alternate(functions, args.repeats)
 
 
-def predicted(stages: int, frames: int, args: argparse.Namespace) -> float:
-    return predicted_speedup(split_steps(30, stages), frames, args.tokens, args.width, args.depth, "factorized")
-
-
 def latency(args: argparse.Namespace) -> list:
     """Table 1: sampling one clip, and eight at once, in 30 Euler steps; the pyramid beside vanilla."""
-    rows, expected = [], predicted(3, 16, args)
-    for mode, papers in (("flow", 1.71), ("ddim", 1.49)):
-        settings = {(batch, stages): (mode, stages, batch) for batch in (1, 8) for stages in (1, 3)}
-        seconds = sampling_times(16, settings, args)
-        for batch in (1, 8):
-            one, three = seconds[batch, 1], seconds[batch, 3]
-            speedup, times = bench.median(one) / bench.median(three), map(bench.in_milliseconds, (one, three))
-            off = f"{speedup / expected - 1:+.0%}"
-            rows.append([mode, batch, *times, f"{speedup:.2f}", f"{expected:.2f}", off, papers])
-    header = ["mode", "clips", "vanilla, ms", "3 stages, ms", "times as fast", "predicted", "off by", "the paper's"]
-    return [(header, rows)]
+    rows, size = [], (args.tokens, args.width, args.depth, "factorized")
+    for (mode, papers), batch in itertools.product((("flow", 1.71), ("ddim", 1.49)), (1, 8)):
+        settings = {"vanilla": (mode, 1, 16, batch), "quarter": (mode, 1, 4, batch), "pyramid": (mode, 3, 16, batch)}
+        seconds = sampling_times(settings, args)
+        full, quarter, pyramid = map(bench.median, seconds.values())
+        fixed, speedup = fixed_share(full, quarter, 16, *size), full / pyramid
+        alone, whole = (predicted_speedup([10, 10, 10], 16, *size, fixed=share) for share in (0, fixed))
+        figures = [f"{speedup:.2f}", f"{alone:.2f}", f"{fixed:.0%}", f"{whole:.2f}", f"{speedup / whole - 1:+.0%}"]
+        rows.append([mode, batch, *map(bench.in_milliseconds, seconds.values()), *figures, papers])
+    times = ["vanilla, ms", "vanilla of 4 frames, ms", "3 stages, ms", "times as fast", "by multiplications"]
+    return [(["mode", "clips", *times, "fixed share", "predicted", "off by", "the paper's"], rows)]
 
 
 def growth(args: argparse.Namespace) -> list:
     """Sampling time of one clip as it gets longer, with as many stages as leave two frames, beside vanilla."""
-    rows, figure = [], {"vanilla": [], "pyramid": []}
+    rows, figure, size = [], {"vanilla": [], "pyramid": []}, (args.tokens, args.width, args.depth, "factorized")
     for frames in (8, 16) if args.smoke else (8, 16, 32, 64):
-        stages = int(math.log2(frames))
-        seconds = sampling_times(frames, {1: ("flow", 1, 1), 3: ("flow", 3, 1), "most": ("flow", stages, 1)}, args)
-        one, three, most = (bench.median(seconds[name]) for name in (1, 3, "most"))
-        figure["vanilla"].append((frames, [one * 1e3]))
-        figure["pyramid"].append((frames, [most * 1e3]))
-        ratios = [f"{one / three:.2f}", f"{predicted(3, frames, args):.2f}"]
-        ratios += [stages, f"{one / most:.2f}", f"{predicted(stages, frames, args):.2f}"]
-        rows.append([frames, bench.in_milliseconds(seconds[1]), *ratios])
+        most = int(math.log2(frames))
+        settings = {"quarter": ("flow", 1, frames // 4, 1)}
+        settings |= {stages: ("flow", stages, frames, 1) for stages in (1, 3, most)}
+        seconds = sampling_times(settings, args)
+        times = {name: bench.median(values) for name, values in seconds.items()}
+        fixed = fixed_share(times[1], times["quarter"], frames, *size)
+        figure["vanilla"].append((frames, [times[1] * 1e3]))
+        figure["pyramid"].append((frames, [times[most] * 1e3]))
+        rows.append([frames, bench.in_milliseconds(seconds[1]), f"{fixed:.0%}"])
+        for stages in (3, most):
+            expected = predicted_speedup(split_steps(30, stages), frames, *size, fixed=fixed)
+            rows[-1] += [stages, f"{times[1] / times[stages]:.2f}", f"{expected:.2f}"]
     draw_curves(figure, "frames", "milliseconds a clip", args.out / "growth.png")
-    names = ["frames", "vanilla, ms", "3 stages: times as fast", "predicted"]
-    return [([*names, "most stages", "times as fast", "predicted"], rows)]
+    names = ["frames", "vanilla, ms", "fixed share", *["stages", "times as fast", "predicted"] * 2]
+    return [(names, rows)]
 
 
 def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None:
@@ -706,6 +715,8 @@ def make_parser() -> sample.Parser:
     add("--tokens", type=positive_int, default=64, help="a frame, of cost, latency and growth")
     add("--width", type=positive_int, default=96, help="of cost, latency and growth")
     add("--depth", type=positive_int, default=4, help="of cost, latency and growth")
+    fixed = "of cost: what a call takes whatever its frames, as a share of a full-rate one; `latency` measures it"
+    add("--fixed", type=sample.real_number(0, 1), default=0.0, help=fixed)
     attention = "factorized (space, then time), or full (over all tokens)"
     add("--attention", choices=["factorized", "full"], default="factorized", help=attention)
     add("--smoke", action="store_true", help="of claims: tiny runs, few clips, in runs/smoke and results in there")

@@ -2612,12 +2612,23 @@ def test_predicted_speedup():
     without_attention = evaluate.predicted_speedup([10, 10, 10], 16, 1, 10**9, 4, "full")
     assert without_attention == pytest.approx(12 / 7)  # 1.71, the paper's Table 1
     assert evaluate.predicted_speedup([30], 16, 64, 128, 4, "factorized") == 1
+    half_fixed = evaluate.predicted_speedup([15, 10, 5], 16, 1, 10**9, 4, "full", fixed=0.5)
+    assert half_fixed == pytest.approx(30 / (15 * 0.625 + 10 * 0.75 + 5))
     size = DiTConfig()
     model, x, t = DiT(size).eval(), torch.randn(1, 1, 16, 32, 32), torch.zeros(1)
     with FlopCounterMode(display=False) as counter:
         model(x, t, 0)
     ours = 2 * evaluate.network_cost(16, 64, size.width, size.depth, "factorized")
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_fixed_share_is_what_does_not_shrink_with_the_frames():
+    size = (64, 96, 4, "factorized")
+    full, quarter = (evaluate.network_cost(frames, *size) for frames in (16, 4))
+    assert evaluate.fixed_share(full, quarter, 16, *size) == pytest.approx(0)
+    assert evaluate.fixed_share(1.0, 1.0, 16, *size) == pytest.approx(1)
+    a = full / 3  # added to both: a quarter of the longer time
+    assert evaluate.fixed_share(full + a, quarter + a, 16, *size) == pytest.approx(0.25)
 
 
 def test_evaluate_measures_the_shipped_weights(capsys):
