@@ -346,7 +346,7 @@ def wait_for_data(args: argparse.Namespace, steps: int = 100) -> None:
         asked.append(time.perf_counter())
         batch = next(batches)
         got.append(time.perf_counter())
-        k = train.draw_stage(args.seed, step, args.stages)
+        k = train.draw_stage(step, args)
         train.optimize(run.state, run.model, run.pyramid, iter([batch]), k, args)
     synchronize()
     whole, waited = time.perf_counter() - asked[5], sum(got[5:]) - sum(asked[5:])

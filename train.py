@@ -16,9 +16,11 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -49,6 +51,8 @@ def make_parser() -> sample.Parser:
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
+    odds = "how often each stage is trained, noisiest first, as whole numbers [equally often]"
+    add("--stage-odds", type=positive_int, nargs="+", help=odds)
     pairing = "how noise is paired with data: permuted within a batch, or the nearest of --candidates"
     add("--align", choices=["assignment", "nearest", "none"], default="assignment", help=pairing)
     add("--candidates", type=positive_int, default=8, help="noises a clip for --align nearest")
@@ -122,6 +126,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     args.out, divisor = out, 2 ** (args.stages - 1)
     if args.frames % divisor:
         raise ValueError(f"--frames {args.frames} does not divide by {divisor}, as --stages {args.stages} needs")
+    if args.stage_odds and (len(args.stage_odds) != args.stages or max(args.stage_odds) > 1000):
+        raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
     if args.size % args.patch:
         raise ValueError(f"--size {args.size} does not divide by --patch {args.patch}")
     return args, checkpoint
@@ -162,7 +168,7 @@ class TrainingBatches(Dataset):
         args, first = self.args, (micro * self.world + self.rank) * self.args.batch
         numbers = range(first, first + args.batch)
         clips, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
-        k = draw_stage(args.seed, micro // args.accumulate, args.stages) if self.stage is None else self.stage
+        k = draw_stage(micro // args.accumulate, args) if self.stage is None else self.stage
         return draw(torch.stack(clips), torch.tensor(labels), len(self.dataset.classes), k, numbers, args)
 
 
@@ -185,9 +191,12 @@ def _leave_process_group(_worker: int) -> None:
     os.setpgrp()  # Ctrl-C and torchrun signal the whole group, and the main process still needs its workers then
 
 
-def draw_stage(seed: int, step: int, stages: int) -> int:
-    """The stage of a step, uniform; it depends on the step alone, so that no rank waits for a longer stage."""
-    return int(torch.randint(stages, (), generator=generator_for(seed, sample.STAGE, step)))
+def draw_stage(step: int, args: Namespace) -> int:
+    """The stage of a step, as often as --stage-odds says. It depends on the step alone, so that no rank waits for a
+    longer stage. The paper does not say how often; equally often is the default."""
+    odds = args.stage_odds or [1] * args.stages
+    drawn = torch.randint(sum(odds), (), generator=generator_for(args.seed, sample.STAGE, step)).item()
+    return bisect(list(accumulate(reversed(odds))), drawn)
 
 
 def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Tensor:
@@ -533,7 +542,7 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
     bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first)
     mark, since = time.perf_counter(), state.step
     while state.step < args.steps:
-        k, lr = draw_stage(args.seed, state.step, args.stages), learning_rate(state.step, args)
+        k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
         optimize(state, model, pyramid, batches, k, args)
         bar.update()
         end = stop.agreed() or state.step == args.steps
