@@ -54,6 +54,7 @@ from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, u
 JUDGE = sample.SHIPPED / "judge.pt"
 JUDGE_SEED = 2**31
 REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
+REAL_ENDS = 10**6  # the first of them that sampling goes on from; below are the reference and the judged
 
 # Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 to 0.67 times as long as
 # one of vanilla (of two stages 0.77, of four 0.54), so all runs have about equal time; `training` measures it.
@@ -284,16 +285,8 @@ class HalfNoise(WithoutNoise):
         return (super().renoise(x_end, k) + Pyramid.renoise(self, x_end, k, generator)) / 2
 
 
-class CoolStart(Pyramid):
-    """Not renoising, but what its noise is compared with: the first stage, or vanilla, starts from 0.9 of its noise."""
-
-    def _integrate(self, predict: Callable, x: Tensor, k: int, *rest) -> Tensor:
-        return super()._integrate(predict, 0.9 * x if k == len(self) - 1 else x, k, *rest)
-
-
 METRICS = 1  # raised when the same clips would score otherwise
 RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "half the noise": HalfNoise, "no noise": WithoutNoise}
-WAYS = RENOISING | {"first noise x 0.9": CoolStart}
 
 
 @dataclass(frozen=True)
@@ -305,6 +298,7 @@ class Cell:
     solver: str = "euler"
     percent: int = 100
     renoising: str = "paper"
+    true_end: int = 0  # not 0: of that stage, which real clips noised by Eq. 8 take the place of
 
 
 def train_words(run: str, args: argparse.Namespace) -> list[str]:
@@ -347,7 +341,7 @@ def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Te
         compiled = compiled_model(weights.model.config)
         compiled.load_state_dict(weights.model.state_dict())
         weights.model = compiled
-    return generate(weights, cell, args.batch, seed, number)
+    return (finish if cell.true_end else generate)(weights, cell, args.batch, seed, number)
 
 
 @cache
@@ -360,12 +354,30 @@ def compiled_model(config: DiTConfig) -> DiT:
 
 def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: int) -> Tensor:
     """In batches; clip i's noise depends on the seed and i alone."""
-    pyramid, clips = WAYS[cell.renoising](weights.mode, weights.stages), []
+    pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
     labels = sample.choose_labels(weights.classes, number)
     for first in tqdm(range(0, number, batch), desc=f"{cell.run}, seed {seed}", unit="batch", leave=False):
         part, count = labels if labels is None else labels[first : first + batch], min(batch, number - first)
         made = sample.generate(weights, pyramid, part, count, cell.steps, cell.solver, seed=seed, first=first)
         clips.append(made.cpu())
+    return torch.cat(clips)
+
+
+@torch.no_grad()
+def finish(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: int) -> Tensor:
+    """Real clips, noised to the true end of a stage, and sampled from there with their own labels."""
+    pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
+    counts, device = split_steps(cell.steps, weights.stages)[::-1], next(weights.model.parameters()).device
+    for indices in torch.arange(number).split(batch):
+        x0, labels = zip(*(REAL[REAL_ENDS + seed * number + index] for index in indices.tolist()), strict=True)
+        x0, labels = torch.stack(x0).to(device), torch.tensor(labels, device=device)
+        generators = [sample.generator_for(seed, sample.SAMPLING, index) for index in indices.tolist()]
+        noise = randn(downsample(x0, 2**cell.true_end).shape, generators, device)
+        _, x = pyramid.endpoints(x0, noise, cell.true_end)
+        predict = sample.make_predict(weights.model, pyramid, labels, 1.0, sample.use_bf16("auto", device))
+        for k in reversed(range(cell.true_end)):
+            x = pyramid._integrate(predict, pyramid.renoise(x, k + 1, generators), k, counts[k], cell.solver)
+        clips.append(x.cpu())
     return torch.cat(clips)
 
 
@@ -596,16 +608,20 @@ def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
 
 
 def renoising(args: argparse.Namespace) -> list:
-    """Fig. 6: the same weights and first noise, nine Euler steps, four ways from one stage to the next; and whether
-    less noise at the very start does the same."""
-    ways, starts = itertools.product(("flow-3", "ddim-3"), RENOISING), ("paper", "first noise x 0.9")
-    cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run, way in ways}
-    cool = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in ("flow-3", "flow-1") for way in starts}
+    """Fig. 6: the same weights and first noise, nine Euler steps, four ways from one stage to the next. And the same
+    from true ends of a stage, so that no error of the stages before is in it."""
+    cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in ("flow-3", "ddim-3") for way in RENOISING}
     rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
-    cooled = [[name, *scores_row(cell, args)] for name, cell in cool.items()]
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
     draw_clips(pictures, 1, args.out / "renoising.png")
-    return [(["run, renoising", *SCORES], rows), (["run, start", *SCORES], cooled)]
+    distances, kept = [], []
+    for run, true_end in itertools.product(("flow-3", "ddim-3"), (0, 2, 1)):
+        found = [measured(Cell(run, 9, renoising=way, true_end=true_end), args) for way in RENOISING]
+        name = f"{run}, from {f'the true end of stage {true_end}' if true_end else 'noise'}"
+        distances.append([name, *(spread(each["judge_distance"]) for each in found)])
+        kept.append([name, *(spread(each["kept"]) for each in found)])
+    by_way = [(["judge's distance", *RENOISING], distances), (["kept", *RENOISING], kept)]
+    return [(["run, renoising", *SCORES], rows), *by_way]
 
 
 def early(args: argparse.Namespace) -> list:

@@ -1409,10 +1409,14 @@ def test_training_loss_is_that_of_algorithm_2(mode, alignment):
         assert model.asked[3] is None
 
 
+def stage_args(seed, *options):
+    return train.make_parser().parse_args(["--seed", str(seed), *options])
+
+
 def test_the_average_follows_the_weights_and_the_rate_its_schedule():
     state, args, batches = small_state("--steps", "100", "--warmup", "9", "--lr", "0.1", "--clip", "0.5")
     average = [parameter.clone() for parameter in state.ema.parameters()]
-    stages = [train.draw_stage(0, step, 3) for step in range(3)]
+    stages = [train.draw_stage(step, stage_args(0)) for step in range(3)]
     for step, k in enumerate(stages):
         train.optimize(state, state.model, Pyramid("flow"), batches, k, args)
         decay = (1 + step) / (10 + step)
@@ -1442,7 +1446,7 @@ def test_compile_makes_one_graph_a_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
     torch._dynamo.reset()
     run_training(tmp_path, "--compile", "--depth", "3", "--steps", "12")
-    drawn = {train.draw_stage(0, step, 3) for step in range(12)}
+    drawn = {train.draw_stage(step, stage_args(0)) for step in range(12)}
     assert counter.frame_count == len(drawn) == 3
 
 
@@ -1493,11 +1497,13 @@ def test_labels_are_dropped_at_the_given_rate():
     assert set(labels.tolist()) == {7, 10} and 0.15 < (labels == 10).float().mean() < 0.35
 
 
-def test_stages_are_drawn_evenly_and_by_the_step_alone():
-    drawn = [train.draw_stage(0, step, 3) for step in range(3000)]
-    assert drawn == [train.draw_stage(0, step, 3) for step in range(3000)]
-    assert drawn != [train.draw_stage(1, step, 3) for step in range(3000)]
+def test_stages_are_drawn_evenly_or_as_the_odds_say_and_by_the_step_alone():
+    drawn = [train.draw_stage(step, stage_args(0)) for step in range(3000)]
+    assert drawn == [train.draw_stage(step, stage_args(0)) for step in range(3000)]
+    assert drawn != [train.draw_stage(step, stage_args(1)) for step in range(3000)]
     assert all(900 < drawn.count(k) < 1100 for k in range(3))
+    noisiest = [train.draw_stage(step, stage_args(0, "--stage-odds", "4", "1", "1")) for step in range(3000)]
+    assert all(abs(noisiest.count(k) - expected) < 100 for k, expected in enumerate((500, 500, 2000)))
 
 
 @pytest.mark.parametrize("options", [["--mode", "flow"], ["--mode", "ddim", "--accumulate", "2"]])
@@ -1701,7 +1707,7 @@ def test_ten_skipped_steps_in_a_row_end_the_run_and_the_message_says_where(tmp_p
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
         train.main([*TINY, "--steps", "40", "--save-interval", "3", "--out", str(run)])
-    stage = train.draw_stage(0, 23, 3)  # steps count from 0 here, and from 1 in what is printed
+    stage = train.draw_stage(23, stage_args(0))  # steps count from 0 here, and from 1 in what is printed
     assert f"10 steps in a row, last at step 24, stage {stage}" in str(stopped.value)
     assert f"the last checkpoint is {run / 'checkpoint.pt'}" in str(stopped.value)
     content = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -1864,6 +1870,9 @@ def fails_with_one_line(capsys, main, *words: str | Path) -> str:
     [
         ("--frames 10", "--frames 10 does not divide by 4"),
         ("--size 30", "--size 30 does not divide by --patch 4"),
+        ("--stage-odds 2 1", "--stage-odds needs a number up to 1000 for each of --stages 3"),
+        ("--stage-odds 2 1 0", "--stage-odds"),
+        ("--stage-odds 2 1 5000", "--stage-odds needs a number up to 1000"),
         ("--steps 0", "--steps"),
         ("--stages -1", "--stages"),
         ("--mode edm", "edm"),
@@ -2592,20 +2601,26 @@ def test_plain_noise_has_the_variance_of_the_paper_s_and_no_noise_has_none(mode)
     torch.testing.assert_close(evaluate.HalfNoise(mode, 3).renoise(x, 1, seeded()), paper / 2)
 
 
-@both_modes
-def test_a_cool_start_has_nine_tenths_of_the_noise_at_the_very_start_alone(mode):
-    seen = {"paper": [], "cool": []}
-    for name, kind in (("paper", Pyramid), ("cool", evaluate.CoolStart)):
+def test_sampling_goes_on_from_the_true_end_of_a_stage(monkeypatch):
+    first, p, seen = evaluate.REAL_ENDS + 5 * 6, Pyramid("flow", 3), {}
+    x0 = evaluate.real_clips(first, 6)
 
-        def predict(x, t, k, name=name):
-            seen[name].append(x)
-            return torch.zeros_like(x)
+    def oracle(x, t, k):
+        seen.setdefault("x", x)
+        return (x - x0) / sample.per_clip(t / p[0].t_start, x)  # the slope to the clean clip, where stage 0 ends
 
-        kind(mode, 2).sample(predict, (1, 1, 4, 2, 2), steps=4, generator=seeded())
-    torch.testing.assert_close(seen["cool"][0], 0.9 * seen["paper"][0])
-    renoised = (seen["paper"][2] - seen["cool"][2]).unflatten(2, (2, 2))  # the added noise is the same and drops out
-    torch.testing.assert_close(renoised[:, :, :, 0], renoised[:, :, :, 1])
-    assert renoised.abs().max() > 0
+    def make_predict(model, pyramid, labels, *rest):
+        seen["labels"] = labels.tolist()
+        return oracle
+
+    monkeypatch.setattr(sample, "make_predict", make_predict)
+    weights = sample.load_weights(sample.SHIPPED / "flow-3.pt")
+    clips = evaluate.finish(weights, evaluate.Cell("flow-3", 9, true_end=1), 6, 5, 6)
+    torch.testing.assert_close(clips, x0)
+    assert seen["labels"] == [evaluate.REAL[number][1] for number in range(first, first + 6)]
+    pairs = seen["x"].unflatten(2, (8, 2)).mean(3)  # without the renoising noise
+    noise = (pairs / p[0].gamma_start * p[1].gamma_end - p[1].gamma_end * x0[:, :, ::2]) / p[1].sigma_end
+    assert abs(noise.mean()) < 0.01 and noise.std() == pytest.approx(1, rel=0.02)
 
 
 def test_predicted_speedup():
