@@ -72,6 +72,9 @@ RUNS = {
     "flow-2": "--mode flow --stages 2 --steps 2460 --seed 1",
     "flow-2-seed-2": "--mode flow --stages 2 --steps 2460 --seed 2",
     "flow-4": "--mode flow --stages 4 --steps 3500 --seed 1",
+    "flow-3-odds": "--mode flow --stages 3 --steps 3640 --seed 1 --stage-odds 4 2 1",
+    "flow-3-odds-seed-2": "--mode flow --stages 3 --steps 3640 --seed 2 --stage-odds 4 2 1",
+    "ddim-3-odds": "--mode ddim --stages 3 --steps 3640 --seed 1 --stage-odds 4 2 1",
 }
 SMOKE = {"number": 8, "reference": 50, "seeds": [0, 1], "batch": 8, "repeats": 1}
 SMOKE |= {"width": 16, "depth": 1, "runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
