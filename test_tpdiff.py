@@ -1506,6 +1506,16 @@ def test_stages_are_drawn_evenly_or_as_the_odds_say_and_by_the_step_alone():
     assert all(abs(noisiest.count(k) - expected) < 100 for k, expected in enumerate((500, 500, 2000)))
 
 
+def test_shifted_times_have_the_given_quantiles_and_a_shift_of_one_changes_nothing():
+    draws = {}
+    for shift in ("1", "3"):
+        args = train.make_parser().parse_args([*TINY, "--time-shift", shift])
+        draws[shift] = train.draw(torch.zeros(4000, 1, 4, 4, 4), torch.full((4000,), -1), 0, 2, range(4000), args)[2]
+    same = train.draw(torch.zeros(9, 1, 4, 4, 4), torch.full((9,), -1), 0, 2, range(9), stage_args(0, *TINY))[2]
+    assert torch.equal(same, draws["1"][:9]) and abs(draws["1"].median() - 0.5) < 0.03
+    assert abs(draws["3"].median() - 0.75) < 0.03 and 0 <= draws["3"].min() and draws["3"].max() <= 1
+
+
 @pytest.mark.parametrize("options", [["--mode", "flow"], ["--mode", "ddim", "--accumulate", "2"]])
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, monkeypatch):
     whole = run_training(tmp_path / "whole", "--steps", "7", *options)
@@ -1872,6 +1882,7 @@ def fails_with_one_line(capsys, main, *words: str | Path) -> str:
         ("--size 30", "--size 30 does not divide by --patch 4"),
         ("--stage-odds 2 1", "--stage-odds needs a number up to 1000 for each of --stages 3"),
         ("--stage-odds 2 1 0", "--stage-odds"),
+        ("--time-shift 0", "--time-shift"),
         ("--stage-odds 2 1 5000", "--stage-odds needs a number up to 1000"),
         ("--steps 0", "--steps"),
         ("--stages -1", "--stages"),
@@ -2601,7 +2612,8 @@ def test_plain_noise_has_the_variance_of_the_paper_s_and_no_noise_has_none(mode)
     torch.testing.assert_close(evaluate.HalfNoise(mode, 3).renoise(x, 1, seeded()), paper / 2)
 
 
-def test_sampling_goes_on_from_the_true_end_of_a_stage(monkeypatch):
+@pytest.mark.parametrize("name", ["flow-3", "flow-1"])
+def test_sampling_goes_on_from_the_true_end_of_a_stage(name, monkeypatch):
     first, p, seen = evaluate.REAL_ENDS + 5 * 6, Pyramid("flow", 3), {}
     x0 = evaluate.real_clips(first, 6)
 
@@ -2614,12 +2626,15 @@ def test_sampling_goes_on_from_the_true_end_of_a_stage(monkeypatch):
         return oracle
 
     monkeypatch.setattr(sample, "make_predict", make_predict)
-    weights = sample.load_weights(sample.SHIPPED / "flow-3.pt")
-    clips = evaluate.finish(weights, evaluate.Cell("flow-3", 9, true_end=1), 6, 5, 6)
+    weights = sample.load_weights(sample.SHIPPED / f"{name}.pt")
+    clips = evaluate.finish(weights, evaluate.Cell(name, 9, true_end=1), 6, 5, 6)
     torch.testing.assert_close(clips, x0)
     assert seen["labels"] == [evaluate.REAL[number][1] for number in range(first, first + 6)]
-    pairs = seen["x"].unflatten(2, (8, 2)).mean(3)  # without the renoising noise
-    noise = (pairs / p[0].gamma_start * p[1].gamma_end - p[1].gamma_end * x0[:, :, ::2]) / p[1].sigma_end
+    if name == "flow-3":
+        pairs = seen["x"].unflatten(2, (8, 2)).mean(3)  # without the renoising noise
+        noise = (pairs / p[0].gamma_start * p[1].gamma_end - p[1].gamma_end * x0[:, :, ::2]) / p[1].sigma_end
+    else:
+        noise = (seen["x"] - p[0].gamma_start * x0) / p[0].sigma_start
     assert abs(noise.mean()) < 0.01 and noise.std() == pytest.approx(1, rel=0.02)
 
 

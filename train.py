@@ -53,6 +53,8 @@ def make_parser() -> sample.Parser:
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
     odds = "how often each stage is trained, noisiest first, as whole numbers [equally often]"
     add("--stage-odds", type=positive_int, nargs="+", help=odds)
+    shift = "times u in a stage are drawn as shift u / (1 + (shift - 1) u), above 1 nearer to its noisy start"
+    add("--time-shift", type=real_number(0.01, 100), default=1.0, help=shift)
     pairing = "how noise is paired with data: permuted within a batch, or the nearest of --candidates"
     add("--align", choices=["assignment", "nearest", "none"], default="assignment", help=pairing)
     add("--candidates", type=positive_int, default=8, help="noises a clip for --align nearest")
@@ -212,6 +214,7 @@ def draw(x0: Tensor, labels: Tensor, classes: int, k: int, numbers: Sequence[int
     where the data has none (-1). Sample n's draws come from a generator of its own."""
     generators = [generator_for(args.seed, sample.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
+    u = args.time_shift * u / (1 + (args.time_shift - 1) * u)  # arXiv 2403.03206, of each stage
     noise = draw_noise(downsample(x0, 2**k), generators, args)
     return x0, noise, u, labels.where(dropout >= args.label_dropout, classes) if classes else None
 
