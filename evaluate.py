@@ -11,7 +11,8 @@ Each claim trains the runs it needs (RUNS), samples them, prints its table and w
   python evaluate.py alignment    Table 3: with and without data-noise alignment, and what it does to the target
   python evaluate.py renoising    Fig. 6: the paper's renoising, with other noise, without
   python evaluate.py early        Fig. 8: clips from early in training
-  python evaluate.py sampling     past the paper: quality against cost, by solver, steps, and number of stages
+  python evaluate.py sampling     past the paper: quality against cost, by solver and steps
+  python evaluate.py stages       past the paper: how many stages, how often each is trained, which of them errs
   python evaluate.py growth       past the paper: sampling time as clips get longer
   python evaluate.py all          every claim
 
@@ -32,7 +33,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -74,6 +75,10 @@ RUNS = {
     "flow-4": "--mode flow --stages 4 --steps 3500 --seed 1",
     "flow-3-odds": "--mode flow --stages 3 --steps 3640 --seed 1 --stage-odds 4 2 1",
     "flow-3-odds-seed-2": "--mode flow --stages 3 --steps 3640 --seed 2 --stage-odds 4 2 1",
+    "flow-3-long": "--mode flow --stages 3 --steps 12000 --seed 1",
+    "flow-1-shift": "--mode flow --stages 1 --steps 1900 --seed 1 --time-shift 3",
+    "flow-1-shift-seed-2": "--mode flow --stages 1 --steps 1900 --seed 2 --time-shift 3",
+    "ddim-1-shift": "--mode ddim --stages 1 --steps 1900 --seed 1 --time-shift 3",
     "ddim-3-odds": "--mode ddim --stages 3 --steps 3640 --seed 1 --stage-odds 4 2 1",
 }
 SMOKE = {"number": 8, "reference": 50, "seeds": [0, 1], "batch": 8, "repeats": 1}
@@ -368,20 +373,34 @@ def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number:
 
 @torch.no_grad()
 def finish(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: int) -> Tensor:
-    """Real clips, noised to the true end of a stage, and sampled from there with their own labels."""
-    pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
-    counts, device = split_steps(cell.steps, weights.stages)[::-1], next(weights.model.parameters()).device
+    """Real clips, noised to the true end of a stage, and sampled from there with their own labels. Of vanilla: noised
+    to where the next of three stages starts, and all steps from there."""
+    end, device, clips = cell.true_end, next(weights.model.parameters()).device, []
+    vanilla, pyramid = weights.stages == 1, RENOISING[cell.renoising](weights.mode, weights.stages)
+    pyramid, stride = (vanilla_from(weights.mode, end - 1), 1) if vanilla else (pyramid, 2**end)
+    counts = split_steps(cell.steps, len(pyramid))[::-1]
     for indices in torch.arange(number).split(batch):
         x0, labels = zip(*(REAL[REAL_ENDS + seed * number + index] for index in indices.tolist()), strict=True)
         x0, labels = torch.stack(x0).to(device), torch.tensor(labels, device=device)
         generators = [sample.generator_for(seed, sample.SAMPLING, index) for index in indices.tolist()]
-        noise = randn(downsample(x0, 2**cell.true_end).shape, generators, device)
-        _, x = pyramid.endpoints(x0, noise, cell.true_end)
+        noise = randn(downsample(x0, stride).shape, generators, device)
         predict = sample.make_predict(weights.model, pyramid, labels, 1.0, sample.use_bf16("auto", device))
-        for k in reversed(range(cell.true_end)):
-            x = pyramid._integrate(predict, pyramid.renoise(x, k + 1, generators), k, counts[k], cell.solver)
+        if vanilla:
+            x, _ = pyramid.endpoints(x0, noise, 0)
+            x = pyramid._integrate(predict, x, 0, *counts, cell.solver)
+        else:
+            _, x = pyramid.endpoints(x0, noise, end)
+            for k in reversed(range(end)):
+                x = pyramid._integrate(predict, pyramid.renoise(x, k + 1, generators), k, counts[k], cell.solver)
         clips.append(x.cpu())
     return torch.cat(clips)
+
+
+def vanilla_from(mode: str, k: int) -> Pyramid:
+    """The pyramid of one stage, from the time on at which stage k of three starts."""
+    pyramid, start = Pyramid(mode, 1), Pyramid(mode, 3)[k]
+    pyramid._stages = (replace(start, index=0, stride=1, t_end=0.0, gamma_end=1.0, sigma_end=0.0),)
+    return pyramid
 
 
 def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -637,7 +656,7 @@ def early(args: argparse.Namespace) -> list:
 
 
 def sampling(args: argparse.Namespace) -> list:
-    """Quality against cost: solver and steps, how steps are shared out over stages, and the number of stages."""
+    """Quality against cost: solver and steps, and how steps are shared out over stages."""
     steps = (30, 3) if args.smoke else (30, 24, 18, 15, 12, 9, 6, 3)
     calls = {stages: [sample.full_rate_steps(split_steps(count, stages)) for count in steps] for stages in (1, 3)}
     rows = [[f"full-rate calls, stages: {stages}", *(f"{each:.4g}" for each in calls[stages])] for stages in (1, 3)]
@@ -651,11 +670,22 @@ def sampling(args: argparse.Namespace) -> list:
     draw_curves(figure, "full-rate network calls", "judge's distance", args.out / "sampling.png")
     splits = [30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
     shared = [front_row(Cell("flow-3", split), args) for split in splits]
-    runs = [f"flow-{stages}{seed}" for stages in (1, 2, 3) for seed in ("", "-seed-2")]
-    stages = [front_row(Cell(run), args) for run in (*runs, "flow-4")]
     header, by_steps = ["run", "steps", "solver", "full-rate calls", *SCORES], [f"{count} steps" for count in steps]
     first = [(["judge's distance", *by_steps], distances), (["kept", *by_steps], kept)]
-    return [*first, (header, shared), (header, stages)]
+    return [*first, (header, shared)]
+
+
+def stages(args: argparse.Namespace) -> list:
+    """The number of stages, how often each is trained, and at which of them the error is made."""
+    pairs = [f"flow-{kind}{seed}" for kind in ("1", "2", "3", "3-odds") for seed in ("", "-seed-2")]
+    rows = [front_row(Cell(run), args) for run in (*pairs, "flow-4", "ddim-1", "ddim-3", "ddim-3-odds")]
+    from_ends = []
+    for run in (*pairs[:2], *pairs[4:], "ddim-1", "ddim-3", "ddim-3-odds"):
+        vanilla = train_options(run, args).stages == 1
+        cells = [Cell(run, 9), Cell(run, 6 if vanilla else 9, true_end=2), Cell(run, 3 if vanilla else 9, true_end=1)]
+        from_ends.append([run, *(spread(measured(cell, args)["judge_distance"]) for cell in cells)])
+    header = ["judge's distance, from", "noise", "the true end of stage 2", "the true end of stage 1"]
+    return [(["run", "steps", "solver", "full-rate calls", *SCORES], rows), (header, from_ends)]
 
 
 def front_row(cell: Cell, args: argparse.Namespace) -> list:
@@ -705,7 +735,7 @@ def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-CLAIMS = {f.__name__: f for f in (latency, training, alignment, renoising, early, sampling, growth)}
+CLAIMS = {f.__name__: f for f in (latency, training, alignment, renoising, early, sampling, stages, growth)}
 TOOLS = {"quality": quality, "cost": cost, "judge": make_judge}
 
 
