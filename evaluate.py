@@ -50,7 +50,7 @@ import train
 from data import FolderClips, MovingDigits, bounce, draw_digit, tile, to_images
 from model import DiT, DiTConfig
 from sample import non_negative_int, positive_int
-from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
+from tpdiff import Generators, Pyramid, Stage, align, downsample, randn, split_steps, upsample
 
 JUDGE = sample.SHIPPED / "judge.pt"
 JUDGE_SEED = 2**31
@@ -293,6 +293,18 @@ class HalfNoise(WithoutNoise):
         return (super().renoise(x_end, k) + Pyramid.renoise(self, x_end, k, generator)) / 2
 
 
+class LateVanilla(Pyramid):
+    """Vanilla, from the time on at which stage k of three starts."""
+
+    def __init__(self, mode: str, k: int):
+        super().__init__(mode, 1)
+        start = {name: getattr(Pyramid(mode, 3)[k], name) for name in ("t_start", "gamma_start", "sigma_start")}
+        self.whole, self._stages = self[0], (replace(self[0], **start),)
+
+    def _coordinates(self, t: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
+        return super()._coordinates(t, self.whole)  # in which the network was trained
+
+
 METRICS = 1  # raised when the same clips would score otherwise
 RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "half the noise": HalfNoise, "no noise": WithoutNoise}
 
@@ -377,7 +389,7 @@ def finish(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: i
     to where the next of three stages starts, and all steps from there."""
     end, device, clips = cell.true_end, next(weights.model.parameters()).device, []
     vanilla, pyramid = weights.stages == 1, RENOISING[cell.renoising](weights.mode, weights.stages)
-    pyramid, stride = (vanilla_from(weights.mode, end - 1), 1) if vanilla else (pyramid, 2**end)
+    pyramid, stride = (LateVanilla(weights.mode, end - 1), 1) if vanilla else (pyramid, 2**end)
     counts = split_steps(cell.steps, len(pyramid))[::-1]
     for indices in torch.arange(number).split(batch):
         x0, labels = zip(*(REAL[REAL_ENDS + seed * number + index] for index in indices.tolist()), strict=True)
@@ -394,13 +406,6 @@ def finish(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: i
                 x = pyramid._integrate(predict, pyramid.renoise(x, k + 1, generators), k, counts[k], cell.solver)
         clips.append(x.cpu())
     return torch.cat(clips)
-
-
-def vanilla_from(mode: str, k: int) -> Pyramid:
-    """The pyramid of one stage, from the time on at which stage k of three starts."""
-    pyramid, start = Pyramid(mode, 1), Pyramid(mode, 3)[k]
-    pyramid._stages = (replace(start, index=0, stride=1, t_end=0.0, gamma_end=1.0, sigma_end=0.0),)
-    return pyramid
 
 
 def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
