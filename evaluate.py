@@ -58,7 +58,8 @@ REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
 REAL_ENDS = 10**6  # the first of them that sampling goes on from; below are the reference and the judged
 
 # Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 to 0.67 times as long as
-# one of vanilla (of two stages 0.77, of four 0.54), so all runs have about equal time; `training` measures it.
+# one of vanilla (of two stages 0.77, of four 0.54), so all runs have about equal time, but for -long, which has four
+# times as much; `training` measures it.
 RUNS = {
     "flow-3": "--mode flow --stages 3 --steps 3000 --seed 1",
     "flow-1": "--mode flow --stages 1 --steps 1900 --seed 1",
@@ -79,8 +80,6 @@ RUNS = {
     "flow-1-long": "--mode flow --stages 1 --steps 7600 --seed 1",
     "flow-1-shift": "--mode flow --stages 1 --steps 1900 --seed 1 --time-shift 3",
     "flow-1-shift-seed-2": "--mode flow --stages 1 --steps 1900 --seed 2 --time-shift 3",
-    "ddim-1-shift": "--mode ddim --stages 1 --steps 1900 --seed 1 --time-shift 3",
-    "ddim-3-odds": "--mode ddim --stages 3 --steps 3640 --seed 1 --stage-odds 4 2 1",
 }
 SMOKE = {"number": 8, "reference": 50, "seeds": [0, 1], "batch": 8, "repeats": 1}
 SMOKE |= {"width": 16, "depth": 1, "runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
@@ -638,18 +637,18 @@ def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
 def renoising(args: argparse.Namespace) -> list:
     """Fig. 6: the same weights and first noise, nine Euler steps, four ways from one stage to the next. And the same
     from true ends of a stage, so that no error of the stages before is in it."""
-    cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in ("flow-3", "ddim-3") for way in RENOISING}
+    runs = ("flow-3", "ddim-3", "flow-3-long")
+    cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in runs for way in RENOISING}
     rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
     draw_clips(pictures, 1, args.out / "renoising.png")
-    distances, kept = [], []
-    for run, true_end in itertools.product(("flow-3", "ddim-3"), (0, 2, 1)):
-        found = [measured(Cell(run, 9, renoising=way, true_end=true_end), args) for way in RENOISING]
-        name = f"{run}, from {f'the true end of stage {true_end}' if true_end else 'noise'}"
-        distances.append([name, *(spread(each["judge_distance"]) for each in found)])
-        kept.append([name, *(spread(each["kept"]) for each in found)])
-    by_way = [(["judge's distance", *RENOISING], distances), (["kept", *RENOISING], kept)]
-    return [(["run, renoising", *SCORES], rows), *by_way]
+    ways, from_ends = ("paper", "no noise"), []
+    for run, true_end in itertools.product(("flow-3", "flow-3-long"), (2, 1)):
+        found = [measured(Cell(run, 9, renoising=way, true_end=true_end), args) for way in ways]
+        values = [spread(each[metric]) for metric in ("judge_distance", "kept") for each in found]
+        from_ends.append([f"{run}, stage {true_end}", *values])
+    header = [f"{metric}, {way}" for metric in ("judge's distance", "kept") for way in ways]
+    return [(["run, renoising", *SCORES], rows), (["from the true end of", *header], from_ends)]
 
 
 def early(args: argparse.Namespace) -> list:
@@ -674,24 +673,31 @@ def sampling(args: argparse.Namespace) -> list:
         kept.append([name, *(spread(each["kept"]) for each in found)])
         figure[name] = list(zip(calls[train_options(run, args).stages], values, strict=True))
     draw_curves(figure, "full-rate network calls", "judge's distance", args.out / "sampling.png")
+    by_steps = [f"{count} steps" for count in steps]
+    tables = [(["judge's distance", *by_steps], distances), (["kept", *by_steps], kept)]
     splits = [30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
-    shared = [front_row(Cell("flow-3", split), args) for split in splits]
-    header, by_steps = ["run", "steps", "solver", "full-rate calls", *SCORES], [f"{count} steps" for count in steps]
-    first = [(["judge's distance", *by_steps], distances), (["kept", *by_steps], kept)]
-    return [*first, (header, shared)]
+    long = itertools.product((30, 15, 9, 6, 3), ("euler", "ab2"))
+    for cells in [Cell("flow-3", split) for split in splits], [Cell("flow-3-long", *each) for each in long]:
+        tables.append((FRONT, [front_row(cell, args) for cell in cells]))
+    return tables
 
 
 def stages(args: argparse.Namespace) -> list:
-    """The number of stages, how often each is trained, and at which of them the error is made."""
-    pairs = [f"flow-{kind}{seed}" for kind in ("1", "2", "3", "3-odds") for seed in ("", "-seed-2")]
-    rows = [front_row(Cell(run), args) for run in (*pairs, "flow-4", "ddim-1", "ddim-3", "ddim-3-odds")]
+    """The number of stages; how often each is trained, or how vanilla draws its times; and where the error is made."""
+    pairs = [f"flow-{stages}{seed}" for stages in (1, 2, 3) for seed in ("", "-seed-2")]
+    numbers = [front_row(Cell(run), args) for run in (*pairs, "flow-4")]
+    pairs = [f"flow-{kind}{seed}" for kind in ("1", "1-shift", "3", "3-odds") for seed in ("", "-seed-2")]
+    draws = [front_row(Cell(run, 9), args) for run in (*pairs, "flow-1-long", "flow-3-long")]
     from_ends = []
-    for run in (*pairs[:2], *pairs[4:], "ddim-1", "ddim-3", "ddim-3-odds"):
-        vanilla = train_options(run, args).stages == 1
-        cells = [Cell(run, 9), Cell(run, 6 if vanilla else 9, true_end=2), Cell(run, 3 if vanilla else 9, true_end=1)]
+    for run in ("flow-1", "flow-1-shift", "flow-1-long", "flow-3", "flow-3-odds", "flow-3-long"):
+        counts = (6, 3) if train_options(run, args).stages == 1 else (9, 9)  # of vanilla those that are left
+        cells = [Cell(run, 9), *(Cell(run, count, true_end=k) for count, k in zip(counts, (2, 1), strict=True))]
         from_ends.append([run, *(spread(measured(cell, args)["judge_distance"]) for cell in cells)])
     header = ["judge's distance, from", "noise", "the true end of stage 2", "the true end of stage 1"]
-    return [(["run", "steps", "solver", "full-rate calls", *SCORES], rows), (header, from_ends)]
+    return [(FRONT, numbers), (FRONT, draws), (header, from_ends)]
+
+
+FRONT = ["run", "steps", "solver", "full-rate calls", *SCORES]
 
 
 def front_row(cell: Cell, args: argparse.Namespace) -> list:
