@@ -318,7 +318,7 @@ class Cell:
     solver: str = "euler"
     percent: int = 100
     renoising: str = "paper"
-    true_end: int = 0  # not 0: of that stage, which real clips noised by Eq. 8 take the place of
+    true_end: int = 0  # not 0: sampling goes on from real clips, noised to that stage's end; see `finish`
 
 
 def train_words(run: str, args: argparse.Namespace) -> list[str]:
@@ -498,7 +498,7 @@ def predicted_speedup(counts: list[int], frames: int, *size, fixed: float = 0.0)
 def fixed_share(full: float, quarter: float, frames: int, *size) -> float:
     """`fixed` of the above, from the times of vanilla at all frames and at a quarter of them."""
     ratio = network_cost(frames / 4, *size) / network_cost(frames, *size)
-    return max(0.0, (quarter / full - ratio) / (1 - ratio))
+    return min(1.0, max(0.0, (quarter / full - ratio) / (1 - ratio)))
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -635,8 +635,8 @@ def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
 
 
 def renoising(args: argparse.Namespace) -> list:
-    """Fig. 6: the same weights and first noise, nine Euler steps, four ways from one stage to the next. And the same
-    from true ends of a stage, so that no error of the stages before is in it."""
+    """Fig. 6: the same weights and first noise, nine Euler steps, four ways from one stage to the next. And two
+    of them from true ends of a stage, so that no error of the stages before is in it."""
     runs = ("flow-3", "ddim-3", "flow-3-long")
     cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in runs for way in RENOISING}
     rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
@@ -690,10 +690,11 @@ def stages(args: argparse.Namespace) -> list:
     draws = [front_row(Cell(run, 9), args) for run in (*pairs, "flow-1-long", "flow-3-long")]
     from_ends = []
     for run in ("flow-1", "flow-1-shift", "flow-1-long", "flow-3", "flow-3-odds", "flow-3-long"):
-        counts = (6, 3) if train_options(run, args).stages == 1 else (9, 9)  # of vanilla those that are left
+        counts = (6, 3) if train_options(run, args).stages == 1 else (9, 9)  # as many as the pyramid takes from there
         cells = [Cell(run, 9), *(Cell(run, count, true_end=k) for count, k in zip(counts, (2, 1), strict=True))]
         from_ends.append([run, *(spread(measured(cell, args)["judge_distance"]) for cell in cells)])
-    header = ["judge's distance, from", "noise", "the true end of stage 2", "the true end of stage 1"]
+    begins = [f"the true end of stage {k} (vanilla: start of {k - 1})" for k in (2, 1)]
+    header = ["judge's distance, from", "noise", *begins]
     return [(FRONT, numbers), (FRONT, draws), (header, from_ends)]
 
 

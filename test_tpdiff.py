@@ -1506,7 +1506,7 @@ def test_stages_are_drawn_evenly_or_as_the_odds_say_and_by_the_step_alone():
     assert all(abs(noisiest.count(k) - expected) < 100 for k, expected in enumerate((500, 500, 2000)))
 
 
-def test_shifted_times_have_the_given_quantiles_and_a_shift_of_one_changes_nothing():
+def test_shifted_times_have_the_given_median_and_a_shift_of_one_changes_nothing():
     draws = {}
     for shift in ("1", "3"):
         args = train.make_parser().parse_args([*TINY, "--time-shift", shift])
@@ -2073,6 +2073,18 @@ def test_labels_of_the_model_to_start_from_go_by_name(tmp_path):
     assert torch.equal(new["model"]["embed_label.weight"], old[[2, 1, 2]])  # ant, dog, none
 
 
+def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(tmp_path, capsys):
+    run_training(tmp_path / "run", "--steps", "1")
+    content = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    del content["args"]["stage_odds"], content["args"]["time_shift"]
+    torch.save(content, tmp_path / "run" / "checkpoint.pt")
+    capsys.readouterr()
+    for words in (["--stage-odds", "4", "2", "1"], ["--time-shift", "3"]):
+        error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", *words)
+        assert f"--resume cannot change it to {[4, 2, 1] if len(words) == 4 else 3.0}" in error
+    assert run_training(tmp_path / "run", "--resume", "--steps", "2")["step"] == 2
+
+
 def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsys, monkeypatch):
     run_training(tmp_path / "run", "--steps", "1")
     capsys.readouterr()
@@ -2612,31 +2624,37 @@ def test_plain_noise_has_the_variance_of_the_paper_s_and_no_noise_has_none(mode)
     torch.testing.assert_close(evaluate.HalfNoise(mode, 3).renoise(x, 1, seeded()), paper / 2)
 
 
+@pytest.mark.parametrize("true_end", [1, 2])
 @pytest.mark.parametrize("name", ["flow-3", "flow-1"])
-def test_sampling_goes_on_from_the_true_end_of_a_stage(name, monkeypatch):
-    first, p, seen = evaluate.REAL_ENDS + 5 * 6, Pyramid("flow", 3), {}
-    x0 = evaluate.real_clips(first, 6)
+def test_sampling_goes_on_from_the_true_end_of_a_stage(name, true_end, monkeypatch):
+    first, p, inputs, labels = evaluate.REAL_ENDS + 5 * 6, Pyramid("flow", 3), [], []
+    x0, k_next = evaluate.real_clips(first, 6), true_end - 1
 
     def oracle(x, t, k):
-        """x_start - x0, of the pyramid's stage 0 and of vanilla."""
-        seen.setdefault("x", x)
-        return (x - x0) / sample.per_clip(t, x) * (p[0].t_start if name == "flow-3" else 1)
+        """x_start - x0, of the pyramid's stage 0 and of vanilla, and anything at stage 1."""
+        inputs.append((x, t[0].item(), k))
+        return 0 * x if k else (x - x0) / sample.per_clip(t, x) * (p[0].t_start if name == "flow-3" else 1)
 
-    def make_predict(model, pyramid, labels, *rest):
-        seen["labels"] = labels.tolist()
+    def make_predict(model, pyramid, given, *rest):
+        labels.extend(given.tolist())
         return oracle
 
     monkeypatch.setattr(sample, "make_predict", make_predict)
     weights = sample.load_weights(sample.SHIPPED / f"{name}.pt")
-    clips = evaluate.finish(weights, evaluate.Cell(name, 9, true_end=1), 6, 5, 6)
-    torch.testing.assert_close(clips, x0)
-    assert seen["labels"] == [evaluate.REAL[number][1] for number in range(first, first + 6)]
+    cell = evaluate.Cell(name, (4, 3, 2) if name == "flow-3" else 5, true_end=true_end)
+    torch.testing.assert_close(evaluate.finish(weights, cell, 6, 5, 6), x0)
+    assert labels == [evaluate.REAL[number][1] for number in range(first, first + 6)]
+    x, t, _ = inputs[0]
+    assert t == pytest.approx(p[k_next].t_start)
     if name == "flow-3":
-        pairs = seen["x"].unflatten(2, (8, 2)).mean(3)  # without the renoising noise
-        noise = (pairs / p[0].gamma_start * p[1].gamma_end - p[1].gamma_end * x0[:, :, ::2]) / p[1].sigma_end
+        assert [k for *_, k in inputs] == ([1, 1, 1, 0, 0] if true_end == 2 else [0, 0])
+        pairs, end = x.unflatten(2, (-1, 2)).mean(3), p[true_end]  # without the renoising noise
+        clean = end.gamma_end * downsample(x0, end.stride)
+        noise = (pairs / p[k_next].gamma_start * end.gamma_end - clean) / end.sigma_end
     else:
-        noise = (seen["x"] - p[0].gamma_start * x0) / p[0].sigma_start
-    assert abs(noise.mean()) < 0.01 and noise.std() == pytest.approx(1, rel=0.02)
+        assert len(inputs) == 5
+        noise = (x - p[k_next].gamma_start * x0) / p[k_next].sigma_start
+    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, rel=0.02)
 
 
 def test_predicted_speedup():
@@ -2658,6 +2676,7 @@ def test_fixed_share_is_what_does_not_shrink_with_the_frames():
     full, quarter = (evaluate.network_cost(frames, *size) for frames in (16, 4))
     assert evaluate.fixed_share(full, quarter, 16, *size) == pytest.approx(0)
     assert evaluate.fixed_share(1.0, 1.0, 16, *size) == pytest.approx(1)
+    assert evaluate.fixed_share(1.0, 1.1, 16, *size) == 1 and evaluate.fixed_share(full, 0.5 * quarter, 16, *size) == 0
     a = full / 3  # added to both: a quarter of the longer time
     assert evaluate.fixed_share(full + a, quarter + a, 16, *size) == pytest.approx(0.25)
 

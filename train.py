@@ -51,9 +51,9 @@ def make_parser() -> sample.Parser:
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
-    odds = "how often each stage is trained, noisiest first, as whole numbers [equally often]"
+    odds = "how often each stage is trained: a whole number up to 1000 for each, noisiest first [equally often]"
     add("--stage-odds", type=positive_int, nargs="+", help=odds)
-    shift = "times u in a stage are drawn as shift u / (1 + (shift - 1) u), above 1 nearer to its noisy start"
+    shift = "above 1, times are drawn nearer to a stage's noisy start: at shift u / (1 + (shift - 1) u), u uniform"
     add("--time-shift", type=real_number(0.01, 100), default=1.0, help=shift)
     pairing = "how noise is paired with data: permuted within a batch, or the nearest of --candidates"
     add("--align", choices=["assignment", "nearest", "none"], default="assignment", help=pairing)
@@ -114,8 +114,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         checkpoint = load_checkpoint(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args(argv)
-        for name in checkpoint["args"].keys() - set(FREE):
-            was, now, flag = checkpoint["args"][name], getattr(args, name), "--" + name.replace("_", "-")
+        for name in vars(args).keys() - set(FREE):
+            was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
             if was != now:
                 raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     elif (out / "checkpoint.pt").exists():
