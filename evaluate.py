@@ -641,7 +641,7 @@ def renoising(args: argparse.Namespace) -> list:
     cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in runs for way in RENOISING}
     rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
-    draw_clips(pictures, 1, args.out / "renoising.png")
+    draw_clips(pictures, len(RENOISING), args.out / "renoising.png")
     ways, from_ends = ("paper", "no noise"), []
     for run, true_end in itertools.product(("flow-3", "flow-3-long"), (2, 1)):
         found = [measured(Cell(run, 9, renoising=way, true_end=true_end), args) for way in ways]
