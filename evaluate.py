@@ -78,6 +78,11 @@ RUNS = {
     "flow-3-odds-seed-2": "--mode flow --stages 3 --steps 3640 --seed 2 --stage-odds 4 2 1",
     "flow-3-long": "--mode flow --stages 3 --steps 12000 --seed 1",
     "flow-1-long": "--mode flow --stages 1 --steps 7600 --seed 1",
+    "flow-3-long-seed-2": "--mode flow --stages 3 --steps 12000 --seed 2",
+    "flow-1-long-seed-2": "--mode flow --stages 1 --steps 7600 --seed 2",
+    "flow-3-none-long": "--mode flow --stages 3 --steps 12000 --seed 1 --align none",
+    "ddim-3-long": "--mode ddim --stages 3 --steps 12000 --seed 1",
+    "ddim-1-long": "--mode ddim --stages 1 --steps 7600 --seed 1",
     "flow-1-shift": "--mode flow --stages 1 --steps 1900 --seed 1 --time-shift 3",
     "flow-1-shift-seed-2": "--mode flow --stages 1 --steps 1900 --seed 2 --time-shift 3",
 }
