@@ -33,7 +33,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -50,7 +50,7 @@ import train
 from data import FolderClips, MovingDigits, bounce, draw_digit, tile, to_images
 from model import DiT, DiTConfig
 from sample import non_negative_int, positive_int
-from tpdiff import Generators, Pyramid, Stage, align, downsample, randn, split_steps, upsample
+from tpdiff import Generators, Pyramid, align, downsample, randn, split_steps, upsample
 
 JUDGE = sample.SHIPPED / "judge.pt"
 JUDGE_SEED = 2**31
@@ -298,18 +298,6 @@ class HalfNoise(WithoutNoise):
         return (super().renoise(x_end, k) + Pyramid.renoise(self, x_end, k, generator)) / 2
 
 
-class LateVanilla(Pyramid):
-    """Vanilla, from the time on at which stage k of three starts."""
-
-    def __init__(self, mode: str, k: int):
-        super().__init__(mode, 1)
-        start = {name: getattr(Pyramid(mode, 3)[k], name) for name in ("t_start", "gamma_start", "sigma_start")}
-        self.whole, self._stages = self[0], (replace(self[0], **start),)
-
-    def _coordinates(self, t: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
-        return super()._coordinates(t, self.whole)  # in which the network was trained
-
-
 METRICS = 1  # raised when the same clips would score otherwise
 RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "half the noise": HalfNoise, "no noise": WithoutNoise}
 
@@ -392,23 +380,21 @@ def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number:
 def finish(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: int) -> Tensor:
     """Real clips, noised to the true end of a stage, and sampled from there with their own labels. Of vanilla: noised
     to where the next of three stages starts, and all steps from there."""
-    end, device, clips = cell.true_end, next(weights.model.parameters()).device, []
-    vanilla, pyramid = weights.stages == 1, RENOISING[cell.renoising](weights.mode, weights.stages)
-    pyramid, stride = (LateVanilla(weights.mode, end - 1), 1) if vanilla else (pyramid, 2**end)
-    counts = split_steps(cell.steps, len(pyramid))[::-1]
+    pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
+    end, t_start = min(cell.true_end, len(pyramid) - 1), Pyramid(weights.mode, 3)[cell.true_end - 1].t_start
+    counts, device = split_steps(cell.steps, len(pyramid))[::-1], next(weights.model.parameters()).device
     for indices in torch.arange(number).split(batch):
         x0, labels = zip(*(REAL[REAL_ENDS + seed * number + index] for index in indices.tolist()), strict=True)
         x0, labels = torch.stack(x0).to(device), torch.tensor(labels, device=device)
         generators = [sample.generator_for(seed, sample.SAMPLING, index) for index in indices.tolist()]
-        noise = randn(downsample(x0, stride).shape, generators, device)
+        noise = randn(downsample(x0, 2**end).shape, generators, device)
+        x_start, x = pyramid.endpoints(x0, noise, end)
         predict = sample.make_predict(weights.model, pyramid, labels, 1.0, sample.use_bf16("auto", device))
-        if vanilla:
-            x, _ = pyramid.endpoints(x0, noise, 0)
-            x = pyramid._integrate(predict, x, 0, *counts, cell.solver)
-        else:
-            _, x = pyramid.endpoints(x0, noise, end)
-            for k in reversed(range(end)):
-                x = pyramid._integrate(predict, pyramid.renoise(x, k + 1, generators), k, counts[k], cell.solver)
+        if end == 0:  # vanilla
+            x, _, _ = pyramid.interpolate(x_start, x, 0, torch.full((len(x0),), t_start))
+            x = pyramid.integrate(predict, x, 0, *counts, cell.solver, t_start)
+        for k in reversed(range(end)):
+            x = pyramid.integrate(predict, pyramid.renoise(x, k + 1, generators), k, counts[k], cell.solver)
         clips.append(x.cpu())
     return torch.cat(clips)
 

@@ -113,7 +113,7 @@ def test_one_stage_sampler_is_the_vanilla_loop():
     predictions = clips(N, 2, 1, 3, 4, 4, seed=1)
     for mode in ("flow", "ddim"):
         given = iter(predictions)
-        ours = Pyramid(mode, 1)._integrate(lambda x, t, k, given=given: next(given), x1, 0, N, "euler")
+        ours = Pyramid(mode, 1).integrate(lambda x, t, k, given=given: next(given), x1, 0, N, "euler")
         x = x1
         for i in range(N):
             (g, s), (g_, s_) = gamma_sigma(mode, 1 - i / N), gamma_sigma(mode, 1 - (i + 1) / N)
@@ -132,7 +132,7 @@ def test_n_steps_of_one_ddim_stage_visit_exactly_the_given_schedule():
         visited.append(t[0].item())
         return torch.zeros_like(x)
 
-    x = p._integrate(predict, torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), 0, len(alphas_cumprod), "euler")
+    x = p.integrate(predict, torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), 0, len(alphas_cumprod), "euler")
     abar_visited = [p.gamma_sigma(t)[0].item() ** 2 for t in visited]
     torch.testing.assert_close(torch.tensor(abar_visited), alphas_cumprod.flip(0).float())
     torch.testing.assert_close(x.item(), alphas_cumprod[-1].item() ** -0.5)  # eps = 0: x0 = x / sqrt(abar_N)
@@ -224,9 +224,18 @@ def test_constant_target_integrates_from_start_exactly_to_end(mode, alphas_cumpr
     p, x0 = Pyramid(mode, stages, alphas_cumprod), clips(2, 1, 8, 2, 2)
     for k, steps in itertools.product(range(stages), (1, 2, 7)):
         x_start, x_end = p.endpoints(x0, clips(2, 1, 8 // 2**k, 2, 2, seed=1), k)
-        _, target, _ = p.interpolate(x_start, x_end, k, torch.rand(2, generator=seeded()))
-        landed = p._integrate(lambda x, t, k, target=target: target, x_start, k, steps, solver)
-        assert_exact(landed, x_end)
+        x_t, target, t = p.interpolate(x_start, x_end, k, torch.full((2,), 0.6, dtype=torch.float64))
+        for x, since in ((x_start, None), (x_t, t[0].item())):
+            landed = p.integrate(lambda x, t, k, target=target: target, x, k, steps, solver, since)
+            assert_exact(landed, x_end)
+
+
+@both_modes
+def test_a_stage_is_integrated_from_a_time_within_it_in_one_step_or_more(mode):
+    p, x = Pyramid(mode, 3), torch.zeros(1, 1, 4, 2, 2)
+    for steps, t in ((0, None), (1, p[1].t_end), (1, p[1].t_start + 0.01)):
+        with pytest.raises(ValueError, match="stage 1 needs at least one step"):
+            p.integrate(lambda x, t, k: x, x, 1, steps, t=t)
 
 
 @pytest.mark.parametrize("mode, alphas_cumprod", [*PYRAMIDS, ("ddim", NEARLY_ZERO_SNR)])
@@ -480,7 +489,7 @@ def test_every_step_is_one_call_at_its_stage_s_rate_and_time(solver):
 def test_ab2_corrects_the_slope_by_the_change_since_the_last_step():
     """On a slope that is linear in the line's position, ab2 after its first step is exact to the midpoint's rule."""
     p, s = Pyramid("flow", 1), torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)
-    x = p._integrate(lambda x, t, k: t.view(-1, 1, 1, 1, 1).expand_as(x), s, 0, 4, "ab2")
+    x = p.integrate(lambda x, t, k: t.view(-1, 1, 1, 1, 1).expand_as(x), s, 0, 4, "ab2")
     assert x.item() == pytest.approx(-(0.25 * 1 + 0.25 * 0.625 + 0.25 * 0.375 + 0.25 * 0.125))
 
 
@@ -621,7 +630,7 @@ def test_any_pyramid_s_constant_target_integrates_exactly(kind, dtype, seed, fra
         torch.testing.assert_close(x_t[0], x_start[0], rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(x_t[1], x_end[1], rtol=tolerance, atol=tolerance)
         for solver in ("euler", "ab2"):
-            there = p._integrate(lambda x, t, k, target=target: target, x_start, k, steps, solver)
+            there = p.integrate(lambda x, t, k, target=target: target, x_start, k, steps, solver)
             torch.testing.assert_close(there, x_end, rtol=tolerance, atol=tolerance)
 
 
@@ -1507,11 +1516,12 @@ def test_stages_are_drawn_evenly_or_as_the_odds_say_and_by_the_step_alone():
 
 
 def test_shifted_times_have_the_given_median_and_a_shift_of_one_changes_nothing():
-    draws = {}
-    for shift in ("1", "3"):
-        args = train.make_parser().parse_args([*TINY, "--align", "none", "--time-shift", shift])
-        draws[shift] = train.draw(torch.zeros(4000, 1, 4, 4, 4), torch.full((4000,), -1), 0, 2, range(4000), args)[2]
-    same = train.draw(torch.zeros(9, 1, 4, 4, 4), torch.full((9,), -1), 0, 2, range(9), stage_args(0, *TINY, "--align", "none"))[2]
+    def times(count, *options):
+        args = stage_args(0, *TINY, "--align", "none", *options)
+        return train.draw(torch.zeros(count, 1, 4, 4, 4), torch.full((count,), -1), 0, 2, range(count), args)[2]
+
+    draws = {shift: times(4000, "--time-shift", shift) for shift in ("1", "3")}
+    same = times(9)
     assert torch.equal(same, draws["1"][:9]) and abs(draws["1"].median() - 0.5) < 0.03
     assert abs(draws["3"].median() - 0.75) < 0.03 and 0 <= draws["3"].min() and draws["3"].max() <= 1
 

@@ -257,21 +257,31 @@ class Pyramid:
         """
         self._check_frames(shape)
         counts = split_steps(steps, len(self))
-        if solver not in ("euler", "ab2"):
-            raise ValueError(f'solver must be "euler" or "ab2", not {solver!r}')
         first_stride = self[len(self) - 1].stride
         x = randn((*shape[:2], shape[2] // first_stride, *shape[3:]), generator, device, dtype)
         with torch.no_grad(), _progress_bar(sum(counts)) if progress else nullcontext() as bar:
             for k, count in zip(reversed(range(len(self))), counts, strict=True):
-                x = self._integrate(predict, x, k, count, solver, bar)
+                x = self.integrate(predict, x, k, count, solver, bar=bar)
                 if k > 0:
                     x = self.renoise(x, k, generator)
         return x
 
-    def _integrate(self, predict: Callable, x: Tensor, k: int, steps: int, solver: str, bar=None) -> Tensor:
-        """Stage k from its start to its end: steps along the line of `_coordinates`, whose slope is predicted."""
+    def integrate(
+        self, predict: Callable, x: Tensor, k: int, steps: int, solver: str = "euler", t: float | None = None, bar=None
+    ) -> Tensor:
+        """Eq. 9-10: stage k alone, to its end, from its start `x` (B, C, T / 2^k, H, W) or from the time `t` within it.
+
+        Steps uniform in t, along the line of `_coordinates`, whose slope `predict` says. Arguments and what is raised
+        as in `sample`, but gradients are recorded. Raises ValueError for a `t` outside of the stage, too.
+        """
         stage = self[k]
-        times = torch.linspace(stage.t_start, stage.t_end, steps + 1, dtype=torch.float64, device="cpu")
+        t = stage.t_start if t is None else t
+        if solver not in ("euler", "ab2"):
+            raise ValueError(f'solver must be "euler" or "ab2", not {solver!r}')
+        if steps < 1 or not stage.t_end < t <= stage.t_start:
+            window = f"{stage.t_end:.4g} < t <= {stage.t_start:.4g}"
+            raise ValueError(f"stage {k} needs at least one step, and {window}, not {steps} steps from t = {t}")
+        times = torch.linspace(t, stage.t_end, steps + 1, dtype=torch.float64, device="cpu")
         scale, position = (values.tolist() for values in self._coordinates(times, stage))
         previous = previous_h = None
         for i in range(steps):
