@@ -58,7 +58,7 @@ REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
 REAL_ENDS = 10**6  # the first of them that sampling goes on from; below are the reference and the judged
 
 # Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 to 0.67 times as long as
-# one of vanilla (of two stages 0.77, of four 0.54), so all runs have about equal time, but for -long, which has four
+# one of vanilla (of two stages 0.77, of four 0.54), so all runs have about equal time, but for -long, which have four
 # times as much; `training` measures it.
 RUNS = {
     "flow-3": "--mode flow --stages 3 --steps 3000 --seed 1",
@@ -81,6 +81,7 @@ RUNS = {
     "flow-3-long-seed-2": "--mode flow --stages 3 --steps 12000 --seed 2",
     "flow-1-long-seed-2": "--mode flow --stages 1 --steps 7600 --seed 2",
     "flow-3-none-long": "--mode flow --stages 3 --steps 12000 --seed 1 --align none",
+    "flow-3-none-long-seed-2": "--mode flow --stages 3 --steps 12000 --seed 2 --align none",
     "ddim-3-long": "--mode ddim --stages 3 --steps 12000 --seed 1",
     "ddim-1-long": "--mode ddim --stages 1 --steps 7600 --seed 1",
     "flow-1-shift": "--mode flow --stages 1 --steps 1900 --seed 1 --time-shift 3",
@@ -560,31 +561,33 @@ def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None
 
 
 def training(args: argparse.Namespace) -> list:
-    """Fig. 5: the judge's distance against training time, pyramid and vanilla in equal time."""
+    """Fig. 5: the judge's distance against training time, pyramid and vanilla in equal time; of long runs, too."""
     percents, steps, rows, gains = (10, 20, 40, 60, 80, 100), {}, [], []
+    pairs = {("flow", ""): 30, ("flow", "-seed-2"): 30, ("ddim", ""): 30}  # with solver steps: the paper's
+    pairs |= {("flow", "-long-seed-2"): 9, ("ddim", "-long"): 9}  # fewer, to spare hours
     for options in (train_options(run, args) for run in ("flow-3", "flow-1", "ddim-3", "ddim-1")):
         step = bench.Run(options).training_step
         steps |= {(options.mode, options.stages, k): partial(step, k) for k in range(options.stages)}
     seconds = bench.alternate(steps, args.repeats)
-    for mode, seed in (("flow", 1), ("flow", 2), ("ddim", 1)):
+    for (mode, kind), count in pairs.items():
         curves = {}
-        for run in (f"{mode}-{stages}" + "-seed-2" * (seed == 2) for stages in (3, 1)):
+        for run in (f"{mode}-{stages}{kind}" for stages in (3, 1)):
             options = train_options(run, args)
             by_stage = [bench.median(seconds[mode, options.stages, k]) for k in range(options.stages)]
             whole = options.steps * statistics.mean(by_stage)
-            cells = {percent: measured(Cell(run, percent=percent), args) for percent in percents}
+            cells = {percent: measured(Cell(run, count, percent=percent), args) for percent in percents}
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
             values = [spread(cell["judge_distance"]) for cell in cells.values()]
             milliseconds = ", ".join(f"{each * 1e3:.0f}" for each in by_stage)
             rows.append([run, milliseconds, f"{whole:.0f}", *values, spread(cells[100]["kept"])])
         pyramid, vanilla = curves.values()
-        draw_curves(curves, "seconds of training", "judge's distance", args.out / f"training-{mode}-seed-{seed}.png")
+        draw_curves(curves, "seconds of training", "judge's distance", args.out / f"training-{mode}{kind}.png")
         if reached := time_to(statistics.mean(vanilla[-1][1]), pyramid):
             times, bound = (vanilla[-1][0], reached), "at least " * (reached == pyramid[0][0])
         else:
             reached = time_to(statistics.mean(pyramid[-1][1]), vanilla)
             times, bound = (reached, pyramid[-1][0]), "at most " * (reached == vanilla[0][0])
-        gains.append([f"{mode}, seed {seed}", *(f"{each:.0f}" for each in times), f"{bound}{times[0] / times[1]:.2f}"])
+        gains.append([mode + kind, *(f"{each:.0f}" for each in times), f"{bound}{times[0] / times[1]:.2f}"])
     shares = [f"distance at {percent}%" for percent in percents]
     names = ["", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
     return [(["run", "ms a step, by stage", "seconds", *shares, "kept"], rows), (names, gains)]
@@ -603,7 +606,8 @@ SCORES = ["judge's distance", "legible", "kept", "straight", "off track, px", "f
 def alignment(args: argparse.Namespace) -> list:
     """Table 3: training without alignment and with it, and how much of the target's variance it removes."""
     runs = ("flow-3", "flow-3-nearest", "flow-3-none", "flow-3-seed-2", "flow-3-none-seed-2", "ddim-3", "ddim-3-none")
-    rows = [[run, *scores_row(Cell(run), args)] for run in (*runs, "real")]
+    long = (f"flow-3{kind}-long{seed}" for seed in ("", "-seed-2") for kind in ("", "-none"))
+    rows = [[run, *scores_row(Cell(run), args)] for run in (*runs, *long, "real")]
     stages = list(itertools.product(("flow", "ddim"), range(3)))
     batches = (4, 16) if args.smoke else (4, 16, 64, 256)
     removed = [[batch, *(f"{variance_removed(*stage, batch):.2%}" for stage in stages)] for batch in batches]
@@ -628,7 +632,7 @@ def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
 def renoising(args: argparse.Namespace) -> list:
     """Fig. 6: the same weights and first noise, nine Euler steps, four ways from one stage to the next. And two
     of them from true ends of a stage, so that no error of the stages before is in it."""
-    runs = ("flow-3", "ddim-3", "flow-3-long")
+    runs = ("flow-3", "ddim-3", "flow-3-long", "flow-3-long-seed-2", "ddim-3-long")
     cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in runs for way in RENOISING}
     rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
@@ -667,8 +671,8 @@ def sampling(args: argparse.Namespace) -> list:
     by_steps = [f"{count} steps" for count in steps]
     tables = [(["judge's distance", *by_steps], distances), (["kept", *by_steps], kept)]
     splits = [30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
-    long = itertools.product((30, 15, 9, 6, 3), ("euler", "ab2"))
-    for cells in [Cell("flow-3", split) for split in splits], [Cell("flow-3-long", *each) for each in long]:
+    long = itertools.product(("flow-3-long", "flow-1-long"), (30, 15, 9, 6, 3), ("euler", "ab2"))
+    for cells in [Cell("flow-3", split) for split in splits], [Cell(*each) for each in long]:
         tables.append((FRONT, [front_row(cell, args) for cell in cells]))
     return tables
 
@@ -678,7 +682,8 @@ def stages(args: argparse.Namespace) -> list:
     pairs = [f"flow-{stages}{seed}" for stages in (1, 2, 3) for seed in ("", "-seed-2")]
     numbers = [front_row(Cell(run), args) for run in (*pairs, "flow-4")]
     pairs = [f"flow-{kind}{seed}" for kind in ("1", "1-shift", "3", "3-odds") for seed in ("", "-seed-2")]
-    draws = [front_row(Cell(run, 9), args) for run in (*pairs, "flow-1-long", "flow-3-long")]
+    long = [f"flow-{stages}-long{seed}" for stages in (1, 3) for seed in ("", "-seed-2")]
+    draws = [front_row(Cell(run, 9), args) for run in (*pairs, *long)]
     from_ends = []
     for run in ("flow-1", "flow-1-shift", "flow-1-long", "flow-3", "flow-3-odds", "flow-3-long"):
         counts = (6, 3) if train_options(run, args).stages == 1 else (9, 9)  # as many as the pyramid takes from there

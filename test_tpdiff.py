@@ -2738,8 +2738,10 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(
     assert (
         content["command"].startswith("python evaluate.py renoising --runs") and content["torch"] == torch.__version__
     )
-    assert len(rows) == 13 and all(len(row) == len(header) for row in rows)
-    assert len({tuple(row[1:]) for row in rows}) == 9  # each way gives other clips; here the long run is the short one
+    assert len(rows) == 21 and all(len(row) == len(header) for row in rows)
+    assert (
+        len({tuple(row[1:]) for row in rows}) == 9
+    )  # each way gives other clips; here the long runs are the short ones
     assert bench.markdown(header, rows) in capsys.readouterr().out
     assert (tmp_path / "results" / "renoising.png").exists()
     cells = json.loads((tmp_path / "results" / "cells.json").read_text())
