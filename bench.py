@@ -1,5 +1,5 @@
-"""What the code costs, beside what the machine can do and what people would use instead. Every speed figure of the
-README comes from here, but for those it says have no command.
+"""What the code costs, beside what the machine can do and what people would use instead. The README's speed figures
+come from here, but for those it says have no command; sampling and training times of whole runs from evaluate.py.
 
   python bench.py step         training and sampling step by stage, as a share of the matrix-product rate
   python bench.py peers        forward plus backward beside other video models
@@ -88,7 +88,6 @@ class Run:
     def __init__(self, args: argparse.Namespace, captured: bool = True):
         self.args, self.device = args, sample.choose_device()
         self.bf16 = sample.use_bf16(args.precision, self.device)
-        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.data = open_data(args)
         model = train.make_model(self.data, args)
         if args.init:
@@ -132,8 +131,7 @@ class Run:
 def matrix_products(run: Run, k: int) -> tuple[Callable, float]:
     """(a function, its FLOP): the products of a block's linear layers at stage k, forward and backward, alone."""
     width, rows = run.args.width, run.tokens(k)
-
-    random = partial(torch.randn, device=run.device, dtype=run.dtype)
+    random = partial(torch.randn, device=run.device, dtype=torch.bfloat16 if run.bf16 else torch.float32)
     shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
     operands = [(random(rows, m), random(n, m), random(rows, n)) for m, n in shapes]
 
@@ -424,16 +422,15 @@ def bench_memory(args: argparse.Namespace, options: list[str], limit: float = 81
 
 def largest_clip(options: list[str], divisor: int, limit: float) -> str:
     """The most frames, within 10%, that one clip can have in `limit` MiB at the full rate, the worst stage."""
-    frames, too_many, peak = 64, None, 0.0
-    while too_many is None or too_many > 1.1 * frames:
-        middle = 2 * frames if too_many is None else (frames + too_many) // 2
-        middle -= middle % divisor
-        needs = measured_apart([*options, "--frames", str(middle)], 0)
+    fit, too_many, peak, frames = 0, math.inf, 0.0, max(64, divisor)
+    while too_many - fit > max(divisor, fit / 10):
+        needs = measured_apart([*options, "--frames", str(frames)], 0)
         if needs < limit:
-            frames, peak = middle, needs
+            fit, peak = frames, needs
         else:
-            too_many = middle
-    return f"{frames} ({peak:.0f} MiB; {too_many} do not)"
+            too_many = frames
+        frames = 2 * fit if too_many == math.inf else (fit + too_many) // 2 // divisor * divisor
+    return f"{fit} ({peak:.0f} MiB; {too_many} do not)"
 
 
 def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, interval: int = 30) -> None:
@@ -464,19 +461,19 @@ def trained_rate(commands: list[list[str]], threads: int) -> float:
         options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         outs = [Path(folder, str(number)) for number in range(len(commands))]
         children = [subprocess.Popen([*c, "--out", out], **options) for c, out in zip(commands, outs, strict=True)]
-        for child, (_, errors) in [(child, child.communicate()) for child in children]:
+        errors = [child.communicate()[1].decode() for child in children]
+        for child, error in zip(children, errors, strict=True):
             if child.returncode:
-                raise ValueError(f"train.py failed: {errors.decode().strip().splitlines()[-1]}")
+                raise ValueError(f"train.py failed: {error.strip().splitlines()[-1]}")
         metrics = [(out / "metrics.jsonl").read_text().splitlines() for out in outs]
         return sum(json.loads(rows[1])["clips_per_second"] for rows in metrics)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = sample.Parser(prog="bench.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", choices=["step", "peers", "parts", "memory", "processes", "peak"])
-    parser.add_argument("--repeats", type=sample.positive_int, default=25, help="times that each thing is timed [25]")
-    parser.add_argument("--stage", type=sample.non_negative_int, default=0, help="of peak, which memory calls [0]")
+    parser.add_argument("--repeats", type=sample.positive_int, default=25, help="times that each thing is timed")
+    parser.add_argument("--stage", type=sample.non_negative_int, default=0, help="of peak, which memory calls")
     ours, options = parser.parse_known_args(argv)
     sample.keep_memory()
     try:
@@ -500,6 +497,10 @@ def main(argv: list[str] | None = None) -> None:
             bench_processes(args, options, ours.repeats)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not sample.is_out_of_memory(error):
+            raise
+        parser.error(train.NO_MEMORY)
 
 
 if __name__ == "__main__":

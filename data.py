@@ -13,6 +13,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import chain, groupby
@@ -59,7 +60,7 @@ def draw_digit(glyph: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np
 
 
 def bounce(start: float, velocity: float, frames: int, room: float) -> np.ndarray:
-    """Positions (T,) of a point moving at constant velocity and bouncing off 0 and `room`."""
+    """Positions (..., T) of a point moving at constant velocity and bouncing off 0 and `room`."""
     return room - np.abs((start + velocity * np.arange(frames)) % (2 * room) - room)
 
 
@@ -179,10 +180,11 @@ def _read_images(source: Source, wanted: range) -> Iterator[Image.Image]:
     """The frames of these numbers, in order. Raises what Pillow and FFmpeg raise for a damaged file."""
     if source.kind == "video":
         yield from _read_video(source.files[0], wanted)
-    for number in wanted if source.kind == "stills" else ():
-        with Image.open(source.files[number]) as image:
-            yield ImageOps.exif_transpose(image)
-    if source.kind == "pictures":
+    elif source.kind == "stills":
+        for number in wanted:
+            with Image.open(source.files[number]) as image:
+                yield ImageOps.exif_transpose(image)
+    else:
         with Image.open(source.files[0]) as image:
             for number in wanted:
                 image.seek(number)
@@ -263,9 +265,10 @@ class FolderClips(Dataset):
         self.span = (self.frames - 1) * self.frame_stride + 1
         self.cache, self.room, counts = {}, self.cache_bytes, Counter()
         found = find_sources(self.folder, self.index, series=self.span > 1)
-        self.sources = [source for source in found if self._reason_to_skip(source) is None]
-        for source in found:
-            counts[self._reason_to_skip(source)] += len(source.files)
+        reasons = [self._reason_to_skip(source) for source in found]
+        self.sources = [source for source, reason in zip(found, reasons, strict=True) if reason is None]
+        for source, reason in zip(found, reasons, strict=True):
+            counts[reason] += len(source.files)
         files, used = counts.total(), counts.pop(None, 0)
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
         broken = ", ".join(str(source.files[0]) for source in found if source.kind == "broken")
@@ -355,7 +358,8 @@ class FolderClips(Dataset):
                 warnings.warn(f"{source.files[0]} cannot be decoded and is skipped: {error}", stacklevel=2)
                 continue
             window = window.flip(-1) if self.flip and random.integers(2) else window
-            return window, self.classes.index(self._class_name(source)) if self.labels else -1
+            label = self.classes.index(self._class_name(source)) if self.labels else -1
+            return window, label
         raise DataError(f"{self.folder}: not one file can be decoded")
 
 
@@ -363,11 +367,9 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
     """All clips under the folder but those beside the index. A file that has not changed since is not opened again."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
-    try:
-        known = json.loads(index.read_text())
-    except (AttributeError, OSError, ValueError):  # none, none yet, or damaged: it will be written anew
-        known = {}
-    rows = {}
+    known, rows = {}, {}
+    with suppress(OSError, ValueError):  # there is none yet, or it is damaged: it will be written anew
+        known = json.loads(index.read_text()) if index else {}
 
     def look(files: tuple[Path, ...]) -> Source:
         name, status = str(files[0]), files[0].stat()
@@ -405,7 +407,7 @@ def to_images(clips: Tensor) -> np.ndarray:
     if clips.shape[1] not in (1, 3):
         raise ValueError(f"clips of {clips.shape[1]} channels are not pictures: 1 or 3 can be shown")
     pixels = ((clips.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 4, 1).expand(*[-1] * 4, 3).numpy()
+    return pixels.permute(0, 2, 3, 4, 1).expand(-1, -1, -1, -1, 3).numpy()
 
 
 def tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.Image:

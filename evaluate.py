@@ -4,7 +4,7 @@
   python evaluate.py cost         how much faster than vanilla the pyramid should sample, for a model of any size
   python evaluate.py judge        train the judge, a small network that knows moving digits: weights/judge.pt, shipped
 
-Each claim trains the runs it needs (RUNS), samples them, prints its table and writes results/CLAIM.json and a figure:
+Each claim trains the runs it needs (RUNS), samples them, prints its tables and writes results/CLAIM.json, or a figure:
 
   python evaluate.py latency      Table 1: sampling time of the pyramid beside vanilla's, and the predicted ratio
   python evaluate.py training     Fig. 5: quality against training time
@@ -98,14 +98,13 @@ class Judge(nn.Module):
     All features lie in (-1, 1), so that what no digit looks like is far from real clips, and not infinitely far.
     """
 
-    def __init__(self, features: int = 32):
+    def __init__(self):
         super().__init__()
-        convolutions = [nn.Conv2d(1, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1), nn.Conv2d(32, 64, 3, 2, 1)]
-        layers = [layer for convolution in convolutions for layer in (convolution, nn.SiLU())]
-        self.see = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, features), nn.Tanh())
-        conv1d = [nn.Conv1d(features, features, 3, padding=1) for _ in range(2)]
-        self.watch = nn.Sequential(conv1d[0], nn.SiLU(), conv1d[1], nn.Tanh())
-        self.label, self.place, self.velocity = nn.Linear(features, 10), nn.Linear(features, 2), nn.Linear(features, 2)
+        layers = [nn.Conv2d(1, 16, 3, 2, 1), nn.SiLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.SiLU()]
+        layers += [nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(64 * 4 * 4, 32), nn.Tanh()]
+        self.see = nn.Sequential(*layers)
+        self.watch = nn.Sequential(nn.Conv1d(32, 32, 3, 1, 1), nn.SiLU(), nn.Conv1d(32, 32, 3, 1, 1), nn.Tanh())
+        self.label, self.place, self.velocity = nn.Linear(32, 10), nn.Linear(32, 2), nn.Linear(32, 2)
 
     def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         """What it saw in each frame (B, T, D), and in the frames around it (B, T, D)."""
@@ -299,6 +298,8 @@ class HalfNoise(WithoutNoise):
         return (super().renoise(x_end, k) + Pyramid.renoise(self, x_end, k, generator)) / 2
 
 
+SCORES = ["judge's distance", "legible", "kept", "straight", "off track, px", "flicker, of real"]
+FRONT = ["run", "steps", "solver", "full-rate calls", *SCORES]
 METRICS = 1  # raised when the same clips would score otherwise
 RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "half the noise": HalfNoise, "no noise": WithoutNoise}
 
@@ -316,9 +317,8 @@ class Cell:
 
 
 def train_words(run: str, args: argparse.Namespace) -> list[str]:
-    """A run's options for train.py as words. Weights are kept twenty times."""
-    words = RUNS[run].split() + TINY.split() * args.smoke
-    return [*words, "--keep-interval", str(train.make_parser().parse_args(words).steps // 20)]
+    """A run's options for train.py as words."""
+    return RUNS[run].split() + (TINY.split() if args.smoke else [])
 
 
 def train_options(run: str, args: argparse.Namespace) -> argparse.Namespace:
@@ -330,7 +330,8 @@ def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
     """The weights of a run after a share of its steps, a multiple of 5%. The run is made now unless it is there.
 
     Raises ValueError if its folder holds a run with other options."""
-    folder, words, steps = args.runs / run, train_words(run, args), train_options(run, args).steps
+    folder, steps = args.runs / run, train_options(run, args).steps
+    words = [*train_words(run, args), "--keep-interval", str(steps // 20)]
     path, note = folder / f"weights-{steps * percent // 100}.pt", folder / "options.txt"
     begun = (folder / "checkpoint.pt").exists()
     if begun and (not note.exists() or note.read_text().split() != words):
@@ -338,7 +339,8 @@ def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(" ".join(words) + "\n")
-        child = subprocess.Popen([sys.executable, train.__file__, *words, "--out", folder, *["--resume"] * begun])
+        words += ["--resume"] if begun else []
+        child = subprocess.Popen([sys.executable, train.__file__, *words, "--out", folder])
         with suppress(KeyboardInterrupt):  # the terminal told the child too, and it saves first
             child.wait()
         if code := child.wait():
@@ -355,7 +357,8 @@ def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Te
         compiled = compiled_model(weights.model.config)
         compiled.load_state_dict(weights.model.state_dict())
         weights.model = compiled
-    return (finish if cell.true_end else generate)(weights, cell, args.batch, seed, number)
+    make = finish if cell.true_end else generate
+    return make(weights, cell, args.batch, seed, number)
 
 
 @cache
@@ -370,9 +373,9 @@ def generate(weights: sample.Weights, cell: Cell, batch: int, seed: int, number:
     """In batches; clip i's noise depends on the seed and i alone."""
     pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
     labels = sample.choose_labels(weights.classes, number)
-    for first in tqdm(range(0, number, batch), desc=f"{cell.run}, seed {seed}", unit="batch", leave=False):
-        part, count = labels if labels is None else labels[first : first + batch], min(batch, number - first)
-        made = sample.generate(weights, pyramid, part, count, cell.steps, cell.solver, seed=seed, first=first)
+    for clip in tqdm(torch.arange(number).split(batch), desc=f"{cell.run}, seed {seed}", unit="batch", leave=False):
+        part, first = labels if labels is None else labels[clip], clip[0].item()
+        made = sample.generate(weights, pyramid, part, len(clip), cell.steps, cell.solver, seed=seed, first=first)
         clips.append(made.cpu())
     return torch.cat(clips)
 
@@ -402,11 +405,14 @@ def finish(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: i
 
 def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
     """A cell's metrics, from results/cells.json or now. They count for the weights and the judge they are of."""
-    path, files = args.out / "cells.json", [JUDGE]
-    files += [] if cell.run == "real" else [trained(cell.run, cell.percent, args)]
+    path, name = args.out / "cells.json", str(cell)
+    files = [JUDGE] if cell.run == "real" else [JUDGE, trained(cell.run, cell.percent, args)]
     what = {"files": [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files], "metrics": METRICS}
     what |= {"number": args.number, "seeds": args.seeds, "real": args.reference}
-    name, read = str(cell), lambda: json.loads(path.read_text()) if path.exists() else {}
+
+    def read() -> dict:
+        return json.loads(path.read_text()) if path.exists() else {}
+
     found = read().get(name, {})
     if {key: found.get(key) for key in what} != what:
         found = what | {"date": str(datetime.date.today()), "commit": commit()}
@@ -417,11 +423,12 @@ def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
 
 @cache
 def commit() -> str:
-    """The code's, marked if source files differ from it; empty without git."""
+    """The code's, marked if source files differ from it; empty without git or its repository."""
     git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        return name + "-dirty" * bool(git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode)
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+        return f"{name}-dirty" if name and changed else name
     except OSError:
         return ""
 
@@ -437,7 +444,7 @@ def quality(args: argparse.Namespace) -> None:
     path = sample.weight_file(args.checkpoint or sample.find_weights(args.mode, args.stages))
     weights = sample.load_weights(path, sample.choose_device())
     steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
-    split_steps(steps, weights.stages)
+    split_steps(steps, weights.stages)  # refuses them before minutes of reading and sampling
     data, metrics, references = held_out(path, weights, args) if args.data else digits_for(path, weights, args)
     made = scores_of(partial(generate, weights, Cell(str(path), steps, args.solver), args.batch), metrics, args)
     real = scores_of(lambda seed, number: real_clips(references + seed * number, number, data), metrics, args)
@@ -495,10 +502,10 @@ def fixed_share(full: float, quarter: float, frames: int, *size) -> float:
 
 def cost(args: argparse.Namespace) -> None:
     """The prediction alone: for every number of stages up to --stages, or for the steps given stage by stage."""
-    predict = partial(predicted_speedup, fixed=args.fixed)
-    size, most = (args.tokens, args.width, args.depth, args.attention), min(args.stages, *args.steps)
-    splits = [split_steps(args.steps[0], stages) for stages in range(1, most + 1)]
-    splits = splits if len(args.steps) == 1 else [args.steps]
+    predict, size = partial(predicted_speedup, fixed=args.fixed), (args.tokens, args.width, args.depth, args.attention)
+    splits = [args.steps]
+    if len(args.steps) == 1:
+        splits = [split_steps(args.steps[0], count) for count in range(1, min(args.stages, *args.steps) + 1)]
     rows = [["-".join(map(str, counts)), f"{predict(counts, args.frames, *size):.3g}"] for counts in splits]
     print(bench.markdown(["steps (noisiest first)", "times as fast as one stage"], rows))
 
@@ -507,7 +514,8 @@ def sampling_times(settings: dict, args: argparse.Namespace) -> dict:
     """Sorted seconds of 30 Euler steps, network untrained. `settings`: a name -> (mode, stages, frames, batch)."""
     functions = {}
     for name, (mode, stages, frames, batch) in settings.items():
-        model = DiT(DiTConfig(1, 4, args.width, args.depth, 4, stages)).to(sample.choose_device()).eval()
+        config = DiTConfig(width=args.width, depth=args.depth, stages=stages)
+        model = DiT(config).to(sample.choose_device()).eval()
         weights = sample.Weights(model, mode, stages, frames, 4 * math.isqrt(args.tokens), (), 0)
         functions[name] = partial(sample.generate, weights, Pyramid(mode, stages), None, batch)
     return bench.alternate(functions, args.repeats)
@@ -519,7 +527,7 @@ def latency(args: argparse.Namespace) -> list:
     for (mode, papers), batch in itertools.product((("flow", 1.71), ("ddim", 1.49)), (1, 8)):
         settings = {"vanilla": (mode, 1, 16, batch), "quarter": (mode, 1, 4, batch), "pyramid": (mode, 3, 16, batch)}
         seconds = sampling_times(settings, args)
-        full, quarter, pyramid = map(bench.median, seconds.values())
+        full, quarter, pyramid = map(statistics.median, seconds.values())
         fixed, speedup = fixed_share(full, quarter, 16, *size), full / pyramid
         alone, whole = (predicted_speedup([10, 10, 10], 16, *size, fixed=share) for share in (0, fixed))
         figures = [f"{speedup:.2f}", f"{alone:.2f}", f"{fixed:.0%}", f"{whole:.2f}", f"{speedup / whole - 1:+.0%}"]
@@ -536,7 +544,7 @@ def growth(args: argparse.Namespace) -> list:
         settings = {"quarter": ("flow", 1, frames // 4, 1)}
         settings |= {stages: ("flow", stages, frames, 1) for stages in (1, 3, most)}
         seconds = sampling_times(settings, args)
-        times = {name: bench.median(values) for name, values in seconds.items()}
+        times = {name: statistics.median(values) for name, values in seconds.items()}
         fixed = fixed_share(times[1], times["quarter"], frames, *size)
         figure["vanilla"].append((frames, [times[1] * 1e3]))
         figure["pyramid"].append((frames, [times[most] * 1e3]))
@@ -573,7 +581,7 @@ def training(args: argparse.Namespace) -> list:
         curves = {}
         for run in (f"{mode}-{stages}{kind}" for stages in (3, 1)):
             options = train_options(run, args)
-            by_stage = [bench.median(seconds[mode, options.stages, k]) for k in range(options.stages)]
+            by_stage = [statistics.median(seconds[mode, options.stages, k]) for k in range(options.stages)]
             whole = options.steps * statistics.mean(by_stage)
             cells = {percent: measured(Cell(run, count, percent=percent), args) for percent in percents}
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
@@ -583,10 +591,10 @@ def training(args: argparse.Namespace) -> list:
         pyramid, vanilla = curves.values()
         draw_curves(curves, "seconds of training", "judge's distance", args.out / f"training-{mode}{kind}.png")
         if reached := time_to(statistics.mean(vanilla[-1][1]), pyramid):
-            times, bound = (vanilla[-1][0], reached), "at least " * (reached == pyramid[0][0])
+            times, bound = (vanilla[-1][0], reached), "at least " if reached == pyramid[0][0] else ""
         else:
             reached = time_to(statistics.mean(pyramid[-1][1]), vanilla)
-            times, bound = (reached, pyramid[-1][0]), "at most " * (reached == vanilla[0][0])
+            times, bound = (reached, pyramid[-1][0]), "at most " if reached == vanilla[0][0] else ""
         gains.append([mode + kind, *(f"{each:.0f}" for each in times), f"{bound}{times[0] / times[1]:.2f}"])
     shares = [f"distance at {percent}%" for percent in percents]
     names = ["", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
@@ -598,9 +606,6 @@ def scores_row(cell: Cell, args: argparse.Namespace) -> list[str]:
     found, real = measured(cell, args), statistics.mean(measured(Cell("real"), args)["flicker"])
     scores = [spread(found[metric]) for metric in ("judge_distance", "legible", "kept", "straight", "off_track")]
     return [*scores, spread([value / real for value in found["flicker"]])]
-
-
-SCORES = ["judge's distance", "legible", "kept", "straight", "off track, px", "flicker, of real"]
 
 
 def alignment(args: argparse.Namespace) -> list:
@@ -694,9 +699,6 @@ def stages(args: argparse.Namespace) -> list:
     return [(FRONT, numbers), (FRONT, draws), (header, from_ends)]
 
 
-FRONT = ["run", "steps", "solver", "full-rate calls", *SCORES]
-
-
 def front_row(cell: Cell, args: argparse.Namespace) -> list:
     counts = split_steps(cell.steps, train_options(cell.run, args).stages)
     calls = f"{sample.full_rate_steps(counts):.4g}"
@@ -750,7 +752,6 @@ TOOLS = {"quality": quality, "cost": cost, "judge": make_judge}
 
 def make_parser() -> sample.Parser:
     parser = sample.Parser(prog="evaluate.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("command", choices=[*TOOLS, *CLAIMS, "all"])
     add("--checkpoint", type=Path, help="of quality: weights.pt or a run's folder [newest in runs/, else shipped]")
@@ -777,7 +778,7 @@ def make_parser() -> sample.Parser:
     add("--fixed", type=sample.real_number(0, 1), default=0.0, help=fixed)
     attention = "factorized (space, then time), or full (over all tokens)"
     add("--attention", choices=["factorized", "full"], default="factorized", help=attention)
-    add("--smoke", action="store_true", help="of claims: tiny runs, few clips, in runs/smoke and results in there")
+    add("--smoke", action="store_true", help="few clips; of claims, tiny runs in runs/smoke and results in there")
     add("--runs", type=Path, default=Path("runs/evaluate"), help="where the claims' runs are")
     add("--out", type=Path, default=Path("results"), help="where the claims' numbers and figures go")
     return parser

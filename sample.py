@@ -23,7 +23,7 @@ SUFFIXES = (".gif", ".png", ".npy")  # of what is written; the last for latents
 SHIPPED = Path(__file__).parent / "weights"
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         bare = action.default is None or action.default is False
         return action.help if bare else super()._get_help_string(action)
@@ -261,43 +261,26 @@ def free_name(stem: Path) -> Path:
 
 def make_parser() -> Parser:
     parser = Parser(prog="sample.py", description="Sample clips from trained weights, as a GIF and a PNG strip.")
-    parser.add_argument("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
-    parser.add_argument("--stages", type=positive_int, help="stages; 1 is vanilla [the checkpoint's, else 3]")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="weights.pt or checkpoint.pt of a run [newest match in runs/, else shipped]"
-    )
-    parser.add_argument("--number", type=positive_int, default=10, help="clips to sample")
-    parser.add_argument(
-        "--steps",
-        type=positive_int,
-        nargs="+",
-        default=[30],
-        help="solver steps: a total, or one count per stage, noisiest first",
-    )
-    parser.add_argument(
-        "--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order"
-    )
-    parser.add_argument("--label", nargs="+", help="classes to sample, in turn [every class]")
-    parser.add_argument(
-        "--guidance",
-        type=real_number(-100, 100),
-        default=1.0,
-        help="classifier-free guidance scale; other than 1 doubles the cost",
-    )
-    parser.add_argument(
-        "--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone"
-    )
-    parser.add_argument(
-        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it"
-    )
-    parser.add_argument("--out", type=Path, help="file name; .gif and .png are added [samples/MODE-STAGES-NNN]")
+    add = parser.add_argument
+    add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
+    add("--stages", type=positive_int, help="stages; 1 is vanilla [the checkpoint's, else 3]")
+    add("--checkpoint", type=Path, help="weights.pt or checkpoint.pt of a run [newest match in runs/, else shipped]")
+    add("--number", type=positive_int, default=10, help="clips to sample")
+    steps = "solver steps: a total, or one count per stage, noisiest first"
+    add("--steps", type=positive_int, nargs="+", default=[30], help=steps)
+    add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
+    add("--label", nargs="+", help="classes to sample, in turn [every class]")
+    guidance = "classifier-free guidance scale; other than 1 doubles the cost"
+    add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)
+    add("--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    add("--out", type=Path, help="file name; .gif and .png are added [samples/MODE-STAGES-NNN]")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     device = choose_device()
-    path = args.checkpoint or find_weights(args.mode or "flow", args.stages or 3)
-    path = weight_file(path)
+    path = weight_file(args.checkpoint or find_weights(args.mode or "flow", args.stages or 3))
     weights = load_weights(path, device)
     for flag, asked, trained in (("mode", args.mode, weights.mode), ("stages", args.stages, weights.stages)):
         if asked not in (None, trained):

@@ -1944,6 +1944,7 @@ def fails_with_one_line(capsys, main, *words: str | Path) -> str:
         ("--init {tmp}/hostile.pt", "not a whole checkpoint"),
         ("--mode ddim --init {weights}", "trained with --mode flow, not ddim"),
         ("--data {tmp}/clips --init {weights}", "trained with labels, unlike this"),
+        ("--data {tmp}/out", "is --data: the run's own GIFs would be trained on"),
     ],
 )
 def test_train_refuses_bad_input_in_one_sentence(words, message, tmp_path, capsys):
@@ -2280,6 +2281,15 @@ def test_benchmark_compiles_the_network_that_it_samples_with_and_counts_it_as_it
     compiled.sampling_step(0)
     assert counter.frame_count == 1
     assert compiled.forward_flops(0) == plain.forward_flops(0) > 0 and counter.frame_count == 1
+
+
+@pytest.mark.parametrize("divisor", [1, 4, 8, 64, 128])
+@pytest.mark.parametrize("most", [20, 70, 500])
+def test_largest_clip_is_found_to_a_tenth_or_a_multiple(divisor, most, monkeypatch):
+    monkeypatch.setattr(bench, "measured_apart", lambda options, k: float(options[-1]))
+    found, peak, too_many = map(int, re.findall(r"\d+", bench.largest_clip([], divisor, most + 0.5)))
+    assert found == peak <= most < too_many <= max(found + divisor, 1.1 * found)
+    assert found % divisor == too_many % divisor == 0
 
 
 # ---- The README
@@ -2762,6 +2772,11 @@ def test_tables_of_the_readme_are_those_of_results():
             claims += 1
             assert bench.markdown(header, rows) in readme, path
     assert claims
+
+
+def test_scores_name_no_commit_where_there_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    assert evaluate.commit.__wrapped__() == ""
 
 
 def test_clips_in_batches_are_those_of_one_batch():

@@ -81,8 +81,8 @@ def make_parser() -> sample.Parser:
     steps = "optimizer steps; a new number on --resume re-draws the learning rate's curve"
     add("--steps", type=positive_int, default=3000, help=steps)
     add("--batch", type=positive_int, default=4, help="clips a process and micro-batch")
-    accumulate = "micro-batches whose gradients make one step; more than one turns CUDA graphs off"
-    add("--accumulate", type=positive_int, default=1, help=accumulate)
+    micro = "micro-batches whose gradients make one step; more than one turns CUDA graphs off"
+    add("--accumulate", type=positive_int, default=1, help=micro)
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up, on top of half a cosine to 0")
@@ -125,6 +125,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     for name, where in idle.items():
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
+    if args.data and Path(args.data).resolve() == out.resolve():
+        raise ValueError(f"--out {out} is --data: the run's own GIFs would be trained on; choose another --out")
     args.out, divisor = out, 2 ** (args.stages - 1)
     if args.frames % divisor:
         raise ValueError(f"--frames {args.frames} does not divide by {divisor}, as --stages {args.stages} needs")
@@ -216,7 +218,8 @@ def draw(x0: Tensor, labels: Tensor, classes: int, k: int, numbers: Sequence[int
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     u = args.time_shift * u / (1 + (args.time_shift - 1) * u)  # arXiv 2403.03206, of each stage
     noise = draw_noise(downsample(x0, 2**k), generators, args)
-    return x0, noise, u, labels.where(dropout >= args.label_dropout, classes) if classes else None
+    y = labels.where(dropout >= args.label_dropout, classes) if classes else None
+    return x0, noise, u, y
 
 
 def training_loss(
@@ -414,17 +417,18 @@ def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: Namespa
 def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: Namespace) -> None:
     """One optimizer step at stage k, its losses added to the state's. If its gradient is NaN or infinite, the weights
     stay as they are. Raises SystemExit after MOST_SKIPPED such steps in a row."""
-    losses = torch.zeros(2, device=state.losses.device)
+    losses = torch.zeros((), device=state.losses.device)
     for micro in range(args.accumulate):
         x0, noise, u, y = next(batches)
         last = micro == args.accumulate - 1
         with nullcontext() if last or model is state.model else model.no_sync():
             loss = training_loss(model, pyramid, x0, noise, u, y, k, args)
             (loss / args.accumulate).backward()
-        losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+        losses += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
     if norm.isfinite():  # the same on all ranks, as the gradient is
-        state.losses[:, k] += losses
+        state.losses[0, k] += losses
+        state.losses[1, k] += args.accumulate
         state.skipped_in_a_row = 0
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
@@ -502,7 +506,7 @@ def open_in_turn(args: Namespace, rank: int) -> Dataset:
     if rank > 0:
         dist.barrier()
     try:
-        dataset = open_data(args, args.out / "index.json" if args.data else None)
+        dataset = open_data(args, args.out / "index.json")
     except (ValueError, OSError) as error:
         problem = str(error)
     if rank == 0 and dist.is_initialized():
