@@ -676,8 +676,10 @@ def sampling(args: argparse.Namespace) -> list:
     by_steps = [f"{count} steps" for count in steps]
     tables = [(["judge's distance", *by_steps], distances), (["kept", *by_steps], kept)]
     splits = [30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
-    long = itertools.product(("flow-3-long", "flow-1-long"), (30, 15, 9, 6, 3), ("euler", "ab2"))
-    for cells in [Cell("flow-3", split) for split in splits], [Cell(*each) for each in long]:
+    counts = (30, 15, 9, 6, 3)
+    long = [Cell("flow-3-long", count, solver) for count in counts for solver in ("euler", "ab2")]
+    long += [Cell("flow-1-long", count) for count in counts]
+    for cells in [Cell("flow-3", split) for split in splits], long:
         tables.append((FRONT, [front_row(cell, args) for cell in cells]))
     return tables
 
