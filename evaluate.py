@@ -724,11 +724,12 @@ def draw_curves(curves: dict[str, list], x_label: str, y_label: str, path: Path)
         (line,) = axes.plot(x, [statistics.mean(v) for v in values], marker="o", markersize=4, label=name)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator
 
-    for axis in (axes.xaxis, axes.yaxis):  # 20 and 200, in place of powers of ten
-        axis.set_major_formatter(LogFormatter())
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    for axis in (axes.xaxis, axes.yaxis):  # 0.6 and 200, in place of powers of ten
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 6)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
