@@ -1422,6 +1422,17 @@ def stage_args(seed, *options):
     return train.make_parser().parse_args(["--seed", str(seed), *options])
 
 
+def test_the_reported_loss_is_the_mean_over_micro_batches():
+    whole, accumulated = (
+        small_state(*options, "--align", "none", stage=1) for options in (["--batch", "8"], ["--accumulate", "2"])
+    )
+    for state, args, batches in (whole, accumulated):
+        train.optimize(state, state.model, Pyramid("flow"), batches, 1, args)
+    assert accumulated[0].losses[1].tolist() == [0, 2, 0]
+    means = [(state.losses[0, 1] / state.losses[1, 1]).item() for state, *_ in (whole, accumulated)]
+    assert means[0] == pytest.approx(means[1], rel=1e-4)
+
+
 def test_the_average_follows_the_weights_and_the_rate_its_schedule():
     state, args, batches = small_state("--steps", "100", "--warmup", "9", "--lr", "0.1", "--clip", "0.5")
     average = [parameter.clone() for parameter in state.ema.parameters()]
