@@ -91,7 +91,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     0.8 times at 64.
     """
     if q.device.type == "cpu" or q.shape[-2] <= 16:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        scores = q * q.shape[-1] ** -0.5 @ k.mT
+        if q.device.type == "cpu" and q.shape[-2] < 32:  # rows shorter than its vectors torch takes number by number
+            return scores.movedim(-1, 0).softmax(dim=0).movedim(0, -1) @ v
+        return scores.softmax(dim=-1) @ v
     return fused_attention(q, k, v)
 
 
@@ -115,14 +118,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """`rotation`: of queries, keys and values by the tokens' positions, (T or 1, N or 1, 3, 1, d / 2, 2)."""
-        qkv = rotate(self.qkv(x).unflatten(-1, (3, self.heads, -1)), rotation)  # (B, T, N, 3, heads, d)
+        """`rotation`: of queries and keys by the tokens' positions, (T or 1, N or 1, 1, heads, d / 2, 2)."""
+        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=3)
+        parts = *rotate(qk, rotation).unbind(3), v.squeeze(3)  # (B, T, N, heads, d) each
         if self.dim == 2:
-            q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, T, heads, N, d) each
-            y = attention(q, k, v).transpose(2, 3)
+            y = attention(*(part.transpose(2, 3) for part in parts)).transpose(2, 3)
         else:
-            q, k, v = qkv.permute(3, 0, 2, 4, 1, 5)  # (B, N, heads, T, d) each
-            y = attention(q, k, v).permute(0, 3, 1, 2, 4)
+            y = attention(*(part.permute(0, 2, 3, 1, 4) for part in parts)).permute(0, 3, 1, 2, 4)
         return self.out(y.flatten(-2))  # (B, T, N, D)
 
 
@@ -209,14 +211,14 @@ class DiT(nn.Module):
         return self.config.classes
 
     def _rotations(self, T: int, rows: int, columns: int, stage: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the patches' angles (1, N, 3, 1, d / 2, 2) and of the frames' (T, 1, 3, 1, d / 2, 2),
-        for queries, keys and values; the values' angle is 0."""
-        count = self.config.width // self.config.heads // 2
+        """Cosines and sines of the patches' angles (1, N, 1, heads, d / 2, 2) and of the frames', (T, 1, ...)."""
+        heads, count = self.config.heads, self.config.width // self.config.heads // 2
         space = spatial_angles(rows, columns, count, like.device)[None]
         time = angles(temporal_positions(T, stage, like.device), count, LONGEST)[:, None]
-        stacked = [torch.stack([angle, angle, 0 * angle], dim=-2).unsqueeze(-2) for angle in (space, time)]
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return tuple(torch.stack([angle.cos(), angle.sin()], dim=-1).to(dtype) for angle in stacked)
+        turns = (torch.stack([angle.cos(), angle.sin()], dim=-1).to(dtype) for angle in (space, time))
+        # A copy for every head: to broadcast over the inner dimensions takes longer than the product itself.
+        return tuple(turn[:, :, None, None].expand(-1, -1, 1, heads, -1, -1).contiguous() for turn in turns)
 
     def forward(self, x: Tensor, t: Tensor, stage: int, y: Tensor | None = None) -> Tensor:
         """x (B, C, T, H, W) at the frame rate of `stage` (1 / 2^stage of the full one), t (B,) in [0, 1],

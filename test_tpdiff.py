@@ -40,7 +40,7 @@ import sample
 import tpdiff
 import train
 from data import DataError, FolderClips, MovingDigits, save_gif, save_strip
-from model import Block, DiT, DiTConfig, Muon, attention, fused_attention, rotate, temporal_positions
+from model import Attention, Block, DiT, DiTConfig, Muon, attention, fused_attention, rotate, temporal_positions
 from tpdiff import Pyramid, align, downsample, draw_nearest, randn, split_steps, upsample
 
 ROOT = Path(__file__).parent
@@ -836,10 +836,27 @@ def test_model_starts_only_from_one_that_fits():
         small_model(stages=3).start_from(small_model(stages=2))
 
 
-def test_attention_on_cpu_is_scaled_dot_product_attention():
-    q, k, v = torch.randn(3, 2, 4, 7, 8)
+@pytest.mark.parametrize("tokens", [7, 40])  # short rows go another way
+def test_attention_on_cpu_is_scaled_dot_product_attention(tokens):
+    q, k, v = torch.randn(3, 2, 4, tokens, 8)
     reference = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attention(q, k, v), reference)
+
+
+@pytest.mark.parametrize("dim", [1, 2])  # over frames, over patches
+def test_attention_turns_queries_and_keys_by_their_positions_and_leaves_values(dim):
+    layer, x = Attention(16, 2, dim).double(), torch.randn(2, 3, 5, 16).double()
+    angle = torch.rand(x.shape[dim], 4).double()
+    rotation = torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None, None, None].transpose(0, dim - 1)
+    turns = torch.stack([torch.block_diag(*map(turn_by, row)) for row in angle])  # (tokens, d, d)
+    q, k, v = (part.movedim(dim, -2) for part in layer.qkv(x).unflatten(-1, (3, 2, 8)).unbind(3))
+    q, k = ((turns @ part.unsqueeze(-1)).squeeze(-1) for part in (q, k))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v).movedim(-2, dim)
+    torch.testing.assert_close(layer(x, rotation), layer.out(y.flatten(-2)))
+
+
+def turn_by(angle: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
 
 
 def test_attention_elsewhere_can_use_the_flash_kernel():
