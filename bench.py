@@ -9,19 +9,22 @@ come from here, but for those it says have no command; sampling and training tim
 
 Any option of train.py may follow, as in `python bench.py step --width 256 --compile`: what is timed is that run's own
 code on its own data. What is compared takes turns, so that a slow moment of the machine falls on all alike.
+--json FILE also writes the tables there, with the machine, date and commit.
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -68,9 +71,36 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
-def table(header: str, rows: list[list]) -> None:
-    """Prints rows in Markdown under a header whose columns are parted by commas."""
-    print("\n" + markdown(header.split(", "), rows), flush=True)
+@cache
+def commit() -> str:
+    """The code's, marked if source files differ from it; empty without git or its repository."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+        return f"{name}-dirty" if name and changed else name
+    except OSError:
+        return ""
+
+
+def file_to_write(text: str) -> Path:
+    """An option's file, whose folder is there, so that hours of measuring end in it."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, or lies in none that is there")
+    return path
+
+
+def write_json(path: Path, content: dict) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def write_tables(path: Path, command: list[str], tables: list, **more) -> None:
+    """Tables, each a header and its rows, with what they were made by."""
+    head = {"command": shlex.join(["python", *command]), "date": str(datetime.date.today()), "machine": processor()}
+    write_json(path, head | {"torch": torch.__version__, "commit": commit(), **more, "tables": tables})
 
 
 def processor() -> str:
@@ -144,10 +174,10 @@ def matrix_products(run: Run, k: int) -> tuple[Callable, float]:
     return products, sum(6 * rows * m * n for m, n in shapes)
 
 
-def bench_step(args: argparse.Namespace, repeats: int) -> None:
+def bench_step(args: argparse.Namespace, repeats: int) -> list:
     """The whole training step (clips, noise and alignment, unless processes of the loader draw them; forward, backward,
     clip, optimizer, EMA) and a sampling step."""
-    start, stages = time.perf_counter(), range(args.stages)
+    start, stages, tables = time.perf_counter(), range(args.stages), []
     run = Run(args)
     for k in stages:
         run.training_step(k)
@@ -170,7 +200,9 @@ def bench_step(args: argparse.Namespace, repeats: int) -> None:
             row = [name, spread, f"{whole / len(ks) / full:.2f}", f"{rates[0]:.1f}", f"{rates[1]:.0f}"]
             rows.append([*row, f"{model / whole / 1e9:.0f}", f"{model / ideal / 1e9:.0f}", f"{ideal / whole:.0%}"])
         unit = "GFLOP/s of the model, of its products alone, share"
-        table(f"{what} step at stage, ms [quartiles], of stage 0, clips/s, tokens/s, {unit}", rows)
+        header = f"{what} step at stage, ms [quartiles], of stage 0, clips/s, tokens/s, {unit}"
+        tables.append((header.split(", "), rows))
+    return tables
 
 
 class UsualDiT(nn.Module):
@@ -259,7 +291,7 @@ def make_peers(run: Run) -> dict[str, tuple[nn.Module, Callable]]:
     return peers
 
 
-def bench_peers(args: argparse.Namespace, repeats: int) -> None:
+def bench_peers(args: argparse.Namespace, repeats: int) -> list:
     """Forward plus backward at the full rate, and ours averaged over the stages: what the pyramid adds."""
     run, rows = Run(args, captured=False), []
     ours, peers = run.state.model, make_peers(run)
@@ -283,10 +315,11 @@ def bench_peers(args: argparse.Namespace, repeats: int) -> None:
     for name, (one, shown) in times.items():
         million = count_parameters(peers[name][0] if name in peers else ours) / 1e6
         rows.append([name, f"{million:.2f}", shown, f"{args.batch / one:.1f}", f"{best / one:.2f}"])
-    table("model, M parameters, ms forward + backward [quartiles], clips/s, times the best peer", rows)
+    header = ["model", "M parameters", "ms forward + backward [quartiles]", "clips/s", "times the best peer"]
+    return [(header, rows)]
 
 
-def split_step(args: argparse.Namespace, repeats: int) -> None:
+def split_step(args: argparse.Namespace, repeats: int) -> tuple:
     """The parts of a training step, each timed by itself at every stage; the share is of their sum. What the loader
     does belongs to the step on a CPU; for a GPU processes of its own do it meanwhile."""
     run, sums, losses = Run(args), {}, []
@@ -316,11 +349,10 @@ def split_step(args: argparse.Namespace, repeats: int) -> None:
     rows = []
     for name, values in sums.items():
         rows.append([name, *(f"{value * 1e3:.2f}" for value in values), f"{sum(values) / total:.1%}"])
-    columns = ", ".join(f"stage {k}" for k in range(args.stages))
-    table(f"part of a training step (ms), {columns}, share of all stages", rows)
+    return ["part of a training step (ms)", *(f"stage {k}" for k in range(args.stages)), "share of all stages"], rows
 
 
-def split_sampling(args: argparse.Namespace, repeats: int) -> None:
+def split_sampling(args: argparse.Namespace, repeats: int) -> tuple:
     """The sampler with a network that costs nothing, against the network: solver and renoising as a share."""
     run, steps, rows = Run(args), 10 * args.stages, []
     generators = [sample.generator_for(0, index) for index in range(args.batch)]
@@ -331,10 +363,10 @@ def split_sampling(args: argparse.Namespace, repeats: int) -> None:
         functions = {name: partial(draw, predict, *options) for name, predict in predicts.items()}
         free, whole = (median(seconds) for seconds in alternate(functions, max(3, repeats // 5)).values())
         rows.append([solver, f"{free / steps * 1e3:.2f}", f"{whole / steps * 1e3:.2f}", f"{free / whole:.1%}"])
-    table("sampling step with, ms of solver and renoising, ms in all, share", rows)
+    return ["sampling step with", "ms of solver and renoising", "ms in all", "share"], rows
 
 
-def wait_for_data(args: argparse.Namespace, steps: int = 100) -> None:
+def wait_for_data(args: argparse.Namespace, steps: int = 100) -> tuple:
     """How long the training loop waits for its next batch, or itself draws it, over `steps` steps."""
     run = Run(args)
     args.steps = steps + 5  # five to warm up
@@ -348,11 +380,11 @@ def wait_for_data(args: argparse.Namespace, steps: int = 100) -> None:
         train.optimize(run.state, run.model, run.pyramid, iter([batch]), k, args)
     synchronize()
     whole, waited = time.perf_counter() - asked[5], sum(got[5:]) - sum(asked[5:])
-    a_step = f"{waited / steps * 1e3:.2f} of {whole / steps * 1e3:.1f} ms a step"
-    print(f"waiting for batches: {a_step}, {waited / whole:.2%}\n")
+    row = [args.batch, f"{waited / steps * 1e3:.2f}", f"{whole / steps * 1e3:.1f}", f"{waited / whole:.2%}"]
+    return ["clips a step", "ms that the loop waits for them, or draws them", "ms in all", "share"], [row]
 
 
-def compare_alignment(repeats: int) -> None:
+def compare_alignment(repeats: int) -> tuple:
     """`align` against torchcfm's exact plan: the same total squared distance, in less time."""
     try:
         from torchcfm.optimal_transport import OTPlanSampler
@@ -376,7 +408,8 @@ def compare_alignment(repeats: int) -> None:
         faster = f"{median(seconds[-1]) / median(seconds[0]):.1f}" if get_map else ""
         missing = [""] * (not get_map)
         rows.append([batch, *map(in_milliseconds, seconds), *missing, *costs, *missing, faster])
-    table("clips of 16x32x32, align (ms), torchcfm (ms), distance, torchcfm's, times as fast", rows)
+    header = "clips of 16x32x32, align (ms), torchcfm (ms), distance, torchcfm's, times as fast"
+    return header.split(", "), rows
 
 
 def measured_apart(options: list[str], k: int) -> float:
@@ -405,7 +438,7 @@ def peak_bytes() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def bench_memory(args: argparse.Namespace, options: list[str], limit: float = 8192.0) -> None:
+def bench_memory(args: argparse.Namespace, options: list[str], limit: float = 8192.0) -> list:
     rows, steps = [], {}
     for name, flag in (("plain", []), ("--gradient-checkpointing", ["--gradient-checkpointing"])):
         peaks = [f"{measured_apart([*options, *flag], k):.0f}" for k in range(args.stages)]
@@ -415,9 +448,9 @@ def bench_memory(args: argparse.Namespace, options: list[str], limit: float = 81
         steps[name] = partial(Run(args).training_step, 0)
     for row, values in zip(rows, alternate(steps, 5).values(), strict=True):
         row.insert(-1, in_milliseconds(values))
-    columns = ", ".join(f"stage {k}" for k in range(args.stages))
-    size = f"{args.size}x{args.size}"
-    table(f"peak MiB of training at, {columns}, ms at stage 0, frames of {size} in {limit / 1024:.0f} GiB", rows)
+    frames = f"frames of {args.size}x{args.size} in {limit / 1024:.0f} GiB"
+    header = ["peak MiB of training at", *(f"stage {k}" for k in range(args.stages)), "ms at stage 0", frames]
+    return [(header, rows)]
 
 
 def largest_clip(options: list[str], divisor: int, limit: float) -> str:
@@ -433,7 +466,7 @@ def largest_clip(options: list[str], divisor: int, limit: float) -> str:
     return f"{fit} ({peak:.0f} MiB; {too_many} do not)"
 
 
-def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, interval: int = 30) -> None:
+def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, interval: int = 30) -> list:
     """The same global batch by one process on two threads, by two on one thread each, and by two that train apart:
     what these are faster than the joined two is what sharing the gradients costs."""
     Run(args)  # what train.py would refuse is refused here
@@ -451,7 +484,7 @@ def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, 
         middle, ends = median(rates[name]), f"[{min(rates[name]):.1f}, {max(rates[name]):.1f}]"
         rate = f"{middle:.1f} {ends}", f"{middle / median(rates['1']):.2f}"
         rows.append([name, 2 // world, args.batch // world, *rate])
-    table("processes, threads each, batch each, clips/s [least to most], of one process", rows)
+    return [(["processes", "threads each", "batch each", "clips/s [least to most]", "of one process"], rows)]
 
 
 def trained_rate(commands: list[list[str]], threads: int) -> float:
@@ -474,27 +507,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["step", "peers", "parts", "memory", "processes", "peak"])
     parser.add_argument("--repeats", type=sample.positive_int, default=25, help="times that each thing is timed")
     parser.add_argument("--stage", type=sample.non_negative_int, default=0, help="of peak, which memory calls")
+    parser.add_argument("--json", type=file_to_write, help="file to write the tables to as well")
     ours, options = parser.parse_known_args(argv)
     sample.keep_memory()
     try:
         args = train.parse_args(["--out", tempfile.gettempdir() + "/nothing", *options])[0]
         if ours.what == "peak":
             return bench_peak(args, ours.stage)
-        print(f"torch {torch.__version__} on {processor()}: bench.py {' '.join([ours.what, *options])}")
-        print(f"{'bf16' if sample.use_bf16(args.precision, sample.choose_device()) else 'fp32'}, batch {args.batch}")
+        precision = "bf16" if sample.use_bf16(args.precision, sample.choose_device()) else "fp32"
+        command = ["bench.py", ours.what, "--repeats", str(ours.repeats), *options]
+        print(f"torch {torch.__version__} on {processor()}: {shlex.join(command)}\n{precision}, batch {args.batch}")
         if ours.what == "step":
-            bench_step(args, ours.repeats)
+            tables = bench_step(args, ours.repeats)
         elif ours.what == "peers":
-            bench_peers(args, ours.repeats)
+            tables = bench_peers(args, ours.repeats)
         elif ours.what == "parts":
-            split_step(args, ours.repeats)
-            split_sampling(args, ours.repeats)
-            wait_for_data(args)
-            compare_alignment(ours.repeats)
+            tables = [split_step(args, ours.repeats), split_sampling(args, ours.repeats)]
+            tables += [wait_for_data(args), compare_alignment(ours.repeats)]
         elif ours.what == "memory":
-            bench_memory(args, options)
+            tables = bench_memory(args, options)
         else:
-            bench_processes(args, options, ours.repeats)
+            tables = bench_processes(args, options, ours.repeats)
+        for header, rows in tables:
+            print("\n" + markdown(header, rows), flush=True)
+        if ours.json:
+            write_tables(ours.json, command, tables, precision=precision)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:

@@ -26,8 +26,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -416,50 +414,45 @@ def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
 
     found = read().get(name, {})
     if {key: found.get(key) for key in what} != what:
-        found = what | {"date": str(datetime.date.today()), "commit": commit()}
+        found = what | {"date": str(datetime.date.today()), "commit": bench.commit()}
         found |= scores_of(partial(clips_of, cell, args), partial(digit_metrics, reference=args.reference), args)
-        write_json(path, read() | {name: found})  # read again: another process may have added to it
+        bench.write_json(path, read() | {name: found})  # read again: another process may have added to it
     return found
 
 
-@cache
-def commit() -> str:
-    """The code's, marked if source files differ from it; empty without git or its repository."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
-    try:
-        name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
-        return f"{name}-dirty" if name and changed else name
-    except OSError:
-        return ""
-
-
-def write_json(path: Path, content: dict) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, path)
-
-
 def quality(args: argparse.Namespace) -> None:
-    """How good one run's samples are, beside real clips."""
-    path = sample.weight_file(args.checkpoint or sample.find_weights(args.mode, args.stages))
-    weights = sample.load_weights(path, sample.choose_device())
+    """How good runs' samples are, beside real clips."""
     steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
-    split_steps(steps, weights.stages)  # refuses them before minutes of reading and sampling
+    runs, made = {}, {}
+    for path in args.checkpoint or [sample.find_weights(args.mode, args.stages)]:
+        runs[path] = weights = sample.load_weights(sample.weight_file(path), sample.choose_device())
+        split_steps(steps, weights.stages)  # refuses them before minutes of reading and sampling
+        if shape_of(weights) != shape_of(next(iter(runs.values()))):
+            raise ValueError(f"the clips of {path} have another shape than those of {next(iter(runs))}: ask one by one")
+    path, weights = next(iter(runs.items()))
     data, metrics, references = held_out(path, weights, args) if args.data else digits_for(path, weights, args)
-    made = scores_of(partial(generate, weights, Cell(str(path), steps, args.solver), args.batch), metrics, args)
-    real = scores_of(lambda seed, number: real_clips(references + seed * number, number, data), metrics, args)
-    name = f"{weights.mode}, {weights.stages} stages, step {weights.step}"
-    rows = [[name, *map(spread, made.values())], ["real", *map(spread, real.values())]]
-    print(bench.markdown(["", *real], rows))
+    for path, weights in runs.items():
+        name = f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"
+        made[name] = scores_of(
+            partial(generate, weights, Cell(str(path), steps, args.solver), args.batch), metrics, args
+        )
+    made["real"] = scores_of(lambda seed, number: real_clips(references + seed * number, number, data), metrics, args)
+    tables = [(["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()])]
+    print(bench.markdown(*tables[0]))
+    if args.json:
+        more = {"number": args.number, "seeds": args.seeds, "real": references}
+        bench.write_tables(args.json, ["evaluate.py", *args.words], tables, **more)
+
+
+def shape_of(weights: sample.Weights) -> tuple[int, int, int]:
+    return weights.model.config.channels, weights.frames, weights.size
 
 
 def digits_for(path: Path, weights: sample.Weights, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
     """Real moving digits, the metrics, and how many clips the reference has taken."""
     if args.i3d or args.frame_stride != 1:
         raise ValueError("--i3d and --frame-stride have no meaning without --data")
-    shape = weights.model.config.channels, weights.frames, weights.size
-    if shape != (1, 16, 32) or weights.classes != MovingDigits.classes:
+    if shape_of(weights) != (1, 16, 32) or weights.classes != MovingDigits.classes:
         problem = "was not trained on 16 frames of moving digits of 32x32, which is all that the judge knows"
         raise ValueError(f"{path} {problem}; give real clips with --data")
     return REAL, partial(digit_metrics, reference=args.reference), args.reference
@@ -758,7 +751,9 @@ def make_parser() -> sample.Parser:
     parser = sample.Parser(prog="evaluate.py", description=__doc__)
     add = parser.add_argument
     add("command", choices=[*TOOLS, *CLAIMS, "all"])
-    add("--checkpoint", type=Path, help="of quality: weights.pt or a run's folder [newest in runs/, else shipped]")
+    checkpoint = "of quality: weights.pt or a run's folder, or several [newest in runs/, else shipped]"
+    add("--checkpoint", type=Path, nargs="+", help=checkpoint)
+    add("--json", type=bench.file_to_write, help="of quality: file to write the table to as well")
     add("--data", help="of quality: folder of real clips, best held out from training [moving digits]")
     add("--frame-stride", type=positive_int, default=1, help="of --data, as in train.py")
     add("--i3d", type=Path, help="of --data: TorchScript file of I3D, for FVD itself")
@@ -788,20 +783,19 @@ def make_parser() -> sample.Parser:
     return parser
 
 
-def claim(name: str, args: argparse.Namespace, argv: list[str]) -> None:
+def claim(name: str, args: argparse.Namespace) -> None:
     """Measures a claim, prints its tables and writes them with what they were made by."""
     tables = CLAIMS[name](args)
-    head = {"command": shlex.join(["python", "evaluate.py", *argv]), "date": str(datetime.date.today())}
-    head |= {"machine": bench.processor(), "torch": torch.__version__, "commit": commit()}
-    head |= {"number": args.number, "seeds": args.seeds}
     for header, rows in tables:
         print(bench.markdown(header, rows))
-    write_json(args.out / f"{name}.json", head | {"tables": tables})
+    more = {"number": args.number, "seeds": args.seeds}
+    bench.write_tables(args.out / f"{name}.json", ["evaluate.py", *args.words], tables, **more)
     print(f"wrote {args.out / name}.json\n", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
+    parser.set_defaults(words=sys.argv[1:] if argv is None else list(map(str, argv)))
     args = parser.parse_args(argv)
     if args.smoke:
         parser.set_defaults(**SMOKE)
@@ -815,7 +809,7 @@ def main(argv: list[str] | None = None) -> None:
         pyplot()
         args.out.mkdir(parents=True, exist_ok=True)
         for name in CLAIMS if args.command == "all" else [args.command]:
-            claim(name, args, sys.argv[1:] if argv is None else argv)
+            claim(name, args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:

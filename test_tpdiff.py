@@ -2283,11 +2283,13 @@ def test_sampled_clip_is_the_same_in_any_batch(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["step", "peers"])
-def test_benchmark_times_a_run_at_every_stage(what, capsys):
+def test_benchmark_times_a_run_at_every_stage(what, tmp_path, capsys):
     tiny = ["--frames", "4", "--size", "16", "--width", "8", "--depth", "1", "--heads", "1", "--batch", "2"]
-    bench.main([what, "--repeats", "1", *tiny])
-    out = capsys.readouterr().out
+    bench.main([what, "--repeats", "1", *tiny, "--json", str(tmp_path / "found.json")])
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
     assert all(re.search(rf"^\| (ours, stage )?{k} \|", out, re.MULTILINE) for k in range(3))
+    assert all(bench.markdown(*table) in out for table in found["tables"])
+    assert found["command"].startswith(f"python bench.py {what} --repeats 1 --frames 4") and found["machine"]
 
 
 def test_benchmark_counts_the_flops_of_the_linear_layers():
@@ -2593,11 +2595,13 @@ def test_quality_of_a_run_on_real_clips_beside_held_out_ones(tmp_path, capsys, m
         animation(tmp_path / "clips" / f"{green}.webp", 12, (16, 16), green=green)
     run_training(tmp_path / "run", "--data", str(tmp_path / "clips"), "--steps", "1")
     monkeypatch.setattr(evaluate, "load_efficientnet", FewChannels)
-    words = ["quality", "--data", tmp_path / "clips", "--checkpoint", tmp_path / "run", "--steps", "3", "--number", "6"]
+    words = ["quality", "--data", tmp_path / "clips", "--checkpoint", tmp_path / "run", tmp_path / "run" / "weights.pt"]
+    words += ["--steps", "3", "--number", "6", "--json", tmp_path / "found.json"]
     evaluate.main([str(word) for word in words])
-    header, _, made, real = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
-    assert header == [" efficientnet_distance ", " flicker "]
-    assert float(made[0].split()[0]) > 2 * float(real[0].split()[0]) >= 0
+    ((header, (made, again, real)),) = json.loads((tmp_path / "found.json").read_text())["tables"]
+    assert bench.markdown(header, [made, again, real]) in capsys.readouterr().out
+    assert header == ["", "efficientnet_distance", "flicker"] and made[1:] == again[1:]
+    assert float(made[1].split()[0]) > 2 * float(real[1].split()[0]) >= 0
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is, and the usual file of I3D is made by it
@@ -2733,7 +2737,7 @@ def test_evaluate_measures_the_shipped_weights(capsys):
     evaluate.main("quality --number 3 --reference 20 --seeds 0 5 --steps 3 --batch 2".split())
     header, _, ours, real = capsys.readouterr().out.strip().splitlines()
     assert "judge_distance" in header and "off_track" in header
-    assert ours.startswith("| flow, 3 stages, step ") and real.startswith("| real | ")
+    assert "flow-3.pt (flow, 3 stages, step 12000)" in ours and real.startswith("| real | ")
 
 
 def test_a_clip_off_a_straight_bouncing_path_by_a_pixel_is_said_to_be_so():
@@ -2795,8 +2799,8 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(
 
 def claimed_tables() -> list[tuple[Path, list[str], list[list[str]]]]:
     """Every table of results/: its file, header and rows as they are printed."""
-    files = [path for claim in evaluate.CLAIMS for path in (ROOT / "results").rglob(f"{claim}.json")]
-    tables = [(path, *table) for path in files for table in json.loads(path.read_text())["tables"]]
+    contents = {path: json.loads(path.read_text()) for path in (ROOT / "results").rglob("*.json")}
+    tables = [(path, *table) for path, content in contents.items() for table in content.get("tables", [])]
     return [(path, header, [[str(value) for value in row] for row in rows]) for path, header, rows in tables]
 
 
@@ -2842,3 +2846,6 @@ def test_evaluate_refuses_what_the_judge_does_not_know(tmp_path, capsys):
     capsys.readouterr()
     words = ["quality", "--checkpoint", tmp_path / "run"]
     assert "give real clips with --data" in fails_with_one_line(capsys, evaluate.main, *words)
+    assert "another shape" in fails_with_one_line(capsys, evaluate.main, *words, sample.SHIPPED / "flow-3.pt")
+    for main, what in ((evaluate.main, "quality"), (bench.main, "step")):
+        assert "lies in none" in fails_with_one_line(capsys, main, what, "--json", tmp_path / "no" / "a.json")
