@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median
@@ -38,6 +38,8 @@ import train
 from data import open_data
 from model import DiTConfig, angles, embed_angles
 from tpdiff import Pyramid, align, downsample
+
+Table = tuple[list, list[list]]  # its header and its rows
 
 
 def synchronize() -> None:
@@ -84,23 +86,25 @@ def commit() -> str:
 
 
 def file_to_write(text: str) -> Path:
-    """An option's file, whose folder is there, so that hours of measuring end in it."""
+    """An option's file. Checked before measuring: its folder must be there, and in its place no folder or device."""
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder, or lies in none that is there")
+    if not os.path.isdir(path.parent):
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{path} is no file")
     return path
 
 
 def write_json(path: Path, content: dict) -> None:
-    aside = path.with_suffix(".tmp")
+    aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(aside, path)
 
 
-def write_tables(path: Path, command: list[str], tables: list, **more) -> None:
-    """Tables, each a header and its rows, with what they were made by."""
-    head = {"command": shlex.join(["python", *command]), "date": str(datetime.date.today()), "machine": processor()}
-    write_json(path, head | {"torch": torch.__version__, "commit": commit(), **more, "tables": tables})
+def provenance(command: list[str]) -> dict:
+    """What made a table. Asked for before measuring, lest the code change meanwhile."""
+    made_by = {"command": shlex.join(["python", *command]), "date": str(datetime.date.today())}
+    return made_by | {"machine": processor(), "torch": torch.__version__, "commit": commit()}
 
 
 def processor() -> str:
@@ -174,10 +178,10 @@ def matrix_products(run: Run, k: int) -> tuple[Callable, float]:
     return products, sum(6 * rows * m * n for m, n in shapes)
 
 
-def bench_step(args: argparse.Namespace, repeats: int) -> list:
+def bench_step(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
     """The whole training step (clips, noise and alignment, unless processes of the loader draw them; forward, backward,
     clip, optimizer, EMA) and a sampling step."""
-    start, stages, tables = time.perf_counter(), range(args.stages), []
+    start, stages = time.perf_counter(), range(args.stages)
     run = Run(args)
     for k in stages:
         run.training_step(k)
@@ -201,8 +205,7 @@ def bench_step(args: argparse.Namespace, repeats: int) -> list:
             rows.append([*row, f"{model / whole / 1e9:.0f}", f"{model / ideal / 1e9:.0f}", f"{ideal / whole:.0%}"])
         unit = "GFLOP/s of the model, of its products alone, share"
         header = f"{what} step at stage, ms [quartiles], of stage 0, clips/s, tokens/s, {unit}"
-        tables.append((header.split(", "), rows))
-    return tables
+        yield header.split(", "), rows
 
 
 class UsualDiT(nn.Module):
@@ -291,7 +294,7 @@ def make_peers(run: Run) -> dict[str, tuple[nn.Module, Callable]]:
     return peers
 
 
-def bench_peers(args: argparse.Namespace, repeats: int) -> list:
+def bench_peers(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
     """Forward plus backward at the full rate, and ours averaged over the stages: what the pyramid adds."""
     run, rows = Run(args, captured=False), []
     ours, peers = run.state.model, make_peers(run)
@@ -315,11 +318,10 @@ def bench_peers(args: argparse.Namespace, repeats: int) -> list:
     for name, (one, shown) in times.items():
         million = count_parameters(peers[name][0] if name in peers else ours) / 1e6
         rows.append([name, f"{million:.2f}", shown, f"{args.batch / one:.1f}", f"{best / one:.2f}"])
-    header = ["model", "M parameters", "ms forward + backward [quartiles]", "clips/s", "times the best peer"]
-    return [(header, rows)]
+    yield ["model", "M parameters", "ms forward + backward [quartiles]", "clips/s", "times the best peer"], rows
 
 
-def split_step(args: argparse.Namespace, repeats: int) -> tuple:
+def split_step(args: argparse.Namespace, repeats: int) -> Table:
     """The parts of a training step, each timed by itself at every stage; the share is of their sum. What the loader
     does belongs to the step on a CPU; for a GPU processes of its own do it meanwhile."""
     run, sums, losses = Run(args), {}, []
@@ -352,7 +354,7 @@ def split_step(args: argparse.Namespace, repeats: int) -> tuple:
     return ["part of a training step (ms)", *(f"stage {k}" for k in range(args.stages)), "share of all stages"], rows
 
 
-def split_sampling(args: argparse.Namespace, repeats: int) -> tuple:
+def split_sampling(args: argparse.Namespace, repeats: int) -> Table:
     """The sampler with a network that costs nothing, against the network: solver and renoising as a share."""
     run, steps, rows = Run(args), 10 * args.stages, []
     generators = [sample.generator_for(0, index) for index in range(args.batch)]
@@ -366,7 +368,7 @@ def split_sampling(args: argparse.Namespace, repeats: int) -> tuple:
     return ["sampling step with", "ms of solver and renoising", "ms in all", "share"], rows
 
 
-def wait_for_data(args: argparse.Namespace, steps: int = 100) -> tuple:
+def wait_for_data(args: argparse.Namespace, steps: int = 100) -> Table:
     """How long the training loop waits for its next batch, or itself draws it, over `steps` steps."""
     run = Run(args)
     args.steps = steps + 5  # five to warm up
@@ -384,7 +386,7 @@ def wait_for_data(args: argparse.Namespace, steps: int = 100) -> tuple:
     return ["clips a step", "ms that the loop waits for them, or draws them", "ms in all", "share"], [row]
 
 
-def compare_alignment(repeats: int) -> tuple:
+def compare_alignment(repeats: int) -> Table:
     """`align` against torchcfm's exact plan: the same total squared distance, in less time."""
     try:
         from torchcfm.optimal_transport import OTPlanSampler
@@ -438,19 +440,25 @@ def peak_bytes() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def bench_memory(args: argparse.Namespace, options: list[str], limit: float = 8192.0) -> list:
+def bench_parts(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
+    yield split_step(args, repeats)
+    yield split_sampling(args, repeats)
+    yield wait_for_data(args)
+    yield compare_alignment(repeats)
+
+
+def bench_memory(args: argparse.Namespace, repeats: int, limit: float = 8192.0) -> Iterator[Table]:
     rows, steps = [], {}
     for name, flag in (("plain", []), ("--gradient-checkpointing", ["--gradient-checkpointing"])):
-        peaks = [f"{measured_apart([*options, *flag], k):.0f}" for k in range(args.stages)]
-        longest = largest_clip([*options, *flag, "--batch", "1"], 2 ** (args.stages - 1), limit)
+        peaks = [f"{measured_apart([*args.options, *flag], k):.0f}" for k in range(args.stages)]
+        longest = largest_clip([*args.options, *flag, "--batch", "1"], 2 ** (args.stages - 1), limit)
         rows.append([name, *peaks, longest])
         args.gradient_checkpointing = bool(flag)
         steps[name] = partial(Run(args).training_step, 0)
-    for row, values in zip(rows, alternate(steps, 5).values(), strict=True):
+    for row, values in zip(rows, alternate(steps, max(3, repeats // 5)).values(), strict=True):
         row.insert(-1, in_milliseconds(values))
     frames = f"frames of {args.size}x{args.size} in {limit / 1024:.0f} GiB"
-    header = ["peak MiB of training at", *(f"stage {k}" for k in range(args.stages)), "ms at stage 0", frames]
-    return [(header, rows)]
+    yield ["peak MiB of training at", *(f"stage {k}" for k in range(args.stages)), "ms at stage 0", frames], rows
 
 
 def largest_clip(options: list[str], divisor: int, limit: float) -> str:
@@ -466,7 +474,7 @@ def largest_clip(options: list[str], divisor: int, limit: float) -> str:
     return f"{fit} ({peak:.0f} MiB; {too_many} do not)"
 
 
-def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, interval: int = 30) -> list:
+def bench_processes(args: argparse.Namespace, repeats: int, interval: int = 30) -> Iterator[Table]:
     """The same global batch by one process on two threads, by two on one thread each, and by two that train apart:
     what these are faster than the joined two is what sharing the gradients costs."""
     Run(args)  # what train.py would refuse is refused here
@@ -476,7 +484,7 @@ def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, 
     rates = {name: [] for name in settings}
     for _ in range(max(3, repeats // 10)):
         for name, (world, commands) in settings.items():
-            words = [train.__file__, *options, "--batch", str(args.batch // world), "--steps", str(3 * interval)]
+            words = [train.__file__, *args.options, "--batch", str(args.batch // world), "--steps", str(3 * interval)]
             words += ["--log-interval", str(interval), "--sample-interval", "1000000"]
             rates[name].append(trained_rate([[*command, *words] for command in commands], 2 // world))
     rows = []
@@ -484,7 +492,7 @@ def bench_processes(args: argparse.Namespace, options: list[str], repeats: int, 
         middle, ends = median(rates[name]), f"[{min(rates[name]):.1f}, {max(rates[name]):.1f}]"
         rate = f"{middle:.1f} {ends}", f"{middle / median(rates['1']):.2f}"
         rows.append([name, 2 // world, args.batch // world, *rate])
-    return [(["processes", "threads each", "batch each", "clips/s [least to most]", "of one process"], rows)]
+    yield ["processes", "threads each", "batch each", "clips/s [least to most]", "of one process"], rows
 
 
 def trained_rate(commands: list[list[str]], threads: int) -> float:
@@ -502,9 +510,13 @@ def trained_rate(commands: list[list[str]], threads: int) -> float:
         return sum(json.loads(rows[1])["clips_per_second"] for rows in metrics)
 
 
+MEASURES = {"step": bench_step, "peers": bench_peers, "parts": bench_parts}
+MEASURES |= {"memory": bench_memory, "processes": bench_processes}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = sample.Parser(prog="bench.py", description=__doc__)
-    parser.add_argument("what", choices=["step", "peers", "parts", "memory", "processes", "peak"])
+    parser.add_argument("what", choices=[*MEASURES, "peak"])
     parser.add_argument("--repeats", type=sample.positive_int, default=25, help="times that each thing is timed")
     parser.add_argument("--stage", type=sample.non_negative_int, default=0, help="of peak, which memory calls")
     parser.add_argument("--json", type=file_to_write, help="file to write the tables to as well")
@@ -514,24 +526,16 @@ def main(argv: list[str] | None = None) -> None:
         args = train.parse_args(["--out", tempfile.gettempdir() + "/nothing", *options])[0]
         if ours.what == "peak":
             return bench_peak(args, ours.stage)
+        args.options = options
         precision = "bf16" if sample.use_bf16(args.precision, sample.choose_device()) else "fp32"
-        command = ["bench.py", ours.what, "--repeats", str(ours.repeats), *options]
+        command, tables = ["bench.py", ours.what, "--repeats", str(ours.repeats), *options], []
+        made_by = provenance(command) | {"precision": precision, "batch": args.batch}
         print(f"torch {torch.__version__} on {processor()}: {shlex.join(command)}\n{precision}, batch {args.batch}")
-        if ours.what == "step":
-            tables = bench_step(args, ours.repeats)
-        elif ours.what == "peers":
-            tables = bench_peers(args, ours.repeats)
-        elif ours.what == "parts":
-            tables = [split_step(args, ours.repeats), split_sampling(args, ours.repeats)]
-            tables += [wait_for_data(args), compare_alignment(ours.repeats)]
-        elif ours.what == "memory":
-            tables = bench_memory(args, options)
-        else:
-            tables = bench_processes(args, options, ours.repeats)
-        for header, rows in tables:
+        for header, rows in MEASURES[ours.what](args, ours.repeats):
+            tables.append((header, rows))
             print("\n" + markdown(header, rows), flush=True)
         if ours.json:
-            write_tables(ours.json, command, tables, precision=precision)
+            write_json(ours.json, made_by | {"tables": tables})
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:

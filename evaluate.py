@@ -402,11 +402,15 @@ def finish(weights: sample.Weights, cell: Cell, batch: int, seed: int, number: i
     return torch.cat(clips)
 
 
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
 def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
     """A cell's metrics, from results/cells.json or now. They count for the weights and the judge they are of."""
     path, name = args.out / "cells.json", str(cell)
     files = [JUDGE] if cell.run == "real" else [JUDGE, trained(cell.run, cell.percent, args)]
-    what = {"files": [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files], "metrics": METRICS}
+    what = {"files": [digest(file) for file in files], "metrics": METRICS}
     what |= {"number": args.number, "seeds": args.seeds, "real": args.reference}
 
     def read() -> dict:
@@ -423,47 +427,53 @@ def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
 def quality(args: argparse.Namespace) -> None:
     """How good runs' samples are, beside real clips."""
     steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
-    runs, made = {}, {}
-    for path in args.checkpoint or [sample.find_weights(args.mode, args.stages)]:
-        runs[path] = weights = sample.load_weights(sample.weight_file(path), sample.choose_device())
-        split_steps(steps, weights.stages)  # refuses them before minutes of reading and sampling
-        if shape_of(weights) != shape_of(next(iter(runs.values()))):
-            raise ValueError(f"the clips of {path} have another shape than those of {next(iter(runs))}: ask one by one")
-    path, weights = next(iter(runs.items()))
-    data, metrics, references = held_out(path, weights, args) if args.data else digits_for(path, weights, args)
+    paths, made = args.checkpoint or [sample.find_weights(args.mode, args.stages)], {}
+    runs = {path: sample.load_weights(sample.weight_file(path), sample.choose_device()) for path in paths}
+    shape = shape_of(runs[paths[0]])
+    for path, weights in runs.items():  # all are refused, or none, before minutes of reading and sampling
+        check_comparable(path, weights, args)
+        if shape_of(weights) != shape:
+            raise ValueError(f"the clips of {path} have another shape than those of {paths[0]}: ask one by one")
+        try:
+            split_steps(steps, weights.stages)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    real, metrics, references = REAL, partial(digit_metrics, reference=args.reference), args.reference
+    if args.data:
+        real, metrics, references = held_out(*shape, args)
     for path, weights in runs.items():
         name = f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"
-        made[name] = scores_of(
-            partial(generate, weights, Cell(str(path), steps, args.solver), args.batch), metrics, args
-        )
-    made["real"] = scores_of(lambda seed, number: real_clips(references + seed * number, number, data), metrics, args)
-    tables = [(["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()])]
-    print(bench.markdown(*tables[0]))
+        make = partial(generate, weights, Cell(str(path), steps, args.solver), args.batch)
+        made[name] = scores_of(make, metrics, args)
+    made["real"] = scores_of(lambda seed, number: real_clips(references + seed * number, number, real), metrics, args)
+    table = ["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()]
+    print(bench.markdown(*table))
     if args.json:
-        more = {"number": args.number, "seeds": args.seeds, "real": references}
-        bench.write_tables(args.json, ["evaluate.py", *args.words], tables, **more)
+        files = [digest(sample.weight_file(path)) for path in paths]
+        more = {"steps": steps, "solver": args.solver, "files": files, "real": references}
+        bench.write_json(args.json, args.made_by | more | {"tables": [table]})
 
 
 def shape_of(weights: sample.Weights) -> tuple[int, int, int]:
     return weights.model.config.channels, weights.frames, weights.size
 
 
-def digits_for(path: Path, weights: sample.Weights, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
-    """Real moving digits, the metrics, and how many clips the reference has taken."""
+def check_comparable(path: Path, weights: sample.Weights, args: argparse.Namespace) -> None:
+    """Raises ValueError if a run's clips cannot be scored, as moving digits or beside those of --data."""
+    if args.data:
+        if weights.latent_scale is not None or weights.frames < 3:
+            raise ValueError(f"{path} makes latents, or fewer than 3 frames: it cannot be compared")
+        return
     if args.i3d or args.frame_stride != 1:
         raise ValueError("--i3d and --frame-stride have no meaning without --data")
     if shape_of(weights) != (1, 16, 32) or weights.classes != MovingDigits.classes:
         problem = "was not trained on 16 frames of moving digits of 32x32, which is all that the judge knows"
         raise ValueError(f"{path} {problem}; give real clips with --data")
-    return REAL, partial(digit_metrics, reference=args.reference), args.reference
 
 
-def held_out(path: Path, weights: sample.Weights, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
-    """The same of the clips of --data; at most four windows of a clip make the reference."""
-    if weights.latent_scale is not None or weights.frames < 3:
-        raise ValueError(f"{path} makes latents, or fewer than 3 frames: it cannot be compared")
-    grayscale = weights.model.config.channels == 1
-    data = FolderClips(args.data, weights.frames, weights.size, frame_stride=args.frame_stride, grayscale=grayscale)
+def held_out(channels: int, frames: int, size: int, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
+    """Clips of --data, the metrics, and how many clips the reference has taken: at most four windows of a clip."""
+    data = FolderClips(args.data, frames, size, frame_stride=args.frame_stride, grayscale=channels == 1)
     if data.latent:
         raise ValueError(f"{args.data} holds latents, and only pictures can be compared")
     print(data.summary)
@@ -645,12 +655,16 @@ def renoising(args: argparse.Namespace) -> list:
 
 
 def early(args: argparse.Namespace) -> list:
-    """Fig. 8: clips at 5, 10, 20 and 40% of training, the pyramid beside vanilla."""
-    pictures = {}
-    for percent, run in itertools.product((5, 10, 20, 40), ("flow-3", "flow-1", "ddim-3", "ddim-1")):
-        pictures[f"{run}, {percent}%"] = clips_of(Cell(run, percent=percent), args, args.seeds[0], 8)[5:8]
+    """Fig. 8: clips at 5, 10, 20 and 40% of training, the pyramid beside vanilla, and how many are whole by then."""
+    runs, percents = ("flow-3-long-seed-2", "flow-1-long-seed-2", "ddim-3-long", "ddim-1-long"), (10, 20, 40)
+    pictures = {
+        f"{run}, {percent}%": clips_of(Cell(run, percent=percent), args, args.seeds[0], 8)[5:8]
+        for percent, run in itertools.product((5, *percents), runs)
+    }
     draw_clips(pictures, 4, args.out / "early.png")
-    return []
+    cells = {run: [measured(Cell(run, percent=percent), args) for percent in percents] for run in runs}
+    rows = [[run, *(spread(each[m]) for m in ("legible", "kept") for each in found)] for run, found in cells.items()]
+    return [(["run", *(f"{metric} at {percent}%" for metric in ("legible", "kept") for percent in percents)], rows)]
 
 
 def sampling(args: argparse.Namespace) -> list:
@@ -788,19 +802,20 @@ def claim(name: str, args: argparse.Namespace) -> None:
     tables = CLAIMS[name](args)
     for header, rows in tables:
         print(bench.markdown(header, rows))
-    more = {"number": args.number, "seeds": args.seeds}
-    bench.write_tables(args.out / f"{name}.json", ["evaluate.py", *args.words], tables, **more)
+    bench.write_json(args.out / f"{name}.json", args.made_by | {"tables": tables})
     print(f"wrote {args.out / name}.json\n", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    parser.set_defaults(words=sys.argv[1:] if argv is None else list(map(str, argv)))
+    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.smoke:
         parser.set_defaults(**SMOKE)
         args = parser.parse_args(argv)
+    args.made_by = bench.provenance(["evaluate.py", *words]) | {"number": args.number, "seeds": args.seeds}
     try:
+        if args.json and args.command != "quality":
+            raise ValueError("--json is of quality; a claim writes into --out")
         if min(args.number, args.reference) < 2:
             raise ValueError("--number and --reference must be at least 2: one clip has no covariance")
         if args.command in TOOLS:

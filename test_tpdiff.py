@@ -2733,7 +2733,8 @@ def test_fixed_share_is_what_does_not_shrink_with_the_frames():
     assert evaluate.fixed_share(full + a, quarter + a, 16, *size) == pytest.approx(0.25)
 
 
-def test_evaluate_measures_the_shipped_weights(capsys):
+def test_evaluate_measures_the_shipped_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are no runs
     evaluate.main("quality --number 3 --reference 20 --seeds 0 5 --steps 3 --batch 2".split())
     header, _, ours, real = capsys.readouterr().out.strip().splitlines()
     assert "judge_distance" in header and "off_track" in header
@@ -2829,8 +2830,8 @@ def test_rows_of_the_readme_are_rows_of_results():
 
 
 def test_scores_name_no_commit_where_there_is_no_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    assert evaluate.commit.__wrapped__() == ""
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    assert bench.commit.__wrapped__() == ""
 
 
 def test_clips_in_batches_are_those_of_one_batch():
@@ -2846,6 +2847,19 @@ def test_evaluate_refuses_what_the_judge_does_not_know(tmp_path, capsys):
     capsys.readouterr()
     words = ["quality", "--checkpoint", tmp_path / "run"]
     assert "give real clips with --data" in fails_with_one_line(capsys, evaluate.main, *words)
-    assert "another shape" in fails_with_one_line(capsys, evaluate.main, *words, sample.SHIPPED / "flow-3.pt")
-    for main, what in ((evaluate.main, "quality"), (bench.main, "step")):
-        assert "lies in none" in fails_with_one_line(capsys, main, what, "--json", tmp_path / "no" / "a.json")
+    shipped = [sample.SHIPPED / "flow-3.pt", sample.SHIPPED / "flow-1.pt"]
+    words = ["quality", "--checkpoint", shipped[0]]  # of several runs each is looked at, not only the first
+    assert "give real clips with --data" in fails_with_one_line(capsys, evaluate.main, *words, tmp_path / "run")
+    words = ["quality", "--checkpoint", *shipped, "--steps", "9", "9", "9"]
+    assert "flow-1.pt: " in fails_with_one_line(capsys, evaluate.main, *words)
+    words = ["quality", "--data", tmp_path, "--checkpoint", shipped[0], tmp_path / "run"]
+    assert "another shape" in fails_with_one_line(capsys, evaluate.main, *words)
+
+
+@pytest.mark.parametrize("main, what", [(evaluate.main, "quality"), (bench.main, "step")])
+def test_tables_are_written_to_a_file_or_refused_at_once(main, what, tmp_path, capsys):
+    assert "there is no folder" in fails_with_one_line(capsys, main, what, "--json", tmp_path / "no" / "a.json")
+    for path in (tmp_path, "/dev/null", "a" * 300 + "/b"):
+        fails_with_one_line(capsys, main, what, "--json", path)
+    assert not list(tmp_path.iterdir())
+    assert "--json is of quality" in fails_with_one_line(capsys, evaluate.main, "cost", "--json", tmp_path / "a.json")
