@@ -1,16 +1,16 @@
 """How good the samples are, and what the paper claims, measured.
 
-  python evaluate.py quality      how good the samples of a run on moving digits are
+  python evaluate.py quality      how good the samples of runs are, on moving digits or beside clips of --data
   python evaluate.py cost         how much faster than vanilla the pyramid should sample, for a model of any size
   python evaluate.py judge        train the judge, a small network that knows moving digits: weights/judge.pt, shipped
 
-Each claim trains the runs it needs (RUNS), samples them, prints its tables and writes results/CLAIM.json, or a figure:
+Each claim trains the runs it needs (RUNS), samples them and writes results/CLAIM.json and, for most, a figure:
 
   python evaluate.py latency      Table 1: sampling time of the pyramid beside vanilla's, and the predicted ratio
   python evaluate.py training     Fig. 5: quality against training time
   python evaluate.py alignment    Table 3: with and without data-noise alignment, and what it does to the target
   python evaluate.py renoising    Fig. 6: the paper's renoising, with other noise, without
-  python evaluate.py early        Fig. 8: clips from early in training
+  python evaluate.py early        Fig. 8: clips from early in training, how many are legible and kept
   python evaluate.py sampling     past the paper: quality against cost, by solver and steps
   python evaluate.py stages       past the paper: how many stages, how often each is trained, which of them errs
   python evaluate.py growth       past the paper: sampling time as clips get longer
@@ -55,9 +55,9 @@ JUDGE_SEED = 2**31
 REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
 REAL_ENDS = 10**6  # the first of them that sampling goes on from; below are the reference and the judged
 
-# Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 to 0.67 times as long as
-# one of vanilla (of two stages 0.77, of four 0.54), so all runs have about equal time, but for -long, which have four
-# times as much; `training` measures it.
+# Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 to 0.68 times as long as
+# one of vanilla (of two stages about 0.8, of four 0.54), so all runs have about equal time, but for -long, which have
+# four times as much; `training` measures it for three.
 RUNS = {
     "flow-3": "--mode flow --stages 3 --steps 3000 --seed 1",
     "flow-1": "--mode flow --stages 1 --steps 1900 --seed 1",
@@ -656,8 +656,8 @@ def renoising(args: argparse.Namespace) -> list:
 
 
 def early(args: argparse.Namespace) -> list:
-    """Fig. 8: clips at 5, 10, 20 and 40% of training, the pyramid beside vanilla, and how many are whole by then; nine
-    Euler steps."""
+    """Fig. 8: clips at 5, 10, 20 and 40% of training, the pyramid beside vanilla; from 10% on how many frames are
+    legible and clips kept. Nine Euler steps."""
     runs, percents = ("flow-3-long-seed-2", "flow-1-long-seed-2", "ddim-3-long", "ddim-1-long"), (10, 20, 40)
     pictures = {
         f"{run}, {percent}%": clips_of(Cell(run, 9, percent=percent), args, args.seeds[0], 8)[5:8]
