@@ -664,9 +664,10 @@ def early(args: argparse.Namespace) -> list:
         for percent, run in itertools.product((5, *percents), runs)
     }
     draw_clips(pictures, 4, args.out / "early.png")
-    cells = {run: [measured(Cell(run, 9, percent=percent), args) for percent in percents] for run in runs}
-    rows = [[run, *(spread(each[m]) for m in ("legible", "kept") for each in found)] for run, found in cells.items()]
-    return [(["run", *(f"{metric} at {percent}%" for metric in ("legible", "kept") for percent in percents)], rows)]
+    columns = list(itertools.product(("legible", "kept"), percents))
+    found = {run: {percent: measured(Cell(run, 9, percent=percent), args) for percent in percents} for run in runs}
+    rows = [[run, *(spread(found[run][percent][metric]) for metric, percent in columns)] for run in runs]
+    return [(["run", *(f"{metric} at {percent}%" for metric, percent in columns)], rows)]
 
 
 def sampling(args: argparse.Namespace) -> list:

@@ -2856,6 +2856,13 @@ def test_evaluate_refuses_what_the_judge_does_not_know(tmp_path, capsys):
     assert "another shape" in fails_with_one_line(capsys, evaluate.main, *words)
 
 
+def test_a_file_of_results_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("before")
+    monkeypatch.setattr(bench.os, "replace", lambda *_: None)  # stopped just before
+    bench.write_json(tmp_path / "a.json", {"tables": []})
+    assert (tmp_path / "a.json").read_text() == "before"
+
+
 @pytest.mark.parametrize("main, what", [(evaluate.main, "quality"), (bench.main, "step")])
 def test_tables_are_written_to_a_file_or_refused_at_once(main, what, tmp_path, capsys):
     assert "there is no folder" in fails_with_one_line(capsys, main, what, "--json", tmp_path / "no" / "a.json")
