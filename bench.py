@@ -61,11 +61,16 @@ def alternate(functions: dict, repeats: int) -> dict:
     return {name: sorted(values) for name, values in seconds.items()}
 
 
+def quartiles(seconds: list[float]) -> tuple[float, float, float]:
+    """Of sorted seconds, with the median in the middle."""
+    count = len(seconds)
+    return seconds[count // 4], median(seconds), seconds[(3 * count) // 4]
+
+
 def in_milliseconds(seconds: list[float]) -> str:
     """Median and, in brackets, the quartiles."""
-    count = len(seconds)
-    low, high = seconds[count // 4], seconds[(3 * count) // 4]
-    return f"{median(seconds) * 1e3:.1f} [{low * 1e3:.1f}, {high * 1e3:.1f}]"
+    low, middle, high = (value * 1e3 for value in quartiles(seconds))
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def markdown(header: list[str], rows: list[list]) -> str:

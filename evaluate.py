@@ -4,7 +4,8 @@
   python evaluate.py cost         how much faster than vanilla the pyramid should sample, for a model of any size
   python evaluate.py judge        train the judge, a small network that knows moving digits: weights/judge.pt, shipped
 
-Each claim trains the runs it needs (RUNS), samples them and writes results/CLAIM.json and, for most, a figure:
+Each claim trains the runs it needs (RUNS), samples them and writes results/CLAIM.json and CLAIM.png
+(a picture a pair of `training`):
 
   python evaluate.py latency      Table 1: sampling time of the pyramid beside vanilla's, and the predicted ratio
   python evaluate.py training     Fig. 5: quality against training time
@@ -526,9 +527,10 @@ def sampling_times(settings: dict, args: argparse.Namespace) -> dict:
 
 
 def latency(args: argparse.Namespace) -> list:
-    """Table 1: sampling one clip, and eight at once, in 30 Euler steps; the pyramid beside vanilla."""
-    rows, size = [], (args.tokens, args.width, args.depth, "factorized")
-    for (mode, papers), batch in itertools.product((("flow", 1.71), ("ddim", 1.49)), (1, 8)):
+    """Table 1: sampling one clip, and several at once, in 30 Euler steps; the pyramid beside vanilla."""
+    rows, figure, size = [], {}, (args.tokens, args.width, args.depth, "factorized")
+    batches = (1, 8) if args.smoke else (1, 2, 4, 8)
+    for (mode, papers), batch in itertools.product((("flow", 1.71), ("ddim", 1.49)), batches):
         settings = {"vanilla": (mode, 1, 16, batch), "quarter": (mode, 1, 4, batch), "pyramid": (mode, 3, 16, batch)}
         seconds = sampling_times(settings, args)
         full, quarter, pyramid = map(statistics.median, seconds.values())
@@ -536,6 +538,11 @@ def latency(args: argparse.Namespace) -> list:
         alone, whole = (predicted_speedup([10, 10, 10], 16, *size, fixed=share) for share in (0, fixed))
         figures = [f"{speedup:.2f}", f"{alone:.2f}", f"{fixed:.0%}", f"{whole:.2f}", f"{speedup / whole - 1:+.0%}"]
         rows.append([mode, batch, *map(bench.in_milliseconds, seconds.values()), *figures, papers])
+        curves = {"vanilla": bench.quartiles(seconds["vanilla"]), "3 stages": bench.quartiles(seconds["pyramid"])}
+        for name, values in (curves | {"3 stages, predicted": [full / whole]}).items():
+            points = figure.setdefault(f"{mode}, {name}", [])
+            points.append((batch, [value * 1e3 / batch for value in values]))
+    draw_curves(figure, "clips at once", "milliseconds a clip", args.out / "latency.png", statistics.median)
     times = ["vanilla, ms", "vanilla of 4 frames, ms", "3 stages, ms", "times as fast", "by multiplications"]
     return [(["mode", "clips", *times, "fixed share", "predicted", "off by", "the paper's"], rows)]
 
@@ -550,13 +557,13 @@ def growth(args: argparse.Namespace) -> list:
         seconds = sampling_times(settings, args)
         times = {name: statistics.median(values) for name, values in seconds.items()}
         fixed = fixed_share(times[1], times["quarter"], frames, *size)
-        figure["vanilla"].append((frames, [times[1] * 1e3]))
-        figure["pyramid"].append((frames, [times[most] * 1e3]))
+        for name, stages in (("vanilla", 1), ("pyramid", most)):
+            figure[name].append((frames, [value * 1e3 for value in bench.quartiles(seconds[stages])]))
         rows.append([frames, bench.in_milliseconds(seconds[1]), f"{fixed:.0%}"])
         for stages in (3, most):
             expected = predicted_speedup(split_steps(30, stages), frames, *size, fixed=fixed)
             rows[-1] += [stages, f"{times[1] / times[stages]:.2f}", f"{expected:.2f}"]
-    draw_curves(figure, "frames", "milliseconds a clip", args.out / "growth.png")
+    draw_curves(figure, "frames", "milliseconds a clip", args.out / "growth.png", statistics.median)
     names = ["frames", "vanilla, ms", "fixed share", *["stages", "times as fast", "predicted"] * 2]
     return [(names, rows)]
 
@@ -575,19 +582,18 @@ def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None
 def training(args: argparse.Namespace) -> list:
     """Fig. 5: the judge's distance against training time, pyramid and vanilla in equal time; of long runs, too."""
     percents, steps, rows, gains = (10, 20, 40, 60, 80, 100), {}, [], []
-    pairs = {("flow", ""): 30, ("flow", "-seed-2"): 30, ("ddim", ""): 30, ("flow", "-long-seed-2"): 30}
-    pairs |= {("ddim", "-long"): 9}  # solver steps, elsewhere the paper's; fewer, to spare an hour
+    pairs = [("flow", ""), ("flow", "-seed-2"), ("ddim", ""), ("flow", "-long-seed-2"), ("ddim", "-long")]
     for options in (train_options(run, args) for run in ("flow-3", "flow-1", "ddim-3", "ddim-1")):
         step = bench.Run(options).training_step
         steps |= {(options.mode, options.stages, k): partial(step, k) for k in range(options.stages)}
     seconds = bench.alternate(steps, args.repeats)
-    for (mode, kind), count in pairs.items():
+    for mode, kind in pairs:
         curves = {}
         for run in (f"{mode}-{stages}{kind}" for stages in (3, 1)):
             options = train_options(run, args)
             by_stage = [statistics.median(seconds[mode, options.stages, k]) for k in range(options.stages)]
             whole = options.steps * statistics.mean(by_stage)
-            cells = {percent: measured(Cell(run, count, percent=percent), args) for percent in percents}
+            cells = {percent: measured(Cell(run, percent=percent), args) for percent in percents}
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
             values = [spread(cell["judge_distance"]) for cell in cells.values()]
             milliseconds = ", ".join(f"{each * 1e3:.0f}" for each in by_stage)
@@ -617,19 +623,23 @@ def alignment(args: argparse.Namespace) -> list:
     runs = ("flow-3", "flow-3-nearest", "flow-3-none", "flow-3-seed-2", "flow-3-none-seed-2", "ddim-3", "ddim-3-none")
     long = (f"flow-3{kind}-long{seed}" for seed in ("", "-seed-2") for kind in ("", "-none"))
     rows = [[run, *scores_row(Cell(run), args)] for run in (*runs, *long, "real")]
-    stages = list(itertools.product(("flow", "ddim"), range(3)))
-    batches = (4, 16) if args.smoke else (4, 16, 64, 256)
-    removed = [[batch, *(f"{variance_removed(*stage, batch):.2%}" for stage in stages)] for batch in batches]
-    return [(["run", *SCORES], rows), (["batch", *(f"{mode}, stage {k}" for mode, k in stages)], removed)]
+    figure, batches = {}, (4, 16) if args.smoke else (4, 16, 64, 256)
+    for mode, k in itertools.product(("flow", "ddim"), range(3)):
+        removed = [[100 * variance_removed(mode, k, batch, seed) for seed in args.seeds] for batch in batches]
+        figure[f"{mode}, stage {k}"] = list(zip(batches, removed, strict=True))
+    draw_curves(figure, "batch", "% of the target's variance removed", args.out / "alignment.png")
+    shares = [[name, *(spread(values) for _, values in points)] for name, points in figure.items()]
+    header = ["% of variance removed by", *(f"batch of {batch}" for batch in batches)]
+    return [(["run", *SCORES], rows), (header, shares)]
 
 
-def variance_removed(mode: str, k: int, batch: int, clips: int = 1024) -> float:
+def variance_removed(mode: str, k: int, batch: int, seed: int, clips: int = 1024) -> float:
     """Share that alignment in a batch removes of the variance, per pixel over clips and noises, of what the network
-    is trained to say, halfway through a stage."""
+    is trained to say, halfway through a stage. Clips and noises are drawn by the seed."""
     pyramid, aligned, plain = Pyramid(mode, 3), [], []
-    for x0 in real_clips(0, clips).split(batch):
+    for x0 in real_clips(seed * clips, clips).split(batch):
         x0_stage, u = downsample(x0, 2**k), torch.full((len(x0),), 0.5)
-        noise = torch.randn(x0_stage.shape, generator=sample.generator_for(k, len(plain)))
+        noise = torch.randn(x0_stage.shape, generator=sample.generator_for(seed, k, len(plain)))
         for targets, paired in ((aligned, align(x0_stage, noise)), (plain, noise)):
             x_t, target, t = pyramid.interpolate(*pyramid.endpoints(x0, paired, k), k, u)
             a, b = sample.output_coefficients(pyramid, x_t, t)
@@ -671,34 +681,43 @@ def early(args: argparse.Namespace) -> list:
 
 
 def sampling(args: argparse.Namespace) -> list:
-    """Quality against cost: solver and steps, and how steps are shared out over stages."""
-    steps = (30, 3) if args.smoke else (30, 24, 18, 15, 12, 9, 6, 3)
-    calls = {stages: [sample.full_rate_steps(split_steps(count, stages)) for count in steps] for stages in (1, 3)}
-    rows = [[f"full-rate calls, stages: {stages}", *(f"{each:.4g}" for each in calls[stages])] for stages in (1, 3)]
-    distances, kept, figure = rows.copy(), rows.copy(), {}
-    for run, solver in itertools.product(("flow-3", "flow-1", "ddim-3", "ddim-1"), ("euler", "ab2")):
-        found, name = [measured(Cell(run, count, solver), args) for count in steps], f"{run}, {solver}"
-        values = [each["judge_distance"] for each in found]
-        distances.append([name, *map(spread, values)])
-        kept.append([name, *(spread(each["kept"]) for each in found)])
-        figure[name] = list(zip(calls[train_options(run, args).stages], values, strict=True))
-    draw_curves(figure, "full-rate network calls", "judge's distance", args.out / "sampling.png")
-    by_steps = [f"{count} steps" for count in steps]
-    tables = [(["judge's distance", *by_steps], distances), (["kept", *by_steps], kept)]
-    splits = [30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10)]
-    counts = (30, 15, 9, 6, 3)
-    both = ("euler", "ab2")
-    runs = {"flow-3-long": both, "flow-1-long": both[:1], "ddim-3-long": both, "ddim-1-long": both[:1]}
-    long = [Cell(run, count, solver) for run in runs for count in counts for solver in runs[run]]
-    for cells in [Cell("flow-3", split) for split in splits], long:
-        tables.append((FRONT, [front_row(cell, args) for cell in cells]))
+    """Quality against cost: solver and steps, of short runs and long ones, and how steps are shared out over stages."""
+    steps, solvers = (30, 3) if args.smoke else (30, 24, 18, 15, 12, 9, 6, 3), ("euler", "ab2")
+    runs = itertools.product(("flow-3", "flow-1", "ddim-3", "ddim-1"), solvers)
+    short = {f"{run}, {solver}": [Cell(run, count, solver) for count in steps] for run, solver in runs}
+    draw_front(short, args.out / "sampling.png", args)
+    tables, header = [], [f"{count} steps" for count in steps]
+    costs = {run: [f"{full_rate_calls(Cell(run, count), args):.4g}" for count in steps] for run in ("flow-1", "flow-3")}
+    for title, metric in (("judge's distance", "judge_distance"), ("kept", "kept")):
+        rows = [[f"full-rate calls, stages: {run[-1]}", *calls] for run, calls in costs.items()]
+        rows += [[name, *(spread(measured(cell, args)[metric]) for cell in cells)] for name, cells in short.items()]
+        tables.append(([title, *header], rows))
+    splits = [Cell("flow-3", split) for split in (30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10))]
+    tables.append((FRONT, [front_row(cell, args) for cell in splits]))
+    runs = itertools.product(("flow-3-long", "flow-1-long", "ddim-3-long", "ddim-1-long"), solvers)
+    long = {f"{run}, {solver}": [Cell(run, count, solver) for count in (30, 15, 9, 6, 3)] for run, solver in runs}
+    draw_front(long, args.out / "sampling-long.png", args)
+    tables.append((FRONT, [front_row(cell, args) for cells in long.values() for cell in cells]))
     return tables
+
+
+def draw_front(cells: dict[str, list[Cell]], path: Path, args: argparse.Namespace) -> None:
+    """Quality against cost, a curve for every name."""
+    curves = {
+        name: [(full_rate_calls(cell, args), measured(cell, args)["judge_distance"]) for cell in each]
+        for name, each in cells.items()
+    }
+    draw_curves(curves, "full-rate network calls", "judge's distance", path)
 
 
 def stages(args: argparse.Namespace) -> list:
     """The number of stages; how often each is trained, or how vanilla draws its times; and where the error is made."""
-    pairs = [f"flow-{stages}{seed}" for stages in (1, 2, 3) for seed in ("", "-seed-2")]
-    numbers = [front_row(Cell(run), args) for run in (*pairs, "flow-4", "flow-1-long", "flow-2-long", "flow-3-long")]
+    numbers, figure = [], {}
+    for kind, most in (("", 4), ("-seed-2", 3), ("-long", 3)):
+        cells = {count: Cell(f"flow-{count}{kind}") for count in range(1, most + 1)}
+        numbers += [front_row(cell, args) for cell in cells.values()]
+        figure[f"flow{kind}"] = [(count, measured(cell, args)["judge_distance"]) for count, cell in cells.items()]
+    draw_curves(figure, "stages", "judge's distance", args.out / "stages.png")
     pairs = [f"flow-{kind}{seed}" for kind in ("1", "1-shift", "3", "3-odds") for seed in ("", "-seed-2")]
     long = [f"flow-{stages}-long{seed}" for stages in (1, 3) for seed in ("", "-seed-2")]
     draws = [front_row(Cell(run, 9), args) for run in (*pairs, *long)]
@@ -712,9 +731,13 @@ def stages(args: argparse.Namespace) -> list:
     return [(FRONT, numbers), (FRONT, draws), (header, from_ends)]
 
 
+def full_rate_calls(cell: Cell, args: argparse.Namespace) -> float:
+    return sample.full_rate_steps(split_steps(cell.steps, train_options(cell.run, args).stages))
+
+
 def front_row(cell: Cell, args: argparse.Namespace) -> list:
     counts = split_steps(cell.steps, train_options(cell.run, args).stages)
-    calls = f"{sample.full_rate_steps(counts):.4g}"
+    calls = f"{full_rate_calls(cell, args):.4g}"
     return [cell.run, "-".join(map(str, counts)), cell.solver, calls, *scores_row(cell, args)]
 
 
@@ -727,20 +750,25 @@ def pyplot():
     return pyplot
 
 
-def draw_curves(curves: dict[str, list], x_label: str, y_label: str, path: Path) -> None:
-    """Curves of (x, values over seeds): the means, and the range as a band; both axes logarithmic."""
+def draw_curves(
+    curves: dict[str, list], x_label: str, y_label: str, path: Path, centre: Callable = statistics.mean
+) -> None:
+    """Curves of (x, values): their centre, and their range as a band; both axes logarithmic."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for name, points in curves.items():
         x, values = zip(*sorted(points), strict=True)
-        (line,) = axes.plot(x, [statistics.mean(v) for v in values], marker="o", markersize=4, label=name)
+        (line,) = axes.plot(x, [centre(v) for v in values], marker="o", markersize=4, label=name)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
     from matplotlib.ticker import LogLocator
 
     for axis in (axes.xaxis, axes.yaxis):  # 0.6 and 200, in place of powers of ten
-        axis.set_minor_locator(LogLocator(subs=(2, 3, 6)))
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
+    if len(measured_at := {x for points in curves.values() for x, _ in points}) <= 4:
+        axes.set_xticks(sorted(measured_at))
+        axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)

@@ -2757,9 +2757,23 @@ def test_time_to_a_distance_is_interpolated_and_none_if_never_reached():
 
 @both_modes
 def test_alignment_removes_more_variance_in_a_larger_batch_and_none_without_a_choice(mode):
-    assert evaluate.variance_removed(mode, 1, batch=1, clips=64) == 0
-    small, large = (evaluate.variance_removed(mode, 1, batch, clips=256) for batch in (2, 64))
-    assert 0 < small < large < 0.1
+    assert evaluate.variance_removed(mode, 1, batch=1, seed=0, clips=64) == 0
+    small, large, other = (evaluate.variance_removed(mode, 1, *each, clips=256) for each in ((2, 0), (64, 0), (64, 1)))
+    assert 0 < small < large < 0.1 and other != large
+
+
+def test_latency_shows_the_measured_and_the_predicted_milliseconds_of_a_clip(monkeypatch):
+    curves, seconds = {}, {"vanilla": [3.0, 4.0, 5.0], "quarter": [2.0, 2.5, 3.0], "pyramid": [2.0, 3.0, 4.0]}
+    monkeypatch.setattr(evaluate, "sampling_times", lambda *_: seconds)
+    monkeypatch.setattr(evaluate, "draw_curves", lambda found, *_: curves.update(found))
+    args = evaluate.make_parser().parse_args(["latency"])
+    ((header, rows),) = evaluate.latency(args)
+    row = dict(zip(header, rows[-1], strict=True))
+    assert (row["clips"], row["times as fast"], row["3 stages, ms"]) == (8, "1.33", "3000.0 [2000.0, 4000.0]")
+    assert curves["ddim, vanilla"][-1] == (8, [375, 500, 625]) and curves["ddim, 3 stages"][0] == (1, [2e3, 3e3, 4e3])
+    fixed = evaluate.fixed_share(4.0, 2.5, 16, 64, 96, 4, "factorized")
+    predicted = evaluate.predicted_speedup([10, 10, 10], 16, 64, 96, 4, "factorized", fixed=fixed)
+    assert curves["ddim, 3 stages, predicted"][-1] == (8, [pytest.approx(500 / predicted)])
 
 
 @pytest.fixture
