@@ -62,7 +62,7 @@ def alternate(functions: dict, repeats: int) -> dict:
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    """Of sorted seconds, with the median in the middle."""
+    """Lower quartile, median and upper quartile of sorted seconds."""
     count = len(seconds)
     return seconds[count // 4], median(seconds), seconds[(3 * count) // 4]
 

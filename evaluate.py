@@ -4,8 +4,7 @@
   python evaluate.py cost         how much faster than vanilla the pyramid should sample, for a model of any size
   python evaluate.py judge        train the judge, a small network that knows moving digits: weights/judge.pt, shipped
 
-Each claim trains the runs it needs (RUNS), samples them and writes results/CLAIM.json and CLAIM.png
-(a picture a pair of `training`):
+Each claim trains the runs it needs (RUNS), samples them and writes results/CLAIM.json and pictures, CLAIM*.png:
 
   python evaluate.py latency      Table 1: sampling time of the pyramid beside vanilla's, and the predicted ratio
   python evaluate.py training     Fig. 5: quality against training time
@@ -528,7 +527,7 @@ def sampling_times(settings: dict, args: argparse.Namespace) -> dict:
 
 def latency(args: argparse.Namespace) -> list:
     """Table 1: sampling one clip, and several at once, in 30 Euler steps; the pyramid beside vanilla."""
-    rows, figure, size = [], {}, (args.tokens, args.width, args.depth, "factorized")
+    rows, curves, size = [], {}, (args.tokens, args.width, args.depth, "factorized")
     batches = (1, 8) if args.smoke else (1, 2, 4, 8)
     for (mode, papers), batch in itertools.product((("flow", 1.71), ("ddim", 1.49)), batches):
         settings = {"vanilla": (mode, 1, 16, batch), "quarter": (mode, 1, 4, batch), "pyramid": (mode, 3, 16, batch)}
@@ -536,35 +535,39 @@ def latency(args: argparse.Namespace) -> list:
         full, quarter, pyramid = map(statistics.median, seconds.values())
         fixed, speedup = fixed_share(full, quarter, 16, *size), full / pyramid
         alone, whole = (predicted_speedup([10, 10, 10], 16, *size, fixed=share) for share in (0, fixed))
-        figures = [f"{speedup:.2f}", f"{alone:.2f}", f"{fixed:.0%}", f"{whole:.2f}", f"{speedup / whole - 1:+.0%}"]
-        rows.append([mode, batch, *map(bench.in_milliseconds, seconds.values()), *figures, papers])
-        curves = {"vanilla": bench.quartiles(seconds["vanilla"]), "3 stages": bench.quartiles(seconds["pyramid"])}
-        for name, values in (curves | {"3 stages, predicted": [full / whole]}).items():
-            points = figure.setdefault(f"{mode}, {name}", [])
-            points.append((batch, [value * 1e3 / batch for value in values]))
-    draw_curves(figure, "clips at once", "milliseconds a clip", args.out / "latency.png", statistics.median)
-    times = ["vanilla, ms", "vanilla of 4 frames, ms", "3 stages, ms", "times as fast", "by multiplications"]
-    return [(["mode", "clips", *times, "fixed share", "predicted", "off by", "the paper's"], rows)]
+        ratios = [f"{speedup:.2f}", f"{alone:.2f}", f"{fixed:.0%}", f"{whole:.2f}", f"{speedup / whole - 1:+.0%}"]
+        times = map(bench.in_milliseconds, seconds.values())
+        rows.append([mode, batch, *times, f"{batch / pyramid:.2f}", *ratios, papers])
+        shown = {"vanilla": bench.quartiles(seconds["vanilla"]), "3 stages": bench.quartiles(seconds["pyramid"])}
+        shown["3 stages, predicted"] = [full / whole]
+        for name, values in shown.items():
+            curves.setdefault(f"{mode}, {name}", []).append((batch, [value * 1e3 / batch for value in values]))
+    draw_curves(curves, "clips at once", "milliseconds a clip", args.out / "latency.png", statistics.median)
+    names = ["mode", "clips at once", "vanilla, ms", "vanilla of 4 frames, ms", "3 stages, ms", "3 stages, clips/s"]
+    names += ["times as fast", "by multiplications", "fixed share", "predicted", "off by", "the paper's"]
+    return [(names, rows)]
 
 
 def growth(args: argparse.Namespace) -> list:
-    """Sampling time of one clip as it gets longer, with as many stages as leave two frames, beside vanilla."""
-    rows, figure, size = [], {"vanilla": [], "pyramid": []}, (args.tokens, args.width, args.depth, "factorized")
+    """Cost and sampling time of one clip as it gets longer, with three stages, and with as many as leave two frames,
+    beside vanilla."""
+    rows, curves, size = [], {}, (args.tokens, args.width, args.depth, "factorized")
     for frames in (8, 16) if args.smoke else (8, 16, 32, 64):
         most = int(math.log2(frames))
-        settings = {"quarter": ("flow", 1, frames // 4, 1)}
-        settings |= {stages: ("flow", stages, frames, 1) for stages in (1, 3, most)}
-        seconds = sampling_times(settings, args)
+        settings = {stages: ("flow", stages, frames, 1) for stages in (1, 3, most)}
+        seconds = sampling_times(settings | {"quarter": ("flow", 1, frames // 4, 1)}, args)
         times = {name: statistics.median(values) for name, values in seconds.items()}
         fixed = fixed_share(times[1], times["quarter"], frames, *size)
-        for name, stages in (("vanilla", 1), ("pyramid", most)):
-            figure[name].append((frames, [value * 1e3 for value in bench.quartiles(seconds[stages])]))
-        rows.append([frames, bench.in_milliseconds(seconds[1]), f"{fixed:.0%}"])
-        for stages in (3, most):
-            expected = predicted_speedup(split_steps(30, stages), frames, *size, fixed=fixed)
-            rows[-1] += [stages, f"{times[1] / times[stages]:.2f}", f"{expected:.2f}"]
-    draw_curves(figure, "frames", "milliseconds a clip", args.out / "growth.png", statistics.median)
-    names = ["frames", "vanilla, ms", "fixed share", *["stages", "times as fast", "predicted"] * 2]
+        for stages in settings:
+            counts, ratio = split_steps(30, stages), times[1] / times[stages]
+            expected = predicted_speedup(counts, frames, *size, fixed=fixed)
+            row = [frames, stages, f"{sample.full_rate_steps(counts):.4g}", bench.in_milliseconds(seconds[stages])]
+            rows.append([*row, f"{ratio:.2f}", f"{fixed:.0%}", f"{expected:.2f}", f"{ratio / expected - 1:+.0%}"])
+        for name, stages in (("vanilla", 1), ("3 stages", 3), ("as many as fit", most)):
+            values = [value * 1e3 for value in bench.quartiles(seconds[stages])]
+            curves.setdefault(name, []).append((frames, values))
+    draw_curves(curves, "frames", "milliseconds a clip", args.out / "growth.png", statistics.median)
+    names = ["frames", "stages", "full-rate calls", "ms", "times as fast", "fixed share", "predicted", "off by"]
     return [(names, rows)]
 
 
@@ -581,15 +584,16 @@ def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None
 
 def training(args: argparse.Namespace) -> list:
     """Fig. 5: the judge's distance against training time, pyramid and vanilla in equal time; of long runs, too."""
-    percents, steps, rows, gains = (10, 20, 40, 60, 80, 100), {}, [], []
-    pairs = [("flow", ""), ("flow", "-seed-2"), ("ddim", ""), ("flow", "-long-seed-2"), ("ddim", "-long")]
+    steps, tables, gains, usual = {}, {}, [], (10, 20, 40, 60, 80, 100)
+    pairs = dict.fromkeys(["flow", "flow-seed-2", "ddim", "flow-long-seed-2", "ddim-long"], usual)
+    pairs["flow-long"] = 25, 50, 75, 100  # no other weights of it were kept
     for options in (train_options(run, args) for run in ("flow-3", "flow-1", "ddim-3", "ddim-1")):
         step = bench.Run(options).training_step
         steps |= {(options.mode, options.stages, k): partial(step, k) for k in range(options.stages)}
     seconds = bench.alternate(steps, args.repeats)
-    for mode, kind in pairs:
-        curves = {}
-        for run in (f"{mode}-{stages}{kind}" for stages in (3, 1)):
+    for pair, percents in pairs.items():
+        curves, mode = {}, pair.split("-")[0]
+        for run in (f"{mode}-{stages}{pair.removeprefix(mode)}" for stages in (3, 1)):
             options = train_options(run, args)
             by_stage = [statistics.median(seconds[mode, options.stages, k]) for k in range(options.stages)]
             whole = options.steps * statistics.mean(by_stage)
@@ -597,18 +601,20 @@ def training(args: argparse.Namespace) -> list:
             curves[run] = [(percent / 100 * whole, cell["judge_distance"]) for percent, cell in cells.items()]
             values = [spread(cell["judge_distance"]) for cell in cells.values()]
             milliseconds = ", ".join(f"{each * 1e3:.0f}" for each in by_stage)
-            rows.append([run, milliseconds, f"{whole:.0f}", *values, spread(cells[100]["kept"])])
+            row = [run, milliseconds, f"{whole:.0f}", *values, spread(cells[100]["kept"])]
+            tables.setdefault(percents, []).append(row)
         pyramid, vanilla = curves.values()
-        draw_curves(curves, "seconds of training", "judge's distance", args.out / f"training-{mode}{kind}.png")
+        draw_curves(curves, "seconds of training", "judge's distance", args.out / f"training-{pair}.png")
         if reached := time_to(statistics.mean(vanilla[-1][1]), pyramid):
             times, bound = (vanilla[-1][0], reached), "at least " if reached == pyramid[0][0] else ""
         else:
             reached = time_to(statistics.mean(pyramid[-1][1]), vanilla)
             times, bound = (reached, pyramid[-1][0]), "at most " if reached == vanilla[0][0] else ""
-        gains.append([mode + kind, *(f"{each:.0f}" for each in times), f"{bound}{times[0] / times[1]:.2f}"])
-    shares = [f"distance at {percent}%" for percent in percents]
-    names = ["", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
-    return [(["run", "ms a step, by stage", "seconds", *shares, "kept"], rows), (names, gains)]
+        gains.append([pair, *(f"{each:.0f}" for each in times), f"{bound}{times[0] / times[1]:.2f}"])
+    before = ["run", "ms a step, by stage", "seconds"]
+    tables = [([*before, *(f"distance at {n}%" for n in percents), "kept"], rows) for percents, rows in tables.items()]
+    names = ["pair", "vanilla's seconds", "the pyramid's seconds", "times as fast to equal distance"]
+    return [*tables, (names, gains)]
 
 
 def scores_row(cell: Cell, args: argparse.Namespace) -> list[str]:
@@ -682,23 +688,28 @@ def early(args: argparse.Namespace) -> list:
 
 def sampling(args: argparse.Namespace) -> list:
     """Quality against cost: solver and steps, of short runs and long ones, and how steps are shared out over stages."""
-    steps, solvers = (30, 3) if args.smoke else (30, 24, 18, 15, 12, 9, 6, 3), ("euler", "ab2")
-    runs = itertools.product(("flow-3", "flow-1", "ddim-3", "ddim-1"), solvers)
-    short = {f"{run}, {solver}": [Cell(run, count, solver) for count in steps] for run, solver in runs}
+    counts = (30, 3) if args.smoke else (30, 24, 18, 15, 12, 9, 6, 3)
+    short = cells_by_solver(("flow-3", "flow-1", "ddim-3", "ddim-1"), counts)
+    long = cells_by_solver(("flow-3-long", "flow-1-long", "ddim-3-long", "ddim-1-long"), (30, 15, 9, 6, 3))
     draw_front(short, args.out / "sampling.png", args)
-    tables, header = [], [f"{count} steps" for count in steps]
-    costs = {run: [f"{full_rate_calls(Cell(run, count), args):.4g}" for count in steps] for run in ("flow-1", "flow-3")}
-    for title, metric in (("judge's distance", "judge_distance"), ("kept", "kept")):
-        rows = [[f"full-rate calls, stages: {run[-1]}", *calls] for run, calls in costs.items()]
-        rows += [[name, *(spread(measured(cell, args)[metric]) for cell in cells)] for name, cells in short.items()]
-        tables.append(([title, *header], rows))
-    splits = [Cell("flow-3", split) for split in (30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10))]
-    tables.append((FRONT, [front_row(cell, args) for cell in splits]))
-    runs = itertools.product(("flow-3-long", "flow-1-long", "ddim-3-long", "ddim-1-long"), solvers)
-    long = {f"{run}, {solver}": [Cell(run, count, solver) for count in (30, 15, 9, 6, 3)] for run, solver in runs}
     draw_front(long, args.out / "sampling-long.png", args)
-    tables.append((FRONT, [front_row(cell, args) for cells in long.values() for cell in cells]))
+    tables, costs = [], []
+    for stages in (1, 3):
+        calls = (full_rate_calls(Cell(f"flow-{stages}", count), args) for count in counts)
+        costs.append([f"full-rate calls, stages: {stages}", *(f"{each:.4g}" for each in calls)])
+    for title, metric in (("judge's distance", "judge_distance"), ("kept", "kept")):
+        rows = [[name, *(spread(measured(cell, args)[metric]) for cell in cells)] for name, cells in short.items()]
+        tables.append(([title, *(f"{count} steps" for count in counts)], costs + rows))
+    splits = [Cell("flow-3", split) for split in (30, (15, 10, 5), (18, 9, 3), (5, 10, 15), (20, 20, 10))]
+    for cells in splits, itertools.chain.from_iterable(long.values()):
+        tables.append((FRONT, [front_row(cell, args) for cell in cells]))
     return tables
+
+
+def cells_by_solver(runs: tuple, counts: tuple) -> dict[str, list[Cell]]:
+    """Of each run and solver, a cell for every number of steps."""
+    both = itertools.product(runs, ("euler", "ab2"))
+    return {f"{run}, {solver}": [Cell(run, count, solver) for count in counts] for run, solver in both}
 
 
 def draw_front(cells: dict[str, list[Cell]], path: Path, args: argparse.Namespace) -> None:
@@ -713,11 +724,11 @@ def draw_front(cells: dict[str, list[Cell]], path: Path, args: argparse.Namespac
 def stages(args: argparse.Namespace) -> list:
     """The number of stages; how often each is trained, or how vanilla draws its times; and where the error is made."""
     numbers, figure = [], {}
-    for kind, most in (("", 4), ("-seed-2", 3), ("-long", 3)):
+    for name, kind, most in (("seed 1", "", 4), ("seed 2", "-seed-2", 3), ("seed 1, long", "-long", 3)):
         cells = {count: Cell(f"flow-{count}{kind}") for count in range(1, most + 1)}
         numbers += [front_row(cell, args) for cell in cells.values()]
-        figure[f"flow{kind}"] = [(count, measured(cell, args)["judge_distance"]) for count, cell in cells.items()]
-    draw_curves(figure, "stages", "judge's distance", args.out / "stages.png")
+        figure[name] = [(count, measured(cell, args)["judge_distance"]) for count, cell in cells.items()]
+    draw_curves(figure, "stages, in about equal training time", "judge's distance", args.out / "stages.png")
     pairs = [f"flow-{kind}{seed}" for kind in ("1", "1-shift", "3", "3-odds") for seed in ("", "-seed-2")]
     long = [f"flow-{stages}-long{seed}" for stages in (1, 3) for seed in ("", "-seed-2")]
     draws = [front_row(Cell(run, 9), args) for run in (*pairs, *long)]
@@ -731,14 +742,17 @@ def stages(args: argparse.Namespace) -> list:
     return [(FRONT, numbers), (FRONT, draws), (header, from_ends)]
 
 
+def step_counts(cell: Cell, args: argparse.Namespace) -> list[int]:
+    return split_steps(cell.steps, train_options(cell.run, args).stages)
+
+
 def full_rate_calls(cell: Cell, args: argparse.Namespace) -> float:
-    return sample.full_rate_steps(split_steps(cell.steps, train_options(cell.run, args).stages))
+    return sample.full_rate_steps(step_counts(cell, args))
 
 
 def front_row(cell: Cell, args: argparse.Namespace) -> list:
-    counts = split_steps(cell.steps, train_options(cell.run, args).stages)
-    calls = f"{full_rate_calls(cell, args):.4g}"
-    return [cell.run, "-".join(map(str, counts)), cell.solver, calls, *scores_row(cell, args)]
+    counts, calls = "-".join(map(str, step_counts(cell, args))), f"{full_rate_calls(cell, args):.4g}"
+    return [cell.run, counts, cell.solver, calls, *scores_row(cell, args)]
 
 
 def pyplot():
@@ -753,11 +767,13 @@ def pyplot():
 def draw_curves(
     curves: dict[str, list], x_label: str, y_label: str, path: Path, centre: Callable = statistics.mean
 ) -> None:
-    """Curves of (x, values): their centre, and their range as a band; both axes logarithmic."""
+    """Curves of (x, values), both axes logarithmic: the values' centre, their mean over seeds or the median of
+    quartiles, and their range as a band. Dashed where there is one value, as a prediction has."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for name, points in curves.items():
         x, values = zip(*sorted(points), strict=True)
-        (line,) = axes.plot(x, [centre(v) for v in values], marker="o", markersize=4, label=name)
+        style = "o--" if all(len(v) == 1 for v in values) else "o-"
+        (line,) = axes.plot(x, [centre(v) for v in values], style, markersize=4, label=name)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
     from matplotlib.ticker import LogLocator
@@ -766,8 +782,9 @@ def draw_curves(
         axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
-    if len(measured_at := {x for points in curves.values() for x, _ in points}) <= 4:
-        axes.set_xticks(sorted(measured_at))
+    places = sorted({x for points in curves.values() for x, _ in points})
+    if len(places) <= 4:  # room to name just these
+        axes.set_xticks(places)
         axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False)
@@ -817,7 +834,7 @@ def make_parser() -> sample.Parser:
     add("--frames", type=positive_int, default=16, help="of cost")
     add("--tokens", type=positive_int, default=64, help="a frame, of cost, latency and growth")
     add("--width", type=positive_int, default=96, help="of cost, latency and growth")
-    add("--depth", type=positive_int, default=4, help="of cost, latency and growth")
+    add("--depth", type=positive_int, default=4, help="of latency and growth; of cost, where it cancels out")
     fixed = "of cost: what a call takes whatever its frames, as a share of a full-rate one; `latency` measures it"
     add("--fixed", type=sample.real_number(0, 1), default=0.0, help=fixed)
     attention = "factorized (space, then time), or full (over all tokens)"
