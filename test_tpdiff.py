@@ -2843,6 +2843,11 @@ def claimed_tables() -> list[tuple[Path, list[str], list[list[str]]]]:
     return [(path, header, [[str(value) for value in row] for row in rows]) for path, header, rows in tables]
 
 
+def test_every_claim_has_its_table_and_its_figure_in_results():
+    for claim in evaluate.CLAIMS:
+        assert (ROOT / "results" / f"{claim}.json").exists() and list((ROOT / "results").glob(f"{claim}*.png")), claim
+
+
 def test_every_table_of_results_is_whole_in_their_readme():
     readme, tables = (ROOT / "results" / "README.md").read_text(), claimed_tables()
     assert len(tables) >= 15
@@ -2864,7 +2869,7 @@ def test_rows_of_the_readme_are_rows_of_results():
                 claimed += [[row[header.index(name)] for name in names] for row in whole]
         found += bool(claimed)
         assert not claimed or all(row in claimed for row in rows), names
-    assert found == 11
+    assert found == 12
 
 
 def test_scores_name_no_commit_where_there_is_no_repository(tmp_path, monkeypatch):
