@@ -633,7 +633,7 @@ def alignment(args: argparse.Namespace) -> list:
     for mode, k in itertools.product(("flow", "ddim"), range(3)):
         removed = [[100 * variance_removed(mode, k, batch, seed) for seed in args.seeds] for batch in batches]
         figure[f"{mode}, stage {k}"] = list(zip(batches, removed, strict=True))
-    draw_curves(figure, "batch", "% of the target's variance removed", args.out / "alignment.png")
+    draw_curves(figure, "clips in a batch", "% of the target's variance removed", args.out / "alignment.png")
     shares = [[name, *(spread(values) for _, values in points)] for name, points in figure.items()]
     header = ["% of variance removed by", *(f"batch of {batch}" for batch in batches)]
     return [(["run", *SCORES], rows), (header, shares)]
@@ -724,7 +724,7 @@ def draw_front(cells: dict[str, list[Cell]], path: Path, args: argparse.Namespac
 def stages(args: argparse.Namespace) -> list:
     """The number of stages; how often each is trained, or how vanilla draws its times; and where the error is made."""
     numbers, figure = [], {}
-    for name, kind, most in (("seed 1", "", 4), ("seed 2", "-seed-2", 3), ("seed 1, long", "-long", 3)):
+    for name, kind, most in (("flow seed 1", "", 4), ("flow seed 2", "-seed-2", 3), ("flow seed 1 long", "-long", 3)):
         cells = {count: Cell(f"flow-{count}{kind}") for count in range(1, most + 1)}
         numbers += [front_row(cell, args) for cell in cells.values()]
         figure[name] = [(count, measured(cell, args)["judge_distance"]) for count, cell in cells.items()]
@@ -768,13 +768,16 @@ def draw_curves(
     curves: dict[str, list], x_label: str, y_label: str, path: Path, centre: Callable = statistics.mean
 ) -> None:
     """Curves of (x, values), both axes logarithmic: the values' centre, their mean over seeds or the median of
-    quartiles, and their range as a band. Dashed where there is one value, as a prediction has."""
+    quartiles, and their range as a band. What names have before their first comma has one colour."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    dashes = {name.split(", ")[0]: iter(("-", "--", ":")) for name in curves}
+    colours = {name: f"C{number}" for number, name in enumerate(dashes)}
     for name, points in curves.items():
         x, values = zip(*sorted(points), strict=True)
-        style = "o--" if all(len(v) == 1 for v in values) else "o-"
-        (line,) = axes.plot(x, [centre(v) for v in values], style, markersize=4, label=name)
-        axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
+        group = name.split(", ")[0]
+        style = {"color": colours[group], "linestyle": next(dashes[group]), "marker": "o", "markersize": 4}
+        axes.plot(x, [centre(v) for v in values], label=name, **style)
+        axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colours[group], alpha=0.2)
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
     from matplotlib.ticker import LogLocator
 
