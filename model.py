@@ -262,6 +262,37 @@ class DiT(nn.Module):
         return x.reshape(B, C, T, H, W)
 
 
+class AtStage(nn.Module):
+    """The model at one stage."""
+
+    def __init__(self, model: DiT, k: int):
+        super().__init__()
+        self.model, self.k = model, k
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.model(x, t, self.k, y)
+
+
+class Captured(nn.Module):
+    """The model, its forward and backward passes recorded once a stage as a CUDA graph, and replayed. A small model's
+    kernels are over before Python has launched the next: on an H100 a step of the default run took 8 ms in place of 26.
+
+    `inputs`: for each stage a batch (x, t) or (x, t, y) on the GPU; all later batches have these shapes. `bf16`: record
+    under autocast. The graphs keep their memory: the activations of the largest stage, and gradients for each. A replay
+    writes over the last one's gradients, so there must be one backward pass a step and no more.
+    """
+
+    def __init__(self, model: DiT, inputs: list[tuple[Tensor, ...]], bf16: bool):
+        super().__init__()
+        self.at_stage, pool = [], torch.cuda.graph_pool_handle()
+        for k, batch in enumerate(inputs):
+            with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
+                self.at_stage.append(torch.cuda.make_graphed_callables(AtStage(model, k), batch, pool=pool))
+
+    def forward(self, x: Tensor, t: Tensor, k: int, y: Tensor | None = None) -> Tensor:
+        return self.at_stage[k](x, t) if y is None else self.at_stage[k](x, t, y)
+
+
 def make_optimizers(
     model: DiT, kind: str, lr: float, weight_decay: float, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:

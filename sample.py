@@ -1,186 +1,30 @@
 """Sample clips from trained weights: `python sample.py --stages 3` writes a GIF and a PNG strip and says where."""
 
 import argparse
-import ctypes
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoint import Weights, find_weights, load_weights, weight_file
+from cli import (
+    SAMPLING,
+    Parser,
+    choose_device,
+    generator_for,
+    is_out_of_memory,
+    keep_memory,
+    non_negative_int,
+    positive_int,
+    real_number,
+    use_bf16,
+)
 from data import save_gif, save_latents, save_strip
-from model import DiT, DiTConfig
 from tpdiff import Pyramid, per_clip, split_steps
 
-FORMAT = 4  # of the weight files; raised when old ones can no longer be read
-SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
 SUFFIXES = (".gif", ".png", ".npy")  # of what is written; the last for latents
-SHIPPED = Path(__file__).parent / "weights"
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        bare = action.default is None or action.default is False
-        return action.help if bare else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def whole_number(low: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `low` that fits in 63 bits."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low} and below 2^63, not {text!r}")
-        return int(text)
-
-    return parse
-
-
-positive_int, non_negative_int = whole_number(1), whole_number(0)
-
-
-def real_number(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number in [low, high]."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a number in [{low:g}, {high:g}], not {text!r}")
-        return value
-
-    return parse
-
-
-def generator_for(*numbers: int) -> torch.Generator:
-    """A CPU generator that depends on the numbers alone. Hashed, as torch keeps only 32 bits of a CPU seed."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-
-
-def choose_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def keep_memory() -> None:
-    """Makes glibc keep the memory of freed tensors for the next ones: to ask the kernel for every large tensor anew,
-    and have it cleared page by page, took a fifth of a training step on CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no memory beside the heap
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back its end
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """On a GPU or a CPU, whose allocator raises a RuntimeError like many others."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """ "auto": bfloat16 on a GPU that has it, and on a CPU whose matrix units do (elsewhere it is slower than fp32)."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch 2.9 to 2.14, hence the care
-    return any(getattr(torch.cpu, unit, bool)() for unit in units)
-
-
-@dataclass
-class Weights:
-    """What a weight file holds: the EMA model, and what the sampler must know of how it was trained."""
-
-    model: DiT
-    mode: str
-    stages: int
-    frames: int
-    size: int
-    classes: tuple[str, ...]
-    step: int
-    latent_scale: float | None = None  # None: pictures
-
-
-HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
-
-
-def load_file(path: Path, *keys: str) -> dict:
-    """A weight file's or checkpoint's contents, tensors on the CPU; no code in it is run. `keys`: what a checkpoint
-    needs beyond the weights. Raises ValueError if it is missing, damaged, foreign or of another version."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this version of train.py (format {FORMAT})")
-    missing = sorted({*HEAD, *keys} - content.keys())
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
-    numbers = {name: content[name] for name in ("stages", "frames", "size")}
-    if content["mode"] not in ("flow", "ddim") or not all(type(n) is int and n > 0 for n in numbers.values()):
-        raise ValueError(f"{path} is damaged: mode {content['mode']!r}, {numbers}")
-    return content
-
-
-def weight_file(path: Path) -> Path:
-    """The file itself, or the weights in a run's folder."""
-    return path / "weights.pt" if path.is_dir() else path
-
-
-def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
-    """The EMA weights of a file that train.py wrote: `weights.pt`, or a whole `checkpoint.pt`. Raises ValueError."""
-    content = load_file(path)
-    try:
-        model = DiT(DiTConfig(**content["config"]))
-        model.load_state_dict({name: value.float() for name, value in content["ema"].items()})
-        if len(content["classes"]) != model.config.classes or model.config.stages != content["stages"]:
-            raise ValueError("its labels or stages are not those of its model")
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
-    if not all(value.isfinite().all() for value in model.parameters()):
-        raise ValueError(f"{path} holds weights that are NaN or infinite")
-    names = ("mode", "stages", "frames", "size", "step")
-    head = {name: content[name] for name in names} | {"latent_scale": content.get("latent_scale")}
-    return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
-
-
-def find_weights(mode: str, stages: int) -> Path:
-    """The newest run under runs/ that matches, else the shipped weights. Raises ValueError if there are neither."""
-    runs = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in runs:
-        try:
-            content = load_file(path)
-        except ValueError as error:
-            print(f"passed over: {error}", file=sys.stderr)
-            continue
-        if (content["mode"], content["stages"]) == (mode, stages):
-            return path
-    shipped = SHIPPED / f"{mode}-{stages}.pt"
-    if not shipped.exists():
-        raise ValueError(
-            f"no weights for --mode {mode} --stages {stages}: none in runs/ and none shipped; "
-            f"train them with: python train.py --mode {mode} --stages {stages}"
-        )
-    return shipped
 
 
 def output_coefficients(pyramid: Pyramid, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

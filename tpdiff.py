@@ -28,6 +28,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+__version__ = "0.2.0"
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 

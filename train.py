@@ -8,18 +8,15 @@ to a process. So a resumed run is the same run, and n processes train on the sam
 """
 
 import copy
-import json
 import math
 import os
-import shutil
-import signal
 import sys
 import time
 from argparse import Namespace
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,24 +27,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import sample
+import cli
+from checkpoint import COUNTS, Weights, load_checkpoint, save, start_from_file, start_metrics, write_metrics
+from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
 from data import DataError, open_data, save_gif, save_latents
-from model import DiT, DiTConfig, make_optimizers
-from sample import generator_for, non_negative_int, positive_int, real_number
+from model import Captured, DiT, DiTConfig, make_optimizers
+from sample import choose_labels, generate, output_coefficients
 from tpdiff import Generators, Pyramid, align, downsample, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
 FREE += ("log_interval", "sample_interval", "save_interval", "keep_interval")
-COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
 MOST_SKIPPED = 10
 WORKERS_FOR_GPU = 4  # processes that draw digits and noise and align, for each GPU
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
 DATA_ONLY = ("labels", "frame_stride", "flip", "grayscale", "latent_scale")
 
 
-def make_parser() -> sample.Parser:
-    parser = sample.Parser(prog="train.py", description="Train a video diffusion model on the temporal pyramid.")
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(prog="train.py", description="Train a video diffusion model on the temporal pyramid.")
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
@@ -137,29 +135,6 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     return args, checkpoint
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What --resume goes on from. Raises ValueError if it is missing, damaged or foreign."""
-    try:
-        return sample.load_file(path, "args", "world", "model", "optimizers", *COUNTS)
-    except ValueError as error:
-        previous = path.with_name("checkpoint-previous.pt")
-        advice = f"; {previous} is the one before it, and can be copied there" if previous.exists() else ""
-        raise ValueError(f"{error}{advice}") from None
-
-
-def start_processes() -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device), joined through torchrun's environment if it is there."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= gpus:
-            raise ValueError(f"process {local} of this machine finds {gpus} GPU(s): start no more processes than GPUs")
-        torch.cuda.set_device(local)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return rank, world, sample.choose_device()
-
-
 class TrainingBatches(Dataset):
     """What a micro-batch of this rank takes in: clips, and all that is random about them. It is drawn here, on the CPU
     and with --workers beside the training, so that a GPU need not wait for it."""
@@ -199,7 +174,7 @@ def draw_stage(step: int, args: Namespace) -> int:
     """The stage of a step, as often as --stage-odds says. It depends on the step alone, so that no rank waits for a
     longer stage. The paper does not say how often; equally often is the default."""
     odds = args.stage_odds or [1] * args.stages
-    drawn = torch.randint(sum(odds), (), generator=generator_for(args.seed, sample.STAGE, step)).item()
+    drawn = torch.randint(sum(odds), (), generator=generator_for(args.seed, cli.STAGE, step)).item()
     return bisect(list(accumulate(reversed(odds))), drawn)
 
 
@@ -214,7 +189,7 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Ten
 def draw(x0: Tensor, labels: Tensor, classes: int, k: int, numbers: Sequence[int], args: Namespace) -> tuple:
     """Clips with their noise at stage k, their place u in it, and their labels: `classes` where one is dropped, None
     where the data has none (-1). Sample n's draws come from a generator of its own."""
-    generators = [generator_for(args.seed, sample.TRAINING, number) for number in numbers]
+    generators = [generator_for(args.seed, cli.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     u = args.time_shift * u / (1 + (args.time_shift - 1) * u)  # arXiv 2403.03206, of each stage
     noise = draw_noise(downsample(x0, 2**k), generators, args)
@@ -229,45 +204,10 @@ def training_loss(
     of what the network says there. `u` on the CPU."""
     x_start, x_end = pyramid.endpoints(x0, noise, k)  # Eq. 7-8
     x_t, target, t = pyramid.interpolate(x_start, x_end, k, u)  # Eq. 10-13
-    a, b = sample.output_coefficients(pyramid, x_t, t)
-    with torch.autocast(x0.device.type, torch.bfloat16, enabled=sample.use_bf16(args.precision, x0.device)):
+    a, b = output_coefficients(pyramid, x_t, t)
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=use_bf16(args.precision, x0.device)):
         output = model(x_t, t, k, y)
     return (output - (target - a * x_t) / b).square().mean()
-
-
-class AtStage(torch.nn.Module):
-    """The model at one stage."""
-
-    def __init__(self, model: DiT, k: int):
-        super().__init__()
-        self.model, self.k = model, k
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.model(x, t, self.k, y)
-
-
-class Captured(torch.nn.Module):
-    """The model, its forward and backward passes recorded once a stage as a CUDA graph, and replayed. A small model's
-    kernels are over before Python has launched the next: on an H100 a step of the default run took 8 ms in place of 26.
-
-    The graphs keep their memory: the activations of the largest stage, and gradients for each. A replay writes over
-    the last one's gradients, so there must be one backward pass a step and no more.
-    """
-
-    def __init__(self, model: DiT, args: Namespace, device: torch.device):
-        super().__init__()
-        self.at_stage, pool = [], torch.cuda.graph_pool_handle()
-        shape, bf16 = (args.batch, model.config.channels, args.frames), sample.use_bf16(args.precision, device)
-        for k in range(args.stages):
-            x = downsample(torch.zeros(*shape, args.size, args.size, device=device), 2**k).contiguous()
-            inputs = [x, torch.full((args.batch,), 0.5, device=device)]
-            inputs += [torch.zeros(args.batch, dtype=torch.long, device=device)] * bool(model.config.classes)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-                stage = torch.cuda.make_graphed_callables(AtStage(model, k), tuple(inputs), pool=pool)
-            self.at_stage.append(stage)
-
-    def forward(self, x: Tensor, t: Tensor, k: int, y: Tensor | None = None) -> Tensor:
-        return self.at_stage[k](x, t) if y is None else self.at_stage[k](x, t, y)
 
 
 def fast_form(model: DiT, args: Namespace, device: torch.device) -> torch.nn.Module:
@@ -277,7 +217,15 @@ def fast_form(model: DiT, args: Namespace, device: torch.device) -> torch.nn.Mod
         model.compile_blocks()
     if dist.is_initialized():
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Captured(model, args, device) if device.type == "cuda" and args.accumulate == 1 else model
+    if device.type != "cuda" or args.accumulate > 1:
+        return model
+    x0 = torch.zeros(args.batch, model.config.channels, args.frames, args.size, args.size, device=device)
+    inputs = [
+        (downsample(x0, 2**k).contiguous(), torch.full((args.batch,), 0.5, device=device)) for k in range(args.stages)
+    ]
+    if model.config.classes:
+        inputs = [(x, t, torch.zeros(args.batch, dtype=torch.long, device=device)) for x, t in inputs]
+    return Captured(model, inputs, use_bf16(args.precision, device))
 
 
 def learning_rate(step: int, args: Namespace) -> float:
@@ -309,33 +257,12 @@ def make_model(dataset: Dataset, args: Namespace) -> DiT:
     return DiT(DiTConfig(*shape, temporal=args.frames > 1))
 
 
-def start_from_file(model: DiT, dataset: Dataset, args: Namespace) -> None:
-    """Gives the model the weights of --init. Raises ValueError if it was trained for something else."""
-    trained = f"--init {args.init} was trained"
-    weights = sample.load_weights(sample.weight_file(Path(args.init)))
-    if weights.mode != args.mode:
-        raise ValueError(f"{trained} with --mode {weights.mode}, not {args.mode}")
-    if bool(weights.classes) != bool(dataset.classes):
-        raise ValueError(f"{trained} {'with' if weights.classes else 'without'} labels, unlike this")
-    if dataset.classes:  # by name, and a name that is new starts as the null label
-        old, embedding = weights.classes, weights.model.embed_label
-        rows = [old.index(name) if name in old else len(old) for name in dataset.classes] + [len(old)]
-        embedding.weight = torch.nn.Parameter(embedding.weight[rows])
-        weights.model.config = replace(weights.model.config, classes=len(dataset.classes))
-    if weights.latent_scale not in (None, args.latent_scale):
-        raise ValueError(f"{trained} with --latent-scale {weights.latent_scale}")
-    try:
-        model.start_from(weights.model)
-    except ValueError as error:
-        raise ValueError(f"--init {args.init}: {error}") from None
-
-
 def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: dict | None) -> State:
     model = model.to(device)
     model.gradient_checkpointing = args.gradient_checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     losses, since_judged = torch.zeros(2, 2, args.stages, device=device)
-    dtype = torch.bfloat16 if sample.use_bf16(args.precision, device) else torch.float32
+    dtype = torch.bfloat16 if use_bf16(args.precision, device) else torch.float32
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -346,64 +273,13 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
     return State(model, ema, optimizers, losses, since_judged, **counts)
 
 
-def write_whole(content: dict, path: Path) -> None:
-    """torch.save that leaves a whole file or the old one: written aside, then renamed. Raises OSError."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        aside.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there is kept") from None
-    os.replace(aside, path)
-
-
-def keep_as(path: Path, name: str) -> None:
-    """A second name, in the same folder, for a file that later will be replaced."""
-    aside = path.with_name(name + ".tmp")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(path, aside)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, aside)
-    os.replace(aside, path.with_name(name))
-
-
-def save(state: State, dataset: Dataset, args: Namespace, world: int) -> None:
-    """weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt to resume from; the one before it
-    stays as checkpoint-previous.pt, and the one with the lowest loss on the way to it as checkpoint-best.pt."""
-    newest, best = args.out / "checkpoint.pt", state.best
-    sums, counts = state.since_judged
-    if counts.all():
-        state.best = min((sums / counts).mean().item(), best)
-        state.since_judged.zero_()
-    head = {"format": sample.FORMAT, "config": asdict(state.model.config), "step": state.step}
-    head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
-    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
-    ema = state.ema.state_dict()
-    whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
-    whole |= {name: getattr(state, name) for name in COUNTS}
-    whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
-    whole |= {"args": {name: value for name, value in vars(args).items() if name not in ("out", "resume")}}
-    write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
-    if args.keep_interval and state.step % args.keep_interval == 0:
-        keep_as(args.out / "weights.pt", f"weights-{state.step}.pt")
-    if newest.exists():
-        keep_as(newest, "checkpoint-previous.pt")
-    write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
-    if state.best < best:
-        keep_as(newest, "checkpoint-best.pt")
-
-
 def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: Namespace) -> None:
     """Ten clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they are latents; the same noises every
     time, so that progress shows."""
-    weights = sample.Weights(state.ema, args.mode, args.stages, args.frames, args.size, dataset.classes, state.step)
-    labels = sample.choose_labels(dataset.classes, 10)
+    weights = Weights(state.ema, args.mode, args.stages, args.frames, args.size, dataset.classes, state.step)
+    labels = choose_labels(dataset.classes, 10)
     try:
-        clips = sample.generate(weights, pyramid, labels, 10, precision=args.precision)
+        clips = generate(weights, pyramid, labels, 10, precision=args.precision)
     except ValueError as error:
         print(f"step {state.step}: no samples, {error}", file=sys.stderr)
         return
@@ -455,51 +331,6 @@ def update_ema(state: State, decay: float) -> None:
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
 
 
-def start_metrics(path: Path, step: int) -> None:
-    """Drops the rows past `step` from metrics.jsonl, and a half-written one: those steps will be run again."""
-    rows = path.read_text().splitlines() if step and path.exists() else []
-    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-    path.write_text("".join(row + "\n" for row in kept))
-
-
-def write_metrics(path: Path, state: State, lr: float, rate: float, first: bool) -> float | None:
-    """Appends a row and returns its loss: the means since the last row, over the ranks, in all and by stage."""
-    if dist.is_initialized():
-        dist.all_reduce(state.losses)
-    sums, counts = state.losses.tolist()
-    state.since_judged += state.losses
-    state.losses.zero_()
-    loss = sum(sums) / sum(counts) if sum(counts) else None
-    by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-    row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
-    row |= {"clips_per_second": round(rate, 2), "seconds": round(state.seconds, 2), "skipped": state.skipped}
-    if first:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-    return loss
-
-
-class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the loop then saves and stops, all ranks at the same step."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame) -> None:
-        self.signal = number
-        if not dist.is_initialized():  # torchrun repeats the terminal's signal; alone, the second one kills
-            signal.signal(number, signal.SIG_DFL)
-
-    def agreed(self) -> int:
-        if dist.is_initialized():
-            flag = torch.tensor(self.signal)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = int(flag)
-        return self.signal
-
-
 def open_in_turn(args: Namespace, rank: int) -> Dataset:
     """Rank 0 reads the files' headers and writes the index, then the others use it. Raises ValueError on all ranks."""
     dataset, problem = None, ""
@@ -521,7 +352,7 @@ def open_in_turn(args: Namespace, rank: int) -> Dataset:
 
 def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     """What `train` needs: (dataset, state, rank, world, device). Raises ValueError or OSError on bad input."""
-    rank, world, device = start_processes()
+    rank, world, device = cli.start_processes()
     if checkpoint and checkpoint["world"] != world:
         raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
     dataset = open_in_turn(args, rank)
@@ -536,14 +367,14 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
         start_metrics(args.out / "metrics.jsonl", state.step)
         print(dataset.summary)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
-        precision = "bf16" if sample.use_bf16(args.precision, device) else "fp32"
+        precision = "bf16" if use_bf16(args.precision, device) else "fp32"
         print(f"{args.mode}, {args.stages} stages, {size:.2f} M parameters, {precision} on {world} x {device.type}")
     return dataset, state, rank, world, device
 
 
 def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int, device: torch.device) -> int:
     """The whole run. Returns 0, or 128 + the number of the signal that stopped it."""
-    stop, pyramid, first = StopRequest(), Pyramid(args.mode, args.stages), rank == 0
+    stop, pyramid, first = cli.StopRequest(), Pyramid(args.mode, args.stages), rank == 0
     model = fast_form(state.model, args, device)
     batches = make_batches(dataset, args, state.step, rank, world, device)
     bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first)
@@ -582,24 +413,24 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
 
 
 def main(argv: list[str] | None = None) -> None:
-    sample.keep_memory()
+    cli.keep_memory()
     try:
         args, checkpoint = parse_args(argv)
         ready = set_up(args, checkpoint)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, ValueError | OSError) and not sample.is_out_of_memory(error):
+        if not isinstance(error, ValueError | OSError) and not cli.is_out_of_memory(error):
             raise
         if dist.is_initialized():
             dist.destroy_process_group()
-        make_parser().error(NO_MEMORY if sample.is_out_of_memory(error) else str(error))
+        make_parser().error(NO_MEMORY if cli.is_out_of_memory(error) else str(error))
     try:
         raise SystemExit(train(args, *ready))
     except DataError as error:  # from a loader's process it comes with that one's traceback in front
-        make_parser().error(str(error).strip().splitlines()[-1].removeprefix("data.DataError: "))
+        make_parser().error(str(error).strip().splitlines()[-1].removeprefix("video.DataError: "))
     except OSError as error:
         make_parser().error(f"{error}; once that is mended, continue with --resume --out {args.out}")
     except (RuntimeError, MemoryError) as error:
-        if sample.is_out_of_memory(error):
+        if cli.is_out_of_memory(error):
             make_parser().error(NO_MEMORY)
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise

@@ -1,30 +1,19 @@
-"""What the code costs, beside what the machine can do and what people would use instead. The README's speed figures
-come from here, but for those it says have no command; sampling and training times of whole runs from evaluate.py.
+"""What the code costs, beside what the machine can do and what people would use instead.
 
-  python bench.py step         training and sampling step by stage, as a share of the matrix-product rate
-  python bench.py peers        forward plus backward beside other video models
-  python bench.py parts        how a step's time splits, what the pyramid adds to it, alignment beside torchcfm's
-  python bench.py memory       peak memory by stage, with and without --gradient-checkpointing
-  python bench.py processes    one process on two threads against two on one each, joined and apart
-
-Any option of train.py may follow, as in `python bench.py step --width 256 --compile`: what is timed is that run's own
-code on its own data. What is compared takes turns, so that a slow moment of the machine falls on all alike.
---json FILE also writes the tables there, with the machine, date and commit.
+Any option of train.py may follow, as in `python -m experiments.speed step --width 256 --compile`: what is timed is that
+run's own code on its own data. What is compared takes turns, so that a slow moment of the machine falls on all alike.
 """
 
 import argparse
-import datetime
 import json
 import math
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -35,102 +24,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train
+from checkpoint import start_from_file
+from cli import Parser, choose_device, generator_for, keep_memory, non_negative_int, positive_int, use_bf16
 from data import open_data
-from model import DiTConfig, angles, embed_angles
+from experiments.peers import count_parameters, make_peers
+from experiments.report import ROOT, Table, file_to_write, markdown, one_sentence, processor, provenance, write_json
+from experiments.timing import alternate, in_milliseconds, synchronize
 from tpdiff import Pyramid, align, downsample
-
-Table = tuple[list, list[list]]  # its header and its rows
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def alternate(functions: dict, repeats: int) -> dict:
-    """Seconds of each function, called in turn `repeats` times after two calls to warm up: name -> sorted list."""
-    seconds = {name: [] for name in functions}
-    for turn in range(-2, repeats):
-        for name, function in functions.items():
-            synchronize()
-            start = time.perf_counter()
-            function()
-            synchronize()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: sorted(values) for name, values in seconds.items()}
-
-
-def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of sorted seconds."""
-    count = len(seconds)
-    return seconds[count // 4], median(seconds), seconds[(3 * count) // 4]
-
-
-def in_milliseconds(seconds: list[float]) -> str:
-    """Median and, in brackets, the quartiles."""
-    low, middle, high = (value * 1e3 for value in quartiles(seconds))
-    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def markdown(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
-
-
-@cache
-def commit() -> str:
-    """The code's, marked if source files differ from it; empty without git or its repository."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
-    try:
-        name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
-        return f"{name}-dirty" if name and changed else name
-    except OSError:
-        return ""
-
-
-def file_to_write(text: str) -> Path:
-    """An option's file. Checked before measuring: its folder must be there, and in its place no folder or device."""
-    path = Path(text)
-    if not os.path.isdir(path.parent):
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise argparse.ArgumentTypeError(f"{path} is no file")
-    return path
-
-
-def write_json(path: Path, content: dict) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, path)
-
-
-def provenance(command: list[str]) -> dict:
-    """What made a table. Asked for before measuring, lest the code change meanwhile."""
-    made_by = {"command": shlex.join(["python", *command]), "date": str(datetime.date.today())}
-    return made_by | {"machine": processor(), "torch": torch.__version__, "commit": commit()}
-
-
-def processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    units = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.processor()} ({units}), {torch.get_num_threads()} threads"
 
 
 class Run:
     """A training run without its loop: the model, its batches of every stage, and one batch to sample from."""
 
     def __init__(self, args: argparse.Namespace, captured: bool = True):
-        self.args, self.device = args, sample.choose_device()
-        self.bf16 = sample.use_bf16(args.precision, self.device)
+        self.args, self.device = args, choose_device()
+        self.bf16 = use_bf16(args.precision, self.device)
         self.data = open_data(args)
         model = train.make_model(self.data, args)
         if args.init:
-            train.start_from_file(model, self.data, args)
+            start_from_file(model, self.data, args)
         self.state = train.make_state(model, args, self.device, None)
         self.model = train.fast_form(self.state.model, args, self.device) if captured else self.state.model
         self.pyramid = Pyramid(args.mode, args.stages)
@@ -213,96 +125,11 @@ def bench_step(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
         yield header.split(", "), rows
 
 
-class UsualDiT(nn.Module):
-    """The same factorized DiT as most repositories write it: LayerNorm modules, every attention by SDPA, the frames
-    folded into the batch for space and the patches for time, sine positions."""
-
-    def __init__(self, config: DiTConfig, frames: int, tokens: int):
-        super().__init__()
-        width, self.config, pixels = config.width, config, config.channels * config.patch**2
-        self.embed = nn.Conv3d(config.channels, width, (1, config.patch, config.patch), (1, config.patch, config.patch))
-        self.space, self.time = nn.Parameter(torch.randn(1, 1, tokens, width)), nn.Parameter(torch.randn(frames, width))
-        self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(UsualBlock(width, config.heads) for _ in range(config.depth))
-        self.norm, self.unembed = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, pixels)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        (B, C, T, H, W), patch = x.shape, self.config.patch
-        x = self.embed(x).flatten(3).permute(0, 2, 3, 1) + self.space + self.time[:, None]
-        condition = self.embed_t(embed_angles(angles(1000 * t, 128, 1e4)))
-        for block in self.blocks:
-            x = block(x, condition)
-        x = self.unembed(self.norm(x)).view(B, T, H // patch, W // patch, patch, patch, C)
-        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, C, T, H, W)
-
-
-class UsualBlock(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
-        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
-        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, 9 * width))
-
-    def attend(self, x: Tensor, index: int) -> Tensor:
-        q, k, v = self.qkv[index](x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out[index](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        B, T, N, _ = x.shape
-        modulation = self.condition(condition)[:, None, None].unflatten(-1, (3, 3, -1))
-        shift, scale, gate = modulation.permute(4, 3, 0, 1, 2, 5)
-        y = (self.norms[0](x) * (1 + scale[0]) + shift[0]).flatten(0, 1)
-        x = x + gate[0] * self.attend(y, 0).unflatten(0, (B, T))
-        y = (self.norms[1](x) * (1 + scale[1]) + shift[1]).transpose(1, 2).flatten(0, 1)
-        x = x + gate[1] * self.attend(y, 1).unflatten(0, (B, N)).transpose(1, 2)
-        return x + gate[2] * self.mlp(self.norms[2](x) * (1 + scale[2]) + shift[2])
-
-
-def closest(make: Callable, sizes: range, parameters: int) -> nn.Module:
-    """Of the models that `make` builds, the one nearest in size."""
-    return min((make(size) for size in sizes), key=lambda model: abs(count_parameters(model) - parameters))
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def make_peers(run: Run) -> dict[str, tuple[nn.Module, Callable]]:
-    """Name -> (model, its call on (x, t)) of the peers that are installed; of the others it says what to install."""
-    args, config, size = run.args, run.state.model.config, count_parameters(run.state.model)
-    usual = UsualDiT(config, args.frames, (args.size // args.patch) ** 2)
-    peers = {"usual DiT, SDPA": (usual, usual)}
-    try:
-        from diffusers import LatteTransformer3DModel
-
-        def latte_of(layers: int) -> nn.Module:
-            heads = {"num_attention_heads": args.heads, "attention_head_dim": args.width // args.heads}
-            clip = {"sample_size": args.size, "patch_size": args.patch, "video_length": args.frames}
-            channels = {"in_channels": config.channels, "out_channels": config.channels, "caption_channels": args.width}
-            return LatteTransformer3DModel(**heads, **clip, **channels, num_layers=layers, norm_type="ada_norm_single")
-
-        latte = closest(latte_of, range(1, 2 * args.depth + 1), size)
-        caption = torch.zeros(args.batch, 1, args.width, device=run.device)
-        peers["Latte (diffusers)"] = latte, lambda x, t: latte(x, 1000 * t, caption, return_dict=False)[0]
-    except ImportError:
-        print("diffusers is not installed: Latte is left out (pip install diffusers)")
-    try:
-        from video_diffusion_pytorch import Unet3D
-
-        unet = closest(lambda dim: Unet3D(dim=dim, channels=config.channels), range(8, 65, 8), size)
-        peers["Unet3D (video-diffusion-pytorch)"] = unet, lambda x, t: unet(x, 1000 * t)
-    except ImportError:
-        print("video-diffusion-pytorch is not installed: its Unet3D is left out (pip install video-diffusion-pytorch)")
-    return peers
-
-
 def bench_peers(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
     """Forward plus backward at the full rate, and ours averaged over the stages: what the pyramid adds."""
     run, rows = Run(args, captured=False), []
-    ours, peers = run.state.model, make_peers(run)
+    ours = run.state.model
+    peers = make_peers(ours.config, count_parameters(ours), args)
 
     def forward_backward(model: nn.Module, call: Callable, k: int = 0) -> None:
         x, t = run.at_stage(k)
@@ -362,7 +189,7 @@ def split_step(args: argparse.Namespace, repeats: int) -> Table:
 def split_sampling(args: argparse.Namespace, repeats: int) -> Table:
     """The sampler with a network that costs nothing, against the network: solver and renoising as a share."""
     run, steps, rows = Run(args), 10 * args.stages, []
-    generators = [sample.generator_for(0, index) for index in range(args.batch)]
+    generators = [generator_for(0, index) for index in range(args.batch)]
     predicts = {"free": lambda x, t, k: x, "whole": run.predict}
     draw = torch.inference_mode()(run.pyramid.sample)
     for solver in ("euler", "ab2"):
@@ -421,14 +248,16 @@ def compare_alignment(repeats: int) -> Table:
 
 def measured_apart(options: list[str], k: int) -> float:
     """Peak MiB of two training steps at stage k, over what the process held before them, in a process of its own."""
-    words = [sys.executable, __file__, "peak", "--stage", str(k), *options]
-    done = subprocess.run(words, capture_output=True, text=True)
+    words = [sys.executable, "-m", "experiments.speed", "peak", "--stage", str(k), *options]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
 
 
 def bench_peak(args: argparse.Namespace, k: int) -> None:
+    """Prints what `measured_apart` asks for, of this process."""
     run = Run(args, captured=False)  # graphs hold the memory of all stages at once
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -446,6 +275,7 @@ def peak_bytes() -> int:
 
 
 def bench_parts(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
+    """How a step's time splits, what the pyramid adds to it, and alignment beside torchcfm's."""
     yield split_step(args, repeats)
     yield split_sampling(args, repeats)
     yield wait_for_data(args)
@@ -453,6 +283,7 @@ def bench_parts(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
 
 
 def bench_memory(args: argparse.Namespace, repeats: int, limit: float = 8192.0) -> Iterator[Table]:
+    """Peak memory by stage, with and without --gradient-checkpointing, and the longest clip that `limit` MiB hold."""
     rows, steps = [], {}
     for name, flag in (("plain", []), ("--gradient-checkpointing", ["--gradient-checkpointing"])):
         peaks = [f"{measured_apart([*args.options, *flag], k):.0f}" for k in range(args.stages)]
@@ -515,38 +346,45 @@ def trained_rate(commands: list[list[str]], threads: int) -> float:
         return sum(json.loads(rows[1])["clips_per_second"] for rows in metrics)
 
 
-MEASURES = {"step": bench_step, "peers": bench_peers, "parts": bench_parts}
-MEASURES |= {"memory": bench_memory, "processes": bench_processes}
+MEASURES = {
+    "step": (bench_step, "training and sampling step by stage, as a share of the matrix-product rate"),
+    "peers": (bench_peers, "forward plus backward beside other video models"),
+    "parts": (bench_parts, "how a step's time splits, what the pyramid adds to it, alignment beside torchcfm's"),
+    "memory": (bench_memory, "peak memory by stage, with and without --gradient-checkpointing"),
+    "processes": (bench_processes, "one process on two threads against two on one each, joined and apart"),
+}
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="experiments.speed", description=__doc__)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    for name, (_, purpose) in MEASURES.items():
+        add = commands.add_parser(name, help=purpose, description=f"{purpose}. Any option of train.py may follow.")
+        add.add_argument("--repeats", type=positive_int, default=25, help="times that each thing is timed")
+        add.add_argument("--json", type=file_to_write, help="file to write the tables to as well")
+    peak = commands.add_parser("peak")  # what `memory` starts
+    peak.add_argument("--stage", type=non_negative_int, default=0)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = sample.Parser(prog="bench.py", description=__doc__)
-    parser.add_argument("what", choices=[*MEASURES, "peak"])
-    parser.add_argument("--repeats", type=sample.positive_int, default=25, help="times that each thing is timed")
-    parser.add_argument("--stage", type=sample.non_negative_int, default=0, help="of peak, which memory calls")
-    parser.add_argument("--json", type=file_to_write, help="file to write the tables to as well")
-    ours, options = parser.parse_known_args(argv)
-    sample.keep_memory()
-    try:
+    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
+    ours, options = parser.parse_known_args(words)
+    keep_memory()
+    with one_sentence(parser, train.NO_MEMORY):
         args = train.parse_args(["--out", tempfile.gettempdir() + "/nothing", *options])[0]
         if ours.what == "peak":
             return bench_peak(args, ours.stage)
-        args.options = options
-        precision = "bf16" if sample.use_bf16(args.precision, sample.choose_device()) else "fp32"
-        command, tables = ["bench.py", ours.what, "--repeats", str(ours.repeats), *options], []
-        made_by = provenance(command) | {"precision": precision, "batch": args.batch}
-        print(f"torch {torch.__version__} on {processor()}: {shlex.join(command)}\n{precision}, batch {args.batch}")
-        for header, rows in MEASURES[ours.what](args, ours.repeats):
+        args.options, tables = options, []
+        precision = "bf16" if use_bf16(args.precision, choose_device()) else "fp32"
+        words = [ours.what, "--repeats", str(ours.repeats), *options]
+        made_by = provenance("experiments.speed", words) | {"precision": precision, "batch": args.batch}
+        print(f"torch {torch.__version__} on {processor()}: {made_by['command']}\n{precision}, batch {args.batch}")
+        for header, rows in MEASURES[ours.what][0](args, ours.repeats):
             tables.append((header, rows))
             print("\n" + markdown(header, rows), flush=True)
         if ours.json:
             write_json(ours.json, made_by | {"tables": tables})
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except (RuntimeError, MemoryError) as error:
-        if not sample.is_out_of_memory(error):
-            raise
-        parser.error(train.NO_MEMORY)
 
 
 if __name__ == "__main__":

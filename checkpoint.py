@@ -1,0 +1,217 @@
+"""A run on disk: its checkpoints, its weights, its metrics, and how each is written and read.
+
+A run's folder holds
+  checkpoint.pt           the newest state, to resume from
+  checkpoint-previous.pt  the one before it
+  checkpoint-best.pt      the one with the lowest training loss on the way to it
+  weights.pt              the weights' moving average (EMA) in bf16, to sample from
+  metrics.jsonl           a row of losses every few steps
+
+A file is written aside and then renamed, so that a crash while saving leaves the previous file intact. Files are read
+with weights_only: no code in them is run.
+"""
+
+import json
+import os
+import shutil
+import sys
+from argparse import Namespace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from model import DiT, DiTConfig
+
+FORMAT = 4  # of the weight files; raised when old ones can no longer be read
+HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
+SHIPPED = Path(__file__).parent / "weights"
+COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
+
+
+@dataclass
+class Weights:
+    """What a weight file holds: the EMA model, and what the sampler must know of how it was trained."""
+
+    model: DiT
+    mode: str
+    stages: int
+    frames: int
+    size: int
+    classes: tuple[str, ...]
+    step: int
+    latent_scale: float | None = None  # None: pictures
+
+
+def load_file(path: Path, *keys: str) -> dict:
+    """A weight file's or checkpoint's contents, tensors on the CPU; no code in it is run. `keys`: what a checkpoint
+    needs beyond the weights. Raises ValueError if it is missing, damaged, foreign or of another version."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py (format {FORMAT})")
+    missing = sorted({*HEAD, *keys} - content.keys())
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
+    numbers = {name: content[name] for name in ("stages", "frames", "size")}
+    if content["mode"] not in ("flow", "ddim") or not all(type(n) is int and n > 0 for n in numbers.values()):
+        raise ValueError(f"{path} is damaged: mode {content['mode']!r}, {numbers}")
+    return content
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What --resume goes on from. Raises ValueError if it is missing, damaged or foreign."""
+    try:
+        return load_file(path, "args", "world", "model", "optimizers", *COUNTS)
+    except ValueError as error:
+        previous = path.with_name("checkpoint-previous.pt")
+        advice = f"; {previous} is the one before it, and can be copied there" if previous.exists() else ""
+        raise ValueError(f"{error}{advice}") from None
+
+
+def weight_file(path: Path) -> Path:
+    """The file itself, or the weights in a run's folder."""
+    return path / "weights.pt" if path.is_dir() else path
+
+
+def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
+    """The EMA weights of a file that train.py wrote: `weights.pt`, or a whole `checkpoint.pt`. Raises ValueError."""
+    content = load_file(path)
+    try:
+        model = DiT(DiTConfig(**content["config"]))
+        model.load_state_dict({name: value.float() for name, value in content["ema"].items()})
+        if len(content["classes"]) != model.config.classes or model.config.stages != content["stages"]:
+            raise ValueError("its labels or stages are not those of its model")
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
+    if not all(value.isfinite().all() for value in model.parameters()):
+        raise ValueError(f"{path} holds weights that are NaN or infinite")
+    names = ("mode", "stages", "frames", "size", "step")
+    head = {name: content[name] for name in names} | {"latent_scale": content.get("latent_scale")}
+    return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
+
+
+def find_weights(mode: str, stages: int) -> Path:
+    """The newest run under runs/ that matches, else the shipped weights. Raises ValueError if there are neither."""
+    runs = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in runs:
+        try:
+            content = load_file(path)
+        except ValueError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
+        if (content["mode"], content["stages"]) == (mode, stages):
+            return path
+    shipped = SHIPPED / f"{mode}-{stages}.pt"
+    if not shipped.exists():
+        raise ValueError(
+            f"no weights for --mode {mode} --stages {stages}: none in runs/ and none shipped; "
+            f"train them with: python train.py --mode {mode} --stages {stages}"
+        )
+    return shipped
+
+
+def start_from_file(model: DiT, dataset: Dataset, args: Namespace) -> None:
+    """Gives the model the weights of --init. Raises ValueError if it was trained for something else."""
+    trained = f"--init {args.init} was trained"
+    weights = load_weights(weight_file(Path(args.init)))
+    if weights.mode != args.mode:
+        raise ValueError(f"{trained} with --mode {weights.mode}, not {args.mode}")
+    if bool(weights.classes) != bool(dataset.classes):
+        raise ValueError(f"{trained} {'with' if weights.classes else 'without'} labels, unlike this")
+    if dataset.classes:  # by name, and a name that is new starts as the null label
+        old, embedding = weights.classes, weights.model.embed_label
+        rows = [old.index(name) if name in old else len(old) for name in dataset.classes] + [len(old)]
+        embedding.weight = torch.nn.Parameter(embedding.weight[rows])
+        weights.model.config = replace(weights.model.config, classes=len(dataset.classes))
+    if weights.latent_scale not in (None, args.latent_scale):
+        raise ValueError(f"{trained} with --latent-scale {weights.latent_scale}")
+    try:
+        model.start_from(weights.model)
+    except ValueError as error:
+        raise ValueError(f"--init {args.init}: {error}") from None
+
+
+def write_whole(content: dict, path: Path) -> None:
+    """torch.save that leaves a whole file or the old one: written aside, then renamed. Raises OSError."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there is kept") from None
+    os.replace(aside, path)
+
+
+def keep_as(path: Path, name: str) -> None:
+    """A second name, in the same folder, for a file that later will be replaced."""
+    aside = path.with_name(name + ".tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
+    os.replace(aside, path.with_name(name))
+
+
+def save(state, dataset: Dataset, args: Namespace, world: int) -> None:
+    """Writes a run's `state` (train.State): weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt
+    to resume from. The one before it stays as checkpoint-previous.pt, and the one with the lowest training loss on the
+    way to it as checkpoint-best.pt. Raises OSError."""
+    newest, best = args.out / "checkpoint.pt", state.best
+    sums, counts = state.since_judged
+    if counts.all():
+        state.best = min((sums / counts).mean().item(), best)
+        state.since_judged.zero_()
+    head = {"format": FORMAT, "config": asdict(state.model.config), "step": state.step}
+    head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
+    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
+    ema = state.ema.state_dict()
+    whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
+    whole |= {name: getattr(state, name) for name in COUNTS}
+    whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
+    whole |= {"args": {name: value for name, value in vars(args).items() if name not in ("out", "resume")}}
+    write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
+    if args.keep_interval and state.step % args.keep_interval == 0:
+        keep_as(args.out / "weights.pt", f"weights-{state.step}.pt")
+    if newest.exists():
+        keep_as(newest, "checkpoint-previous.pt")
+    write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
+    if state.best < best:
+        keep_as(newest, "checkpoint-best.pt")
+
+
+def start_metrics(path: Path, step: int) -> None:
+    """Drops the rows past `step` from metrics.jsonl, and a half-written one: those steps will be run again."""
+    rows = path.read_text().splitlines() if step and path.exists() else []
+    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+    path.write_text("".join(row + "\n" for row in kept))
+
+
+def write_metrics(path: Path, state, lr: float, rate: float, first: bool) -> float | None:
+    """Appends a row of the losses of `state` (train.State) and returns its loss: the means since the last row, over the
+    ranks, in all and by stage."""
+    if dist.is_initialized():
+        dist.all_reduce(state.losses)
+    sums, counts = state.losses.tolist()
+    state.since_judged += state.losses
+    state.losses.zero_()
+    loss = sum(sums) / sum(counts) if sum(counts) else None
+    by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+    row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
+    row |= {"clips_per_second": round(rate, 2), "seconds": round(state.seconds, 2), "skipped": state.skipped}
+    if first:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    return loss

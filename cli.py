@@ -1,0 +1,128 @@
+"""What the commands share: the parser and its one-sentence errors, argument types, seeds, device, precision, memory."""
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        bare = action.default is None or action.default is False
+        return action.help if bare else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def whole_number(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `low` that fits in 63 bits."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low} and below 2^63, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+positive_int, non_negative_int = whole_number(1), whole_number(0)
+
+
+def real_number(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number in [{low:g}, {high:g}], not {text!r}")
+        return value
+
+    return parse
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on the numbers alone. Hashed, as torch keeps only 32 bits of a CPU seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device), joined through torchrun's environment if it is there."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"process {local} of this machine finds {gpus} GPU(s): start no more processes than GPUs")
+        torch.cuda.set_device(local)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world, choose_device()
+
+
+def keep_memory() -> None:
+    """Makes glibc keep the memory of freed tensors for the next ones: to ask the kernel for every large tensor anew,
+    and have it cleared page by page, took a fifth of a training step on CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no memory beside the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back its end
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """On a GPU or a CPU, whose allocator raises a RuntimeError like many others."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """ "auto": bfloat16 on a GPU that has it, and on a CPU whose matrix units do (elsewhere it is slower than fp32)."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch 2.9 to 2.14, hence the care
+    return any(getattr(torch.cpu, unit, bool)() for unit in units)
+
+
+class StopRequest:
+    """Set by Ctrl-C or SIGTERM; the loop then saves and stops, all ranks at the same step."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame) -> None:
+        self.signal = number
+        if not dist.is_initialized():  # torchrun repeats the terminal's signal; alone, the second one kills
+            signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        if dist.is_initialized():
+            flag = torch.tensor(self.signal)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        return self.signal

@@ -1,0 +1,1 @@
+"""The paper's claims and the code's speed, measured. Nothing outside this folder imports it."""

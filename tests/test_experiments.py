@@ -1,0 +1,497 @@
+"""Measuring: what a score means, what a claim trains and writes, what is timed, and how the page is made."""
+
+import functools
+import itertools
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import animation, both_modes, fails_with_one_line, run_training, seeded
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
+
+import sample
+import train
+from checkpoint import SHIPPED, load_weights
+from data import bounce
+from experiments import claims, metrics, report, runs, speed
+from experiments.timing import in_milliseconds
+from model import Block, DiT, DiTConfig
+from tpdiff import Pyramid, downsample, per_clip
+
+# ---- metrics.py: what a score means
+
+
+def noisy(x: torch.Tensor, strength: float) -> torch.Tensor:
+    return x + strength * torch.randn(x.shape, generator=seeded())
+
+
+def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    weights = torch.exp(-torch.arange(-6, 7).float().square() / (2 * sigma**2))
+    weights, frames = weights / weights.sum(), x.transpose(1, 2).flatten(0, 1)
+    frames = nn.functional.pad(frames, (6, 6, 6, 6), mode="replicate")
+    for shape in ((1, 1, 1, -1), (1, 1, -1, 1)):
+        frames = nn.functional.conv2d(frames, weights.view(shape))
+    return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+def with_frames_shuffled(x: torch.Tensor, swaps: int) -> torch.Tensor:
+    random, shuffled = np.random.default_rng(0), x.clone()
+    for clip in shuffled:
+        for _ in range(swaps):
+            i, j = random.choice(x.shape[2], 2, replace=False)
+            clip[:, [i, j]] = clip[:, [j, i]]
+    return shuffled
+
+
+def with_frames_doubled(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Every second one of the first `count` frames is the one before it again."""
+    numbers = torch.arange(x.shape[2])
+    return x[:, :, numbers.where(numbers >= count, numbers // 2 * 2)]
+
+
+def with_patches_permuted(x: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` pairs of the clip's 16 patches of 8 x 8 change places, the same in all frames: brightness is kept."""
+    random, patches = np.random.default_rng(0), x.unflatten(4, (4, 8)).unflatten(3, (4, 8)).clone()
+    for clip in patches:
+        for _ in range(count):
+            a, b, c, d = random.integers(4, size=4)
+            clip[:, :, a, :, b], clip[:, :, c, :, d] = clip[:, :, c, :, d].clone(), clip[:, :, a, :, b].clone()
+    return patches.flatten(5, 6).flatten(3, 4)
+
+
+def with_phases_scrambled(x: torch.Tensor, share: float) -> torch.Tensor:
+    """The strength of every spatial frequency is kept, its place is not."""
+    spectrum = torch.fft.rfft2(x)
+    phases = 2 * math.pi * share * torch.rand(len(x), 1, 1, *spectrum.shape[-2:], generator=seeded())
+    phases[..., 0, 0] = 0
+    return torch.fft.irfft2(spectrum * torch.exp(1j * phases), s=x.shape[-2:])
+
+
+@pytest.fixture(scope="module")
+def judged():
+    judge = metrics.load_judge()
+    return judge, judge.features(metrics.real_clips(0, 1000)), metrics.real_clips(1000, 500)
+
+
+@pytest.mark.parametrize(
+    "damage, strengths",
+    [
+        (noisy, (0.2, 0.4, 0.8)),
+        (blurred, (1, 2, 4)),
+        (with_frames_shuffled, (1, 2, 4)),
+        (with_frames_doubled, (4, 8, 16)),
+        (with_patches_permuted, (2, 8, 32)),
+        (with_phases_scrambled, (0.1, 0.25, 0.5)),
+    ],
+)
+def test_judge_distance_grows_with_damage_of_every_kind(damage, strengths, judged):
+    judge, reference, clips = judged
+    distances = [metrics.frechet_distance(judge.features(damage(clips, s)), reference) for s in strengths]
+    real = metrics.frechet_distance(judge.features(clips), reference)
+    assert real < 0.3  # near zero: the strongest damage is at 8 to 36, doubled frames at 0.6
+    assert all(less < more for less, more in itertools.pairwise([1.2 * real, *distances])), (real, distances)
+
+
+@pytest.mark.parametrize(
+    "damage, strengths",
+    [
+        (noisy, (0.2, 0.8)),
+        (blurred, (1, 2)),
+        (with_frames_shuffled, (1, 4)),
+        (with_frames_doubled, (4, 8)),
+        (with_patches_permuted, (2, 32)),
+        (with_phases_scrambled, (0.1, 0.5)),
+    ],
+)
+def test_efficientnet_distance_grows_with_damage_of_every_kind(damage, strengths):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    clips = metrics.real_clips(0, 16)[:, :, :8]  # their own reference: from so few clips others are far away
+    features = functools.partial(metrics.picture_features, metrics.load_efficientnet())
+    scores = metrics.distances_to(clips, {"distance": features})
+    distances = [scores(damage(clips, strength))["distance"] for strength in strengths]
+    assert scores(clips)["distance"] == pytest.approx(0, abs=1e-3) and 0.01 < distances[0] < distances[1]
+
+
+class FewChannels(torch.nn.Module):
+    """In place of an image network."""
+
+    def extract_features(self, frames: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(frames, 32)
+
+
+def test_quality_of_a_run_on_real_clips_beside_held_out_ones(tmp_path, capsys, monkeypatch):
+    (tmp_path / "clips").mkdir()
+    for green in (0, 100, 250):
+        animation(tmp_path / "clips" / f"{green}.webp", 12, (16, 16), green=green)
+    run_training(tmp_path / "run", "--data", str(tmp_path / "clips"), "--steps", "1")
+    monkeypatch.setattr(metrics, "load_efficientnet", FewChannels)
+    words = ["quality", "--data", tmp_path / "clips", "--checkpoint", tmp_path / "run", tmp_path / "run" / "weights.pt"]
+    words += ["--steps", "3", "--number", "6", "--json", tmp_path / "found.json"]
+    metrics.main([str(word) for word in words])
+    ((header, (made, again, real)),) = json.loads((tmp_path / "found.json").read_text())["tables"]
+    assert report.markdown(header, [made, again, real]) in capsys.readouterr().out
+    assert header == ["", "efficientnet_distance", "flicker"] and made[1:] == again[1:]
+    assert float(made[1].split()[0]) > 2 * float(real[1].split()[0]) >= 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is, and the usual file of I3D is made by it
+def test_i3d_is_given_clips_of_224_pixels_in_three_channels(tmp_path, capsys):
+    class Stub(nn.Module):
+        def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+            assert not rescale and not resize and return_features
+            assert x.shape[1] == 3 and x.shape[3] == 224 and x.shape[4] == 224
+            return x.mean((1, 3, 4))
+
+    torch.jit.script(Stub()).save(str(tmp_path / "i3d.pt"))
+    network, clips = metrics.load_i3d(tmp_path / "i3d.pt"), metrics.real_clips(0, 3)
+    features = torch.stack([metrics.i3d_features(network, clip) for clip in clips])
+    torch.testing.assert_close(features, clips.mean((1, 3, 4)), atol=1e-3, rtol=0)
+    (tmp_path / "wrong.pt").write_text("no network")
+    with pytest.raises(ValueError, match="wrong.pt is not a TorchScript file"):
+        metrics.load_i3d(tmp_path / "wrong.pt")
+
+
+def test_destroyed_structure_is_farther_from_real_than_any_damage_that_leaves_the_digit(judged):
+    judge, reference, clips = judged
+    distance = lambda x: metrics.frechet_distance(judge.features(x), reference)  # noqa: E731
+    destroyed = min(distance(with_patches_permuted(clips, 32)), distance(with_phases_scrambled(clips, 0.5)))
+    assert destroyed > 2 * max(
+        distance(noisy(clips, 0.4)), distance(blurred(clips, 1)), distance(with_frames_doubled(clips, 16))
+    )
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    a = torch.randn(100_000, 3, generator=seeded(), dtype=torch.float64)
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T  # mean 0, covariance 1, exactly
+    scale, shift = torch.tensor([1.0, 2, 3]).double(), torch.tensor([1.0, 0, 2]).double()
+    assert metrics.frechet_distance(a, a * scale + shift) == pytest.approx(5 + 0 + 1 + 4)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_digit_scores_are_near_one_on_real_clips_and_know_what_is_wrong(judged):
+    judge, _, clips = judged
+    scores = {
+        name: metrics.digit_scores(judge, damaged)
+        for name, damaged in {
+            "real": clips,
+            "noise": torch.randn(clips.shape, generator=seeded()).clamp(-1, 1),
+            "black": torch.full_like(clips, -1),
+            "shuffled": with_frames_shuffled(clips, 4),
+            "changing": torch.cat([clips[:, :, :8], clips.roll(1, dims=0)[:, :, 8:]], dim=2),
+            "patches": with_patches_permuted(clips, 32),
+        }.items()
+    }
+    off_track = {name: found.pop("off_track") for name, found in scores.items()}
+    assert off_track["real"] < 0.5 and off_track["shuffled"] > 2
+    assert min(scores["real"].values()) > 0.95
+    assert max(scores["noise"].values()) < 0.01 and scores["black"]["kept"] < 0.01 and scores["patches"]["kept"] < 0.1
+    assert scores["shuffled"]["kept"] > 0.9 and scores["shuffled"]["straight"] < 0.1
+    assert scores["changing"]["legible"] > 0.95 and scores["changing"]["kept"] < 0.2
+
+
+def test_flicker_is_the_mean_squared_second_difference():
+    still_motion = torch.arange(5.0).view(1, 1, 5, 1, 1)
+    assert metrics.flicker(still_motion) == 0 and metrics.flicker(still_motion % 2) == 4
+
+
+@both_modes
+def test_plain_noise_has_the_variance_of_the_paper_s_and_no_noise_has_none(mode):
+    x = torch.zeros(2000, 1, 2, 3, 3, dtype=torch.float64)
+    paper, plain, none = (
+        kind(mode, 3).renoise(x, 1, seeded()) for kind in (Pyramid, runs.PlainNoise, runs.WithoutNoise)
+    )
+    assert paper.var() == pytest.approx(plain.var().item(), rel=0.03) and none.abs().max() == 0
+    pairs = plain.unflatten(2, (2, 2))
+    assert abs((pairs[:, :, :, 0] * pairs[:, :, :, 1]).mean()) < 0.03 * plain.var()
+    torch.testing.assert_close(runs.HalfNoise(mode, 3).renoise(x, 1, seeded()), paper / 2)
+
+
+@pytest.mark.parametrize("true_end", [1, 2])
+@pytest.mark.parametrize("name", ["flow-3", "flow-1"])
+def test_sampling_goes_on_from_the_true_end_of_a_stage(name, true_end, monkeypatch):
+    first, p, inputs, labels = runs.REAL_ENDS + 5 * 6, Pyramid("flow", 3), [], []
+    x0, k_next = metrics.real_clips(first, 6), true_end - 1
+
+    def oracle(x, t, k):
+        """x_start - x0, of the pyramid's stage 0 and of vanilla, and anything at stage 1."""
+        inputs.append((x, t[0].item(), k))
+        return 0 * x if k else (x - x0) / per_clip(t, x) * (p[0].t_start if name == "flow-3" else 1)
+
+    def make_predict(model, pyramid, given, *rest):
+        labels.extend(given.tolist())
+        return oracle
+
+    monkeypatch.setattr(sample, "make_predict", make_predict)
+    weights = load_weights(SHIPPED / f"{name}.pt")
+    cell = runs.Cell(name, (4, 3, 2) if name == "flow-3" else 5, true_end=true_end)
+    torch.testing.assert_close(runs.finish(weights, cell, 6, 5, 6), x0)
+    assert labels == [runs.REAL[number][1] for number in range(first, first + 6)]
+    x, t, _ = inputs[0]
+    assert t == pytest.approx(p[k_next].t_start)
+    if name == "flow-3":
+        assert [k for *_, k in inputs] == ([1, 1, 1, 0, 0] if true_end == 2 else [0, 0])
+        pairs, end = x.unflatten(2, (-1, 2)).mean(3), p[true_end]  # without the renoising noise
+        clean = end.gamma_end * downsample(x0, end.stride)
+        noise = (pairs / p[k_next].gamma_start * end.gamma_end - clean) / end.sigma_end
+    else:
+        assert len(inputs) == 5
+        noise = (x - p[k_next].gamma_start * x0) / p[k_next].sigma_start
+    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, rel=0.02)
+
+
+def test_predicted_speedup():
+    without_attention = claims.predicted_speedup([10, 10, 10], 16, 1, 10**9, 4, "full")
+    assert without_attention == pytest.approx(12 / 7)  # 1.71, the paper's Table 1
+    assert claims.predicted_speedup([30], 16, 64, 128, 4, "factorized") == 1
+    half_fixed = claims.predicted_speedup([15, 10, 5], 16, 1, 10**9, 4, "full", fixed=0.5)
+    assert half_fixed == pytest.approx(30 / (15 * 0.625 + 10 * 0.75 + 5))
+    size = DiTConfig()
+    model, x, t = DiT(size).eval(), torch.randn(1, 1, 16, 32, 32), torch.zeros(1)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, 0)
+    ours = 2 * claims.network_cost(16, 64, size.width, size.depth, "factorized")
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_fixed_share_is_what_does_not_shrink_with_the_frames():
+    size = (64, 96, 4, "factorized")
+    full, quarter = (claims.network_cost(frames, *size) for frames in (16, 4))
+    assert claims.fixed_share(full, quarter, 16, *size) == pytest.approx(0)
+    assert claims.fixed_share(1.0, 1.0, 16, *size) == pytest.approx(1)
+    assert claims.fixed_share(1.0, 1.1, 16, *size) == 1 and claims.fixed_share(full, 0.5 * quarter, 16, *size) == 0
+    a = full / 3  # added to both: a quarter of the longer time
+    assert claims.fixed_share(full + a, quarter + a, 16, *size) == pytest.approx(0.25)
+
+
+def test_quality_of_the_shipped_weights_is_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are no runs
+    metrics.main("quality --number 3 --reference 20 --seeds 0 5 --steps 3 --batch 2".split())
+    header, _, ours, real = capsys.readouterr().out.strip().splitlines()
+    assert "judge_distance" in header and "off_track" in header
+    assert "flow-3.pt (flow, 3 stages, step 12000)" in ours and real.startswith("| real | ")
+
+
+def test_a_clip_off_a_straight_bouncing_path_by_a_pixel_is_said_to_be_so():
+    path = bounce(3.0, 1.7, 16, 10.0)
+    assert metrics.off_track(path, 10.0) < 0.3
+    path[7] += 2.0
+    assert 0.7 < metrics.off_track(path, 10.0) < 1.5
+
+
+def test_time_to_a_distance_is_interpolated_and_none_if_never_reached():
+    curve = [(1.0, [8.0, 8.0]), (2.0, [4.0, 4.0]), (3.0, [1.0, 1.0])]
+    assert claims.time_to(8.0, curve) == 1.0 and claims.time_to(9.0, curve) == 1.0
+    assert claims.time_to(2.0, curve) == pytest.approx(2.5)  # halfway from 4 to 1 in the logarithm
+    assert claims.time_to(0.5, curve) is None
+
+
+@both_modes
+def test_alignment_removes_more_variance_in_a_larger_batch_and_none_without_a_choice(mode, monkeypatch):
+    assert claims.variance_removed(mode, 1, batch=1, seed=0, clips=64) == 0
+    small, large = (claims.variance_removed(mode, 1, batch, seed=0, clips=256) for batch in (2, 64))
+    assert 0 < small < large < 0.1
+    clips, generator_for = metrics.real_clips(0, 256), claims.generator_for
+    with monkeypatch.context() as patch:  # other noise, and then other clips
+        patch.setattr(claims, "real_clips", lambda *_: clips)
+        assert claims.variance_removed(mode, 1, batch=64, seed=1, clips=256) != large
+    monkeypatch.setattr(claims, "generator_for", lambda _, *rest: generator_for(0, *rest))
+    assert claims.variance_removed(mode, 1, batch=64, seed=1, clips=256) != large
+
+
+def test_milliseconds_are_the_median_and_the_quartiles():
+    assert in_milliseconds([0.001 * n for n in range(1, 10)]) == "5.0 [3.0, 7.0]"
+
+
+def test_latency_shows_the_measured_and_the_predicted_milliseconds_of_a_clip(monkeypatch):
+    curves, seconds = {}, {"vanilla": [3.0, 4.0, 5.0], "quarter": [2.0, 2.5, 3.0], "pyramid": [2.0, 3.0, 4.0]}
+    monkeypatch.setattr(claims, "sampling_times", lambda *_: seconds)
+    monkeypatch.setattr(claims, "draw_curves", lambda found, *_: curves.update(found))
+    args = claims.make_parser()[0].parse_args(["latency"])
+    ((header, rows),) = claims.latency(args)
+    assert [row[:2] for row in rows] == [[mode, batch] for mode in ("flow", "ddim") for batch in (1, 2, 4, 8)]
+    row = dict(zip(header, rows[-1], strict=True))
+    assert (row["3 stages, ms"], row["3 stages, clips/s"]) == ("3000.0 [2000.0, 4000.0]", "2.67")
+    assert row["times as fast"] == "1.33"
+    assert curves["ddim, vanilla"][-1] == (8, [375, 500, 625]) and curves["ddim, 3 stages"][0] == (1, [2e3, 3e3, 4e3])
+    fixed = claims.fixed_share(4.0, 2.5, 16, 64, 96, 4, "factorized")
+    predicted = claims.predicted_speedup([10, 10, 10], 16, 64, 96, 4, "factorized", fixed=fixed)
+    assert curves["ddim, 3 stages, predicted"][-1] == (8, [pytest.approx(500 / predicted)])
+
+
+def test_growth_has_a_row_of_vanilla_three_stages_and_as_many_as_fit(monkeypatch):
+    curves, asked = {}, []
+
+    def times(settings, _):
+        asked.append(settings)
+        return {name: [frames * 0.1 / stages] * 3 for name, (_, stages, frames, _) in settings.items()}
+
+    monkeypatch.setattr(claims, "sampling_times", times)
+    monkeypatch.setattr(claims, "draw_curves", lambda found, *_: curves.update(found))
+    ((header, rows),) = claims.growth(claims.make_parser()[0].parse_args(["growth"]))
+    found = [dict(zip(header, row, strict=True)) for row in rows]
+    most = [(row["frames"], row["stages"]) for row in found if row["stages"] not in (1, 3)]
+    assert most == [(16, 4), (32, 5), (64, 6)]
+    assert {row["times as fast"] for row in found if row["stages"] == 1} == {"1.00"}
+    assert {row["full-rate calls"] for row in found if row["stages"] == 3} == {"17.5"}
+    assert found[-1]["ms"] == "1066.7 [1066.7, 1066.7]" and found[-1]["times as fast"] == "6.00"
+    assert all(settings["quarter"][2] * 4 == settings[1][2] for settings in asked)
+    assert curves["as many as fit"][-1] == (64, [pytest.approx(6400 / 6)] * 3)
+
+
+@pytest.fixture
+def tiny_claims(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    words = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results"), "--number", "3", "--reference", "20"]
+    tiny = {run: f"--mode {run[:4]} --stages {run[5]} --steps 20" for run in runs.RUNS}
+    monkeypatch.setattr(runs, "RUNS", tiny)
+    return lambda claim: claims.main([claim, *words, "--smoke", "--seeds", "0", "5", "--batch", "2"])
+
+
+def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(
+    tiny_claims, tmp_path, capsys, monkeypatch
+):
+    tiny_claims("renoising")
+    content = json.loads((tmp_path / "results" / "renoising.json").read_text())
+    (header, rows) = content["tables"][0]
+    assert content["command"].startswith("python -m experiments.claims renoising --runs")
+    assert content["torch"] == torch.__version__
+    assert len(rows) == 21 and all(len(row) == len(header) for row in rows)
+    assert len({tuple(row[1:]) for row in rows}) == 9  # each way its own clips; here the long runs are the short ones
+    assert report.markdown(header, rows) in capsys.readouterr().out
+    assert (tmp_path / "results" / "renoising.png").exists()
+    cells = json.loads((tmp_path / "results" / "cells.json").read_text())
+    monkeypatch.setattr(runs.subprocess, "Popen", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(runs, "scores_of", lambda *_: pytest.fail("measured again"))
+    tiny_claims("renoising")
+    assert json.loads((tmp_path / "results" / "cells.json").read_text()) == cells
+    with open(tmp_path / "runs" / "ddim-3" / "weights-20.pt", "ab") as file:
+        file.write(b" ")  # other weights: their numbers no longer count
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        tiny_claims("renoising")
+
+
+def test_every_claim_has_its_table_and_its_figure_in_results():
+    for claim in claims.CLAIMS:
+        assert (report.RESULTS / f"{claim}.json").exists() and list(report.RESULTS.glob(f"{claim}*.png")), claim
+
+
+def test_the_page_of_the_experiments_is_up_to_date_and_a_changed_digit_makes_it_old(tmp_path):
+    page, texts = report.PAGE.read_text(), report.TEXTS.read_text()
+    assert page == report.make_page(texts, report.RESULTS), "python -m experiments.report makes it anew"
+    shutil.copytree(report.RESULTS, tmp_path / "results")
+    tabled = [path for path in sorted((tmp_path / "results").rglob("*.json")) if path.name != "cells.json"]
+    assert len(tabled) > 15
+    for path in tabled:
+        before, content = path.read_text(), json.loads(path.read_text())
+        content["tables"][-1][1][-1][-1] = "another number"
+        path.write_text(json.dumps(content))
+        assert report.make_page(texts, tmp_path / "results") != page, path
+        path.write_text(before)
+
+
+def test_a_table_is_asked_for_once_at_least_and_exists(tmp_path):
+    tables = [[["x"], [[1]]], [["y"], [[2]]]]
+    report.write_json(tmp_path / "a.json", {"command": "python bench.py step", "tables": tables})
+    page = report.make_page("{{a.json}}\n", tmp_path)
+    assert page == "`python -m experiments.speed step`:\n\n| x |\n| --- |\n| 1 |\n\n| y |\n| --- |\n| 2 |\n"
+    wrong = {"{{a.json 0}}": "leaves out table 1", "{{a.json 2}}": "which has 2", "{{b.json}}": "no such file"}
+    for texts, problem in wrong.items():
+        with pytest.raises(ValueError, match=problem):
+            report.make_page(texts, tmp_path)
+
+
+def test_texts_hold_no_number_of_a_table():
+    """Nothing with a decimal point, nor a percentage: those stand in the tables."""
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\(.*?\)|\{\{.*?\}\}", "", report.TEXTS.read_text(), flags=re.DOTALL)
+    assert not re.findall(r"\d+\.\d+|\d+%", prose)
+
+
+def test_scores_name_no_commit_where_there_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.commit.__wrapped__() == ""
+
+
+def test_quality_refuses_what_the_judge_does_not_know(tmp_path, capsys):
+    run_training(tmp_path / "run", "--steps", "1")
+    capsys.readouterr()
+    words = ["quality", "--checkpoint", tmp_path / "run"]
+    assert "give real clips with --data" in fails_with_one_line(capsys, metrics.main, *words)
+    shipped = [SHIPPED / "flow-3.pt", SHIPPED / "flow-1.pt"]
+    words = ["quality", "--checkpoint", shipped[0]]  # of several runs each is looked at, not only the first
+    assert "give real clips with --data" in fails_with_one_line(capsys, metrics.main, *words, tmp_path / "run")
+    words = ["quality", "--checkpoint", *shipped, "--steps", "9", "9", "9"]
+    assert "flow-1.pt: " in fails_with_one_line(capsys, metrics.main, *words)
+    words = ["quality", "--data", tmp_path, "--checkpoint", shipped[0], tmp_path / "run"]
+    assert "another shape" in fails_with_one_line(capsys, metrics.main, *words)
+
+
+def test_a_file_of_results_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("before")
+    monkeypatch.setattr(report.os, "replace", lambda *_: None)  # stopped just before
+    report.write_json(tmp_path / "a.json", {"tables": []})
+    assert (tmp_path / "a.json").read_text() == "before"
+
+
+@pytest.mark.parametrize("main, what", [(metrics.main, "quality"), (speed.main, "step")])
+def test_tables_are_written_to_a_file_or_refused_at_once(main, what, tmp_path, capsys):
+    assert "there is no folder" in fails_with_one_line(capsys, main, what, "--json", tmp_path / "no" / "a.json")
+    for path in (tmp_path, "/dev/null", "a" * 300 + "/b"):
+        fails_with_one_line(capsys, main, what, "--json", path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_is_refused_options_of_others_and_a_score_of_a_single_clip(capsys):
+    assert "unrecognized arguments: --json" in fails_with_one_line(capsys, claims.main, "cost", "--json", "a.json")
+    assert "unrecognized arguments: --seeds" in fails_with_one_line(capsys, claims.main, "latency", "--seeds", "1")
+    for main, what in ((metrics.main, "quality"), (claims.main, "training")):
+        assert "at least 2" in fails_with_one_line(capsys, main, what, "--number", "1")
+
+
+# ---- speed.py
+
+
+@pytest.mark.parametrize("what", ["step", "peers"])
+def test_benchmark_times_a_run_at_every_stage(what, tmp_path, capsys):
+    tiny = ["--frames", "4", "--size", "16", "--width", "8", "--depth", "1", "--heads", "1", "--batch", "2"]
+    speed.main([what, "--repeats", "1", *tiny, "--json", str(tmp_path / "found.json")])
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    assert all(re.search(rf"^\| (ours, stage )?{k} \|", out, re.MULTILINE) for k in range(3))
+    assert all(report.markdown(*table) in out for table in found["tables"])
+    assert found["command"].startswith(f"python -m experiments.speed {what} --repeats 1 --frames 4")
+    assert found["machine"] and found["precision"] in ("bf16", "fp32")
+
+
+def test_benchmark_counts_the_flops_of_the_linear_layers():
+    run = speed.Run(train.parse_args(["--out", "nowhere", "--batch", "2", "--frames", "4", "--width", "128"])[0])
+    products, flops = speed.matrix_products(run, 0)
+    second_attention = 2 * run.tokens(0) * 128 * (3 * 128 + 128)
+    linear = 4 * (flops / 3 + second_attention)  # of four blocks, forward
+    assert run.tokens(0) == 512 and linear < run.forward_flops(0) < 1.2 * linear
+
+
+def test_benchmark_compiles_the_network_that_it_samples_with_and_counts_it_as_it_is(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
+    torch._dynamo.reset()
+    words = ["--out", "nowhere", "--frames", "4", "--width", "8", "--depth", "3", "--heads", "1", "--batch", "2"]
+    plain, compiled = (speed.Run(train.parse_args([*words, *flag])[0]) for flag in ([], ["--compile"]))
+    plain.sampling_step(0)
+    assert counter.frame_count == 0
+    compiled.sampling_step(0)
+    assert counter.frame_count == 1
+    assert compiled.forward_flops(0) == plain.forward_flops(0) > 0 and counter.frame_count == 1
+
+
+@pytest.mark.parametrize("divisor", [1, 4, 8, 64, 128])
+@pytest.mark.parametrize("most", [20, 70, 500])
+def test_largest_clip_is_found_to_a_tenth_or_a_multiple(divisor, most, monkeypatch):
+    monkeypatch.setattr(speed, "measured_apart", lambda options, k: float(options[-1]))
+    found, peak, too_many = map(int, re.findall(r"\d+", speed.largest_clip([], divisor, most + 0.5)))
+    assert found == peak <= most < too_many <= max(found + divisor, 1.1 * found)
+    assert found % divisor == too_many % divisor == 0

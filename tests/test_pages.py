@@ -1,0 +1,101 @@
+"""What the pages promise, and how the files of the core know of each other."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, pages
+
+import tpdiff
+
+# From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
+CORE = ["tpdiff", "model", "video", "data", "cli", "checkpoint", "sample", "train"]
+ALLOWED = {"model": set(), "video": set(), "data": {"video"}, "cli": set(), "checkpoint": {"model", "cli"}}
+
+
+def imports(path: Path, inner: bool = True) -> set[str]:
+    """The first names of all modules that a file imports, with or without those inside of functions."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if inner else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+# ---- The files of the core
+
+
+def test_the_core_s_files_are_these_and_no_others():
+    assert {path.stem for path in ROOT.glob("*.py")} == {*CORE, "test_tpdiff"}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_no_file_of_the_core_imports_upward(name):
+    of_ours = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
+    known = imports(ROOT / f"{name}.py") & of_ours
+    assert known <= ALLOWED.get(name, set(CORE[: CORE.index(name)])), known
+
+
+def test_tpdiff_needs_torch_and_scipy_alone_and_its_tests_no_other_file():
+    others = {"torch", "scipy"}
+    assert imports(ROOT / "tpdiff.py", inner=False) - sys.stdlib_module_names == others
+    assert imports(ROOT / "tpdiff.py") - sys.stdlib_module_names <= others | {"tqdm"}  # tqdm to show progress
+    needed = imports(ROOT / "test_tpdiff.py") - sys.stdlib_module_names
+    assert needed <= {"tpdiff", "torch", "numpy", "pytest", "hypothesis"}
+
+
+def test_what_pip_installs_is_tpdiff_with_torch_and_scipy():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or newer reads pyproject.toml")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["tool"]["setuptools"]["py-modules"] == ["tpdiff"]
+    assert {re.match(r"\w+", need)[0] for need in settings["project"]["dependencies"]} == {"torch", "scipy"}
+
+
+# ---- The pages
+
+
+def test_the_version_has_its_lines_in_the_changelog():
+    assert re.search(rf"^#+ .*\b{re.escape(tpdiff.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def all_tests() -> set[str]:
+    text = "".join(path.read_text() for path in [ROOT / "test_tpdiff.py", *(ROOT / "tests").glob("test_*.py")])
+    return set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
+
+
+def test_every_test_that_the_pages_name_exists():
+    (table,) = [
+        text.split("## Paper to code")[1].split("Both modes are")[0]
+        for text in pages().values()
+        if "## Paper to code" in text
+    ]
+    rows = [row for row in table.splitlines() if row.startswith("|")]
+    named = {f"test_{name}" for row in rows for name in re.findall(r"`(\w+)`", row.rpartition(" | ")[2])}
+    named |= {name for text in pages().values() for name in re.findall(r"\btest_\w+\b(?!\.py)", text)} - {"test_"}
+    assert len(named) > 12 and named - {"test_tpdiff"} <= all_tests(), named - all_tests()
+
+
+def test_every_method_of_the_pyramid_that_the_pages_name_exists():
+    named = {name for text in pages().values() for name in re.findall(r"`Pyramid\.(\w+)", text)}
+    assert len(named) > 5 and all(hasattr(tpdiff.Pyramid, name) for name in named), named
+
+
+def test_every_file_that_the_pages_link_or_run_exists():
+    linked = [(page, link) for page, text in pages().items() for link in re.findall(r"\]\(([^)#\s]+)", text)]
+    missing = [
+        (page, link) for page, link in linked if ":" not in link and not (ROOT / page).parent.joinpath(link).exists()
+    ]
+    assert not missing and len(linked) > 10
+    words = {
+        name
+        for text in pages().values()
+        for name in re.findall(r"\bpython (\w+\.py)|python -m (experiments\.\w+)", text)
+    }
+    files = {script or module.replace(".", "/") + ".py" for script, module in words}
+    assert len(files) > 1 and all((ROOT / file).exists() for file in files), files
