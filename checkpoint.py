@@ -12,6 +12,7 @@ with weights_only: no code in them is run.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -23,12 +24,27 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from data import height_width
 from model import DiT, DiTConfig
+from tpdiff import Pyramid
 
 FORMAT = 4  # of the weight files; raised when old ones can no longer be read
 HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
 SHIPPED = Path(__file__).parent / "weights"
+FACTORS = {"time": (2, 1, 1), "space": (1, 2, 2), "space-time": (2, 2, 2)}  # what --pyramid names
 COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
+
+
+def make_pyramid(mode: str, stages: int, pyramid: str = "time", shift: float = 1.0, kind: type = Pyramid) -> Pyramid:
+    """The pyramid of a run, or one of another `kind`. In ddim mode the network says the velocity. That is past the
+    paper, which finetunes a model that predicts noise: trained from scratch on noise, no digit stayed legible."""
+    prediction = {"flow": None, "ddim": "velocity"}[mode]
+    return kind(mode, stages, factor=FACTORS[pyramid], shift=shift, prediction=prediction)
+
+
+def run_name(mode: str, stages: int, pyramid: str) -> str:
+    """The name of a run's folder: flow-3, or flow-3-space-time."""
+    return f"{mode}-{stages}" + ("" if pyramid == "time" else f"-{pyramid}")
 
 
 @dataclass
@@ -39,10 +55,16 @@ class Weights:
     mode: str
     stages: int
     frames: int
-    size: int
+    size: int | tuple[int, int]
     classes: tuple[str, ...]
     step: int
     latent_scale: float | None = None  # None: pictures
+    pyramid: str = "time"
+    shift: float = 1.0
+
+    def make_pyramid(self, kind: type = Pyramid) -> Pyramid:
+        """The pyramid that the model was trained on."""
+        return make_pyramid(self.mode, self.stages, self.pyramid, self.shift, kind)
 
 
 def load_file(path: Path, *keys: str) -> dict:
@@ -60,9 +82,12 @@ def load_file(path: Path, *keys: str) -> dict:
     missing = sorted({*HEAD, *keys} - content.keys())
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
-    numbers = {name: content[name] for name in ("stages", "frames", "size")}
-    if content["mode"] not in ("flow", "ddim") or not all(type(n) is int and n > 0 for n in numbers.values()):
-        raise ValueError(f"{path} is damaged: mode {content['mode']!r}, {numbers}")
+    content = {"pyramid": "time", "shift": 1.0} | content  # older ones are of the paper's pyramid
+    head = {name: content[name] for name in ("mode", "pyramid", "shift", "stages", "frames", "size")}
+    numbers = [content["stages"], content["frames"], *height_width(content["size"])]
+    known = content["mode"] in ("flow", "ddim") and content["pyramid"] in FACTORS
+    if not known or not all(type(n) is int and n > 0 for n in numbers) or not 0 < content["shift"] < math.inf:
+        raise ValueError(f"{path} is damaged: {head}")
     return content
 
 
@@ -76,6 +101,16 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"{error}{advice}") from None
 
 
+def restore(state, content: dict) -> None:
+    """Gives a new `state` (train.State) what a checkpoint holds."""
+    state.model.load_state_dict(content["model"])
+    state.ema.load_state_dict(content["ema"])
+    for optimizer, own in zip(state.optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(own)
+    for name in COUNTS:
+        setattr(state, name, content[name])
+
+
 def weight_file(path: Path) -> Path:
     """The file itself, or the weights in a run's folder."""
     return path / "weights.pt" if path.is_dir() else path
@@ -86,6 +121,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
     content = load_file(path)
     try:
         model = DiT(DiTConfig(**content["config"]))
+        if model.config.factor != FACTORS[content["pyramid"]]:
+            raise ValueError(f"its factor is not that of the pyramid in {content['pyramid']}")
         model.load_state_dict({name: value.float() for name, value in content["ema"].items()})
         if len(content["classes"]) != model.config.classes or model.config.stages != content["stages"]:
             raise ValueError("its labels or stages are not those of its model")
@@ -94,12 +131,12 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
-    names = ("mode", "stages", "frames", "size", "step")
+    names = ("mode", "stages", "frames", "size", "step", "pyramid", "shift")
     head = {name: content[name] for name in names} | {"latent_scale": content.get("latent_scale")}
     return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
 
 
-def find_weights(mode: str, stages: int) -> Path:
+def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     """The newest run under runs/ that matches, else the shipped weights. Raises ValueError if there are neither."""
     runs = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in runs:
@@ -108,14 +145,12 @@ def find_weights(mode: str, stages: int) -> Path:
         except ValueError as error:
             print(f"passed over: {error}", file=sys.stderr)
             continue
-        if (content["mode"], content["stages"]) == (mode, stages):
+        if (content["mode"], content["stages"], content["pyramid"]) == (mode, stages, pyramid):
             return path
-    shipped = SHIPPED / f"{mode}-{stages}.pt"
+    shipped = SHIPPED / f"{run_name(mode, stages, pyramid)}.pt"
     if not shipped.exists():
-        raise ValueError(
-            f"no weights for --mode {mode} --stages {stages}: none in runs/ and none shipped; "
-            f"train them with: python train.py --mode {mode} --stages {stages}"
-        )
+        flags = f"--mode {mode} --stages {stages} --pyramid {pyramid}"
+        raise ValueError(f"no weights for {flags}: none in runs/, none shipped; to train them: python train.py {flags}")
     return shipped
 
 
@@ -176,7 +211,9 @@ def save(state, dataset: Dataset, args: Namespace, world: int) -> None:
         state.since_judged.zero_()
     head = {"format": FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
-    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in ("mode", "stages", "frames", "size")}
+    head |= {"digest": dataset.digest} | {
+        name: getattr(args, name) for name in ("mode", "stages", "pyramid", "shift", "frames", "size")
+    }
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
     whole |= {name: getattr(state, name) for name in COUNTS}

@@ -61,6 +61,13 @@ def real_number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+class OneOrMore(argparse.Action):
+    """For nargs="+": one value is kept as it is, several as a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
+
+
 def generator_for(*numbers: int) -> torch.Generator:
     """A CPU generator that depends on the numbers alone. Hashed, as torch keeps only 32 bits of a CPU seed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
@@ -81,6 +88,26 @@ def start_processes() -> tuple[int, int, torch.device]:
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return rank, world, choose_device()
+
+
+def in_turn(rank: int, make: Callable):
+    """What `make` returns: called by rank 0 first, so that the others find what it wrote. Raises ValueError on all
+    ranks if it fails on one."""
+    result, problem = None, ""
+    if rank > 0:
+        dist.barrier()
+    try:
+        result = make()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    failed = torch.tensor(float(bool(problem)))
+    if dist.is_initialized():
+        dist.all_reduce(failed)
+    if failed:
+        raise ValueError(problem or "another process cannot read the data")
+    return result
 
 
 def keep_memory() -> None:

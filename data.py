@@ -38,11 +38,18 @@ def _glyph(digit: int, height: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
-def draw_digit(glyph: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
-    """Frames (T, size, size) with the glyph's corner at the subpixel positions (y, x) (T,): bilinear, exact."""
-    pixels = np.arange(size, dtype=np.float32)
-    rows = np.maximum(0, 1 - np.abs(pixels[None, :, None] - y[:, None, None] - np.arange(glyph.shape[0])))
-    columns = np.maximum(0, 1 - np.abs(pixels[None, :, None] - x[:, None, None] - np.arange(glyph.shape[1])))
+def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """One number stands for a square. Raises DataError if there are more than two."""
+    if not isinstance(size, int) and len(size) != 2:
+        raise DataError(f"a size is one number, or height and width, not {size}")
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def draw_digit(glyph: np.ndarray, y: np.ndarray, x: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Frames (T, H, W) with the glyph's corner at the subpixel positions (y, x) (T,): bilinear, exact."""
+    row, column = (np.arange(length, dtype=np.float32)[None, :, None] for length in height_width(size))
+    rows = np.maximum(0, 1 - np.abs(row - y[:, None, None] - np.arange(glyph.shape[0])))
+    columns = np.maximum(0, 1 - np.abs(column - x[:, None, None] - np.arange(glyph.shape[1])))
     return rows.astype(np.float32) @ glyph @ columns.astype(np.float32).transpose(0, 2, 1)
 
 
@@ -52,29 +59,30 @@ def bounce(start: float, velocity: float, frames: int, room: float) -> np.ndarra
 
 
 class MovingDigits(Dataset):
-    """Bouncing digits on black, (1, T, size, size), made on the fly from a seed; the label is the first digit.
+    """Bouncing digits on black, (1, T, H, W), made on the fly from a seed; the label is the first digit.
 
-    A digit is 5/8 of the frame high, its start uniform, its speed 1/40 to 1/16 of the frame per frame.
-    Raises DataError if the frame is under 16 pixels or there is no frame or digit.
+    A digit is 5/8 of the frame's shorter side high, its start uniform, its speed 1/40 to 1/16 of that side per frame.
+    Raises DataError if that side is under 16 pixels or there is no frame or digit.
     """
 
     channels, latent, digest = 1, False, ""
     classes = tuple("0123456789")
 
-    def __init__(self, frames: int = 16, size: int = 32, digits: int = 1, seed: int = 0):
-        if size < 16 or frames < 1 or digits < 1:
+    def __init__(self, frames: int = 16, size: int | tuple[int, int] = 32, digits: int = 1, seed: int = 0):
+        short = min(height_width(size))
+        if short < 16 or frames < 1 or digits < 1:
             raise DataError(f"moving digits need size >= 16, frames and digits >= 1, not {size}, {frames}, {digits}")
-        self.frames, self.size, self.digits, self.seed = frames, size, digits, seed
+        self.frames, self.size, self.digits, self.seed, self.short = frames, size, digits, seed, short
         self.summary = f"moving digits, {digits} a clip, made on the fly"
-        self.glyphs = [_glyph(digit, round(size * 5 / 8)) for digit in range(10)]
+        self.glyphs = [_glyph(digit, round(short * 5 / 8)) for digit in range(10)]
 
     def tracks(self, number: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """What sample `number` shows, digit by digit: its label and its corner's positions y (T,) and x (T,)."""
         random, tracks = _random(self.seed, number), []
         for _ in range(self.digits):
             label = int(random.integers(10))
-            speed, angle = random.uniform(self.size / 40, self.size / 16), random.uniform(0, 2 * np.pi)
-            rooms = [self.size - length for length in self.glyphs[label].shape]
+            speed, angle = random.uniform(self.short / 40, self.short / 16), random.uniform(0, 2 * np.pi)
+            rooms = [all_ - own for all_, own in zip(height_width(self.size), self.glyphs[label].shape, strict=True)]
             starts = [random.uniform(0, room) for room in rooms]
             velocities = speed * np.sin(angle), speed * np.cos(angle)
             tracks.append((label, *map(bounce, starts, velocities, [self.frames] * 2, rooms)))
@@ -93,18 +101,18 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(eq=False)
 class FolderClips(Dataset):
-    """Random windows of the clips under a folder, searched recursively, (C, frames, size, size): animated GIF, WebP and
+    """Random windows of the clips under a folder, searched recursively, (C, frames, H, W): animated GIF, WebP and
     APNG, folders of numbered stills, videos (with PyAV), or latents (C, T, H, W) in .npy and .pt files.
 
-    Pictures are RGB on white, or grey; cropped at their centre to a square and resized. Latents are cropped at their
-    centre and have no range. Every epoch goes through the clips in a new order. What cannot be used is counted in
+    Pictures are RGB on white, or grey; cropped at their centre to the shape wanted and resized. Latents are cropped at
+    their centre and have no range. Every epoch goes through the clips in a new order. What cannot be used is counted in
     `summary`; a file that turns out damaged past its header is named in a warning and passed over.
     Raises DataError if the folder does not exist, holds nothing usable or mixes pictures with latents.
     """
 
     folder: str | Path
     frames: int = 16
-    size: int = 32
+    size: int | tuple[int, int] = 32  # one number for a square, or height and width
     seed: int = 0
     labels: bool = False  # True: the folder's sub-folders are the classes
     frame_stride: int = 1  # frames of a clip from one frame of a window to the next
@@ -143,7 +151,8 @@ class FolderClips(Dataset):
             return "stills"
         if source.frames < self.span:
             return f"shorter than {self.span} frames"
-        if source.kind == "latent" and min(source.height, source.width) < self.size:
+        height, width = height_width(self.size)
+        if source.kind == "latent" and (source.height < height or source.width < width):
             return f"latents smaller than {self.size}"
         if self.labels and self._class_name(source) is None:
             return "in no sub-folder, so without a label"
@@ -171,8 +180,9 @@ class FolderClips(Dataset):
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         rgba = image.convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        square = ImageOps.fit(flat.convert("L" if self.grayscale else "RGB"), [self.size] * 2, Image.Resampling.BOX)
-        return np.asarray(square).reshape(self.size, self.size, self.channels)
+        (height, width), mode = height_width(self.size), "L" if self.grayscale else "RGB"
+        fitted = ImageOps.fit(flat.convert(mode), (width, height), Image.Resampling.BOX)
+        return np.asarray(fitted).reshape(height, width, self.channels)
 
     def _pictures(self, source: Source, wanted: range) -> np.ndarray:
         """(T, H, W, C) of bytes. While there is room, frames are kept and not decoded again in this process."""
@@ -182,7 +192,7 @@ class FolderClips(Dataset):
             read = range(wanted[-1] + 1) if source.kind == "pictures" else wanted  # an animation from its beginning on
             images = zip(read, read_images(source, read), strict=True)
             kept = before | {number: self._picture(image) for number, image in images if number not in before}
-            cost = (len(kept) - len(before)) * self.size**2 * self.channels
+            cost = sum(frame.nbytes for number, frame in kept.items() if number not in before)
             if cost <= self.room:
                 self.cache[name] = kept
                 self.room -= cost
@@ -192,9 +202,10 @@ class FolderClips(Dataset):
         """(C, T, H, W) from frame `start` on."""
         wanted = range(start, start + self.span, self.frame_stride)
         if source.kind == "latent":
-            y, x = (source.height - self.size) // 2, (source.width - self.size) // 2
+            height, width = height_width(self.size)
+            y, x = (source.height - height) // 2, (source.width - width) // 2
             latent = open_latent(source.files[0])[:, wanted.start : wanted.stop : wanted.step]
-            latent = latent[..., y : y + self.size, x : x + self.size].float() * self.latent_scale
+            latent = latent[..., y : y + height, x : x + width].float() * self.latent_scale
             if not latent.isfinite().all():
                 raise ValueError("NaN or infinite numbers in it")
             return latent

@@ -28,6 +28,7 @@ class DiTConfig:
     heads: int = 4
     stages: int = 3
     classes: int = 0  # 0: unconditional
+    factor: tuple[int, int, int] = (2, 1, 1)  # what each stage divides time, height and width by
     temporal: bool = True  # False: an image model, whose blocks lack the temporal attention
 
     def __post_init__(self):
@@ -51,18 +52,26 @@ def embed_angles(angle: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def temporal_positions(frames: int, stage: int, device: torch.device | str | None = None) -> Tensor:
-    """When the frames of a stage are shown, counted in full-rate frames (index times 2^stage): (frames,).
+def temporal_positions(frames: int, stride: int, device: torch.device | str | None = None) -> Tensor:
+    """When the frames of a stage are shown, counted in full-rate frames (index times the stage's stride): (frames,).
 
     Frame 2 at half the rate and frame 4 at the full rate show the same instant, so they get the same position.
     """
-    return torch.arange(frames, device=device) * 2**stage
+    return torch.arange(frames, device=device) * stride
 
 
-def spatial_angles(rows: int, columns: int, count: int, device: torch.device | str | None = None) -> Tensor:
+def spatial_positions(patches: int, stride: int, device: torch.device | str | None = None) -> Tensor:
+    """Where the patches of a stage are along one axis, counted in full-rate patches: (patches,). A patch stands for
+    `stride` of them, and its position is their centre."""
+    return torch.arange(patches, device=device) * stride + (stride - 1) / 2
+
+
+def spatial_angles(
+    rows: int, columns: int, count: int, stride: tuple[int, int], device: torch.device | str | None = None
+) -> Tensor:
     """2-D positions of a frame's patches, row by row, half the angles for each axis: (rows * columns, count)."""
-    y = angles(torch.arange(rows, device=device), count // 2, LONGEST)[:, None].expand(-1, columns, -1)
-    x = angles(torch.arange(columns, device=device), count // 2, LONGEST)[None].expand(rows, -1, -1)
+    y = angles(spatial_positions(rows, stride[0], device), count // 2, LONGEST)[:, None].expand(-1, columns, -1)
+    x = angles(spatial_positions(columns, stride[1], device), count // 2, LONGEST)[None].expand(rows, -1, -1)
     return torch.cat([y, x], dim=-1).flatten(0, 1)
 
 
@@ -191,7 +200,8 @@ class DiT(nn.Module):
 
         Raises ValueError if the models differ in anything else.
         """
-        grown = {"temporal": not other.config.temporal, "stages": other.config.stages == 1}
+        alone = other.config.stages == 1
+        grown = {"temporal": not other.config.temporal, "stages": alone, "factor": alone}
         for name, given in asdict(other.config).items():
             wanted = getattr(self.config, name)
             if given != wanted and not grown.get(name):
@@ -211,18 +221,18 @@ class DiT(nn.Module):
         """The label that means "no label": trained by dropping labels, used by classifier-free guidance."""
         return self.config.classes
 
-    def _rotations(self, T: int, rows: int, columns: int, stage: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotations(self, T: int, rows: int, columns: int, stride: tuple, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the patches' angles (1, N, 1, heads, d / 2, 2) and of the frames', (T, 1, ...)."""
         heads, count = self.config.heads, self.config.width // self.config.heads // 2
-        space = spatial_angles(rows, columns, count, like.device)[None]
-        time = angles(temporal_positions(T, stage, like.device), count, LONGEST)[:, None]
+        space = spatial_angles(rows, columns, count, stride[1:], like.device)[None]
+        time = angles(temporal_positions(T, stride[0], like.device), count, LONGEST)[:, None]
         dtype = torch.promote_types(like.dtype, torch.float32)
         turns = (torch.stack([angle.cos(), angle.sin()], dim=-1).to(dtype) for angle in (space, time))
         # A copy for every head: to broadcast over the inner dimensions takes longer than the product itself.
         return tuple(turn[:, :, None, None].expand(-1, -1, 1, heads, -1, -1).contiguous() for turn in turns)
 
     def forward(self, x: Tensor, t: Tensor, stage: int, y: Tensor | None = None) -> Tensor:
-        """x (B, C, T, H, W) at the frame rate of `stage` (1 / 2^stage of the full one), t (B,) in [0, 1],
+        """x (B, C, T, H, W) as large as `stage` has it (1 / factor^stage of the full size), t (B,) in [0, 1],
         y (B,) labels in [0, classes], where `classes` is the null label, as is y = None. Returns x's shape and dtype.
 
         Raises ValueError if H or W does not divide by the patch, the channels differ, the stage is unknown, or
@@ -244,11 +254,11 @@ class DiT(nn.Module):
             condition = condition + self.embed_label(y)
         condition = F.silu(condition)
 
-        rows, columns = H // patch, W // patch
+        rows, columns, stride = H // patch, W // patch, tuple(n**stage for n in self.config.factor)
         x = x.view(B, C, T, rows, patch, columns, patch).permute(0, 2, 3, 5, 1, 4, 6)
         x = self.embed_patch(x.reshape(B, T, rows * columns, -1))  # (B, T, N, D)
-        x = x + embed_angles(spatial_angles(rows, columns, self.config.width // 2, x.device)).to(x.dtype)
-        space, time = self._rotations(T, rows, columns, stage, x)
+        x = x + embed_angles(spatial_angles(rows, columns, self.config.width // 2, stride[1:], x.device)).to(x.dtype)
+        space, time = self._rotations(T, rows, columns, stride, x)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random

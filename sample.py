@@ -1,14 +1,15 @@
 """Sample clips from trained weights: `python sample.py --stages 3` writes a GIF and a PNG strip and says where."""
 
 import argparse
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint import Weights, find_weights, load_weights, weight_file
+from checkpoint import FACTORS, Weights, find_weights, load_weights, run_name, weight_file
 from cli import (
     SAMPLING,
     Parser,
@@ -21,45 +22,31 @@ from cli import (
     real_number,
     use_bf16,
 )
-from data import save_gif, save_latents, save_strip
-from tpdiff import Pyramid, per_clip, split_steps
+from data import height_width, save_gif, save_latents, save_strip
+from tpdiff import Pyramid, split_steps
 
 SUFFIXES = (".gif", ".png", ".npy")  # of what is written; the last for latents
 
 
-def output_coefficients(pyramid: Pyramid, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b), one per clip, such that the pyramid's target is a x_t + b output, for the output of the network.
-
-    flow: (0, 1), the network says v_k. ddim: (sigma, gamma), it says the velocity (eps_k - sigma x_t) / gamma of
-    arXiv 2202.00512: training on it is training on eps_k with the squared error weighted by 1 / gamma^2. Past the
-    paper, which finetunes a model that predicts noise: trained from scratch on eps_k itself, no digit stayed legible.
-    """
-    gamma, sigma = pyramid.gamma_sigma(t) if pyramid.mode == "ddim" else (torch.ones(len(t)), torch.zeros(len(t)))
-    return per_clip(sigma, x_t), per_clip(gamma, x_t)
-
-
-def make_predict(
-    model: torch.nn.Module, pyramid: Pyramid, labels: Tensor | None, guidance: float, bf16: bool
-) -> Callable:
+def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool) -> Callable:
     """The sampler's `predict(x, t, k)`: the model, with classifier-free guidance unless it is 1 (arXiv 2207.12598)."""
 
     def predict(x: Tensor, t: Tensor, k: int) -> Tensor:
-        a, b = output_coefficients(pyramid, x, t)  # before the model: reading t waits for a GPU
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             if labels is None or guidance == 1:
-                output = model(x, t, k, labels)
-            else:
-                both = torch.cat([labels, torch.full_like(labels, model.null_label)])
-                conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), k, both).chunk(2)
-                output = unconditional + guidance * (conditional - unconditional)
-        return a * x + b * output
+                return model(x, t, k, labels)
+            both = torch.cat([labels, torch.full_like(labels, model.null_label)])
+            conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), k, both).chunk(2)
+            return unconditional + guidance * (conditional - unconditional)
 
     return predict
 
 
-def full_rate_steps(counts: list[int], calls: int = 1) -> float:
-    """Cost of a clip in network calls at the full frame rate: stage k's calls weigh 1 / 2^k. Noisiest first."""
-    return calls * sum(count / 2**k for k, count in zip(reversed(range(len(counts))), counts, strict=True))
+def full_rate_steps(counts: list[int], pyramid: Pyramid, shape: Sequence[int], calls: int = 1) -> float:
+    """Cost of a clip of `shape` (B, C, T, H, W) in network calls at the full rate: a call at stage k weighs as many
+    tokens as `p.shape` says it has. `counts` are noisiest first."""
+    size = [math.prod(pyramid.shape(shape, k)) for k in range(len(pyramid))]
+    return calls * sum(count * part / size[0] for count, part in zip(counts, reversed(size), strict=True))
 
 
 def generate(
@@ -77,10 +64,10 @@ def generate(
 ) -> Tensor:
     """`number` clips (B, C, T, H, W) from number `first` on. Clip i's noise depends on `seed` and i alone."""
     device = next(weights.model.parameters()).device
-    shape = (number, weights.model.config.channels, weights.frames, weights.size, weights.size)
+    shape = (number, weights.model.config.channels, weights.frames, *height_width(weights.size))
     generators = [generator_for(seed, SAMPLING, index) for index in range(first, first + number)]
     labels = labels if labels is None else labels.to(device)
-    predict = make_predict(weights.model, pyramid, labels, guidance, use_bf16(precision, device))
+    predict = make_predict(weights.model, labels, guidance, use_bf16(precision, device))
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
 
 
@@ -108,6 +95,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
     add("--stages", type=positive_int, help="stages; 1 is vanilla [the checkpoint's, else 3]")
+    add("--pyramid", choices=FACTORS, help="what a stage halves [the checkpoint's, else time]")
     add("--checkpoint", type=Path, help="weights.pt or checkpoint.pt of a run [newest match in runs/, else shipped]")
     add("--number", type=positive_int, default=10, help="clips to sample")
     steps = "solver steps: a total, or one count per stage, noisiest first"
@@ -124,18 +112,20 @@ def make_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     device = choose_device()
-    path = weight_file(args.checkpoint or find_weights(args.mode or "flow", args.stages or 3))
+    path = weight_file(args.checkpoint or find_weights(args.mode or "flow", args.stages or 3, args.pyramid or "time"))
     weights = load_weights(path, device)
-    for flag, asked, trained in (("mode", args.mode, weights.mode), ("stages", args.stages, weights.stages)):
+    for flag in ("mode", "stages", "pyramid"):
+        asked, trained = getattr(args, flag), getattr(weights, flag)
         if asked not in (None, trained):
             raise ValueError(f"{path} was trained with --{flag} {trained}, not --{flag} {asked}")
     labels = choose_labels(weights.classes, args.number, args.label)
     if labels is None and args.guidance != 1:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")
     steps = args.steps[0] if len(args.steps) == 1 else args.steps
-    counts = split_steps(steps, weights.stages)
+    pyramid = weights.make_pyramid()
+    counts = split_steps(steps, weights.stages, pyramid.lengths)
     out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out
-    out = out or free_name(Path("samples") / f"{weights.mode}-{weights.stages}")
+    out = out or free_name(Path("samples") / run_name(weights.mode, weights.stages, weights.pyramid))
     gif, strip, latents = (out.with_name(out.name + suffix) for suffix in SUFFIXES)
     files = [gif, strip] if weights.latent_scale is None else [latents]
     for file in files:
@@ -144,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     print(f"weights: {path} ({weights.mode}, {weights.stages} stages, step {weights.step})")
-    start, pyramid = time.perf_counter(), Pyramid(weights.mode, weights.stages)
+    start = time.perf_counter()
     options = steps, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
     seconds = (time.perf_counter() - start) / args.number
@@ -153,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
         save_strip(clips, strip)
     else:
         save_latents(clips, latents, weights.latent_scale)
-    cost = full_rate_steps(counts, calls=1 if args.guidance == 1 else 2)
+    cost = full_rate_steps(counts, pyramid, clips.shape, calls=1 if args.guidance == 1 else 2)
     print(f"{args.number} clips of {weights.frames} frames, {seconds:.2f} s a clip")
     print(f"steps {counts} (noisiest first) with {args.solver}: {cost:.4g} full-rate network calls a clip")
     print(f"wrote {' and '.join(map(str, files))}")

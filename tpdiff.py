@@ -1,62 +1,71 @@
 """TPDiff, Section 3: stage-wise diffusion over a temporal pyramid (arXiv 2503.09566).
 
-Copy this one file into your project: it knows tensors and nothing else. Equation numbers are the paper's.
-
-Conventions
+Copy this one file into your project: it knows tensors and nothing else. Equation numbers are the paper's; primed
+ones (10', 15', 16') are the same in a more general form: any number of frames, any factor, any target.
   t       noise time in [0, 1]: 1 is noise, 0 is data. Sampling runs t downward.
-  stage k runs at frame stride 2^k: k = K - 1 is the first and noisiest, k = 0 the last, at the full frame rate.
-  videos  (B, C, T, H, W), or anything else with time in dimension 2.
-
+  stage   k runs at 1 / 2^k of the frame rate: k = K - 1 is the first and noisiest, k = 0 the last, at the full rate.
+  videos  (B, C, T, H, W). If yours are (B, T, C, H, W), call transpose(1, 2) on the way in and on the way out.
+  dtype   arithmetic in float32, or in float64 for float64 clips. Clips in bf16 and fp16 give results in float32.
 Both forms of diffusion are x_t = gamma_t x0 + sigma_t noise (Eq. 6):
-  flow    gamma = 1 - t,         sigma = t              (Eq. 4)
+  flow    gamma = 1 - t,         sigma = t                 (Eq. 4)
   ddim    gamma = sqrt(abar_t),  sigma = sqrt(1 - abar_t)  (Eq. 1)
-
-and in both, a stage is one straight line between its noisy start and its cleaner end, in coordinates of its own:
-  flow    x         is linear in  t' = (t - t_end) / (t_start - t_end),  with slope v_k    (Eq. 12-13)
-  ddim    x / gamma is linear in  r = sigma / gamma,                     with slope eps_k  (Eq. 10-11)
-`Pyramid._coordinates` is the only place that tells them apart; training and sampling are written once.
+In both, a stage is one straight line from its noisy start x_s to its cleaner end x_e:
+  flow    x         is linear in  t' = (t - t_end) / (t_start - t_end),  with slope v_k = x_s - x_e  (Eq. 12-13)
+  ddim    x / gamma is linear in  r = sigma / gamma,                     with slope eps_k            (Eq. 10-11)
+The second line is also x_t = gamma_t X_k + sigma_t eps_k, a whole diffusion from a clean clip X_k (Eq. 10').
 """
 
-import functools
 import math
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from numbers import Integral
 
 import torch
+from scipy.interpolate import make_interp_spline
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def downsample(x: Tensor, stride: int) -> Tensor:
-    """Down(x, stride) of Eq. 7-8: every stride-th frame. (B, C, T, H, W) -> (B, C, T / stride, H, W).
-
-    Raises ValueError if T does not divide by the stride.
-    """
-    if stride < 1 or x.shape[2] % stride:
-        raise ValueError(f"{x.shape[2]} frames do not divide by the stride {stride}")
-    return x[:, :, ::stride]
+def downsample(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Down of Eq. 7-8: frames 0, stride[0], 2 stride[0], ...; in space the means of stride[1] x stride[2] pixels.
+    (B, C, T, H, W) -> (B, C, ceil(T / stride[0]), H / stride[1], W / stride[2]). Raises ValueError if H or W
+    does not divide."""
+    return _block_mean(x[:, :, :: stride[0]], (1, *stride[1:]))
 
 
-def upsample(x: Tensor) -> Tensor:
-    """Up(x, 2) of Eq. 7 and 14: nearest, every frame twice. (B, C, T, H, W) -> (B, C, 2 T, H, W)."""
-    return x.repeat_interleave(2, dim=2)
+def upsample(x: Tensor, factor: Sequence[int] = (2, 1, 1), frames: int | None = None) -> Tensor:
+    """Up of Eq. 7 and 14, nearest: every frame factor[0] times, every pixel factor[1] x factor[2] times.
+    (B, C, T, H, W) -> (B, C, frames, factor[1] H, factor[2] W), of factor[0] T frames unless told. Of fewer, the first
+    frame has fewer copies: 6 become 11, frame 0 for itself and each later one for a pair, as in causal video VAEs.
+    Raises ValueError if downsampling so many frames would not give T."""
+    whole = factor[0] * x.shape[2]
+    frames = whole if frames is None else frames
+    if not whole - factor[0] < frames <= whole:
+        raise ValueError(f"{x.shape[2]} frames, {factor[0]} times each, cannot become {frames}")
+    for dim, copies in enumerate(factor, start=2):
+        x = x.repeat_interleave(copies, dim) if copies > 1 else x
+    return x[:, :, whole - frames :]
+
+
+def _block_mean(x: Tensor, block: Sequence[int]) -> Tensor:
+    """The mean of each block of block[0] frames, block[1] rows and block[2] columns."""
+    for dim, size in enumerate(block, start=2):
+        if size > 1 and x.shape[dim] % size:
+            raise ValueError(f"a size of {x.shape[dim]} does not divide by {size}: the shape is {tuple(x.shape)}")
+        x = x.unflatten(dim, (-1, size)).mean(dim + 1) if size > 1 else x
+    return x
 
 
 def align(x: Tensor, noise: Tensor) -> Tensor:
-    """Data-noise alignment, Algorithm 1: `noise` permuted along the batch to lie nearest to the clips `x`.
-
-    The permutation minimizes the sum of the distances ||x_i - noise_i|| and is found on the CPU. `x` is
-    Down(x0, 2^k), of the noise's shape (B, ...). Raises ValueError if the shapes differ or a distance is NaN.
-    """
+    """Data-noise alignment, Algorithm 1: `noise` permuted along the batch to lie nearest to `x`, that is p.down(x0, k).
+    The permutation minimizes the sum of the distances ||x_i - noise_i|| and is found on the CPU, in float32 also under
+    autocast. Raises ValueError if the shapes differ or a distance is NaN."""
     if x.shape != noise.shape:
         raise ValueError(f"clips of shape {tuple(x.shape)} cannot be aligned with noise of {tuple(noise.shape)}")
-    # One matrix product, in float32 also under autocast.
     cost = torch.cdist(x.flatten(1).float(), noise.flatten(1).float(), compute_mode="use_mm_for_euclid_dist")
     _, columns = linear_sum_assignment(cost.detach().cpu().numpy())
     return noise[torch.as_tensor(columns, device=noise.device)]
@@ -74,248 +83,261 @@ def randn(shape: Sequence[int], generator: Generators = None, device=None, dtype
 
 
 def draw_nearest(x: Tensor, candidates: int, generator: Generators = None) -> Tensor:
-    """For each clip of `x` the nearest of as many noises (B, ...), drawn for it alone. Past the paper: "KNN noise
-    selection" of Improved Immiscible Diffusion (arXiv 2505.18521), alignment at any batch size.
-
-    The result is not exactly Gaussian. With D elements a clip, m the mean of x^2, and c the expected maximum of as many
-    normal numbers, the mean of noise^2 is 1 - 2 c / s and the mean of x noise 2 c m / s, where s = sqrt(D (2 + 4 m)).
-    Draws in turn, so memory does not grow. Raises ValueError if there is no candidate.
-    """
+    """For each clip of `x` the nearest of as many noises, drawn for it alone: alignment at any batch size. Past the
+    paper: "KNN noise selection" of Improved Immiscible Diffusion (arXiv 2505.18521). Not exactly Gaussian: with D
+    elements a clip, m the mean of x^2, c the expected maximum of as many normal numbers and s = sqrt(D (2 + 4 m)), the
+    mean of noise^2 is 1 - 2 c / s and that of x noise 2 c m / s. Raises ValueError if there is no candidate."""
     if candidates < 1:
         raise ValueError(f"the nearest of {candidates} noises cannot be drawn: at least 1")
-    draw = functools.partial(randn, x.shape, generator, x.device, x.dtype)
-    noise = draw()
+    noise = randn(x.shape, generator, x.device, x.dtype)
     for _ in range(candidates - 1):
-        other = draw()
-        nearer = (x - other).flatten(1).float().norm(dim=1) < (x - noise).flatten(1).float().norm(dim=1)
-        noise = torch.where(nearer.view(-1, *[1] * (x.ndim - 1)), other, noise)
+        other = randn(x.shape, generator, x.device, x.dtype)
+        nearer = (_precise(x) - other).flatten(1).norm(dim=1) < (_precise(x) - noise).flatten(1).norm(dim=1)
+        noise = torch.where(_per_clip(nearer, x).bool(), other, noise)
     return noise
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage: its index k, its frame stride 2^k, and (gamma, sigma) at its start and end (Eq. 6)."""
-
-    index: int
-    stride: int
-    t_start: float
-    t_end: float
-    gamma_start: float
-    sigma_start: float
-    gamma_end: float
-    sigma_end: float
+# One stage: its index k, its stride factor^k (time, height, width), its times, and Eq. 6 at its start and its end.
+Stage = namedtuple("Stage", "index stride t_start t_end gamma_start sigma_start gamma_end sigma_end")
 
 
 class Pyramid:
-    """The temporal pyramid of Section 3.2: K stages, trained and sampled by one model. K = 1 is vanilla diffusion.
+    """The pyramid of Section 3.2: K stages, trained and sampled by one model. K = 1 is vanilla diffusion.
 
     mode            "flow" or "ddim".
-    stages          K. Frames must divide by 2^(K - 1).
-    alphas_cumprod  ddim only: any model's schedule, decreasing, in (0, 1). Its N values sit at t = 1/N, 2/N, ..., 1;
-                    between them log(alphas_cumprod) is linear, and t = 0 is clean data.
+    alphas_cumprod  ddim only: any model's schedule, decreasing, in [0, 1). Its N values sit at t = 1/N, 2/N, ..., 1;
+                    between them the angle atan2(sigma, gamma) is linear, and t = 0 is clean data.
                     Default: DDPM's, betas linear from 1e-4 to 0.02 over N = 1000 steps.
+    Past the paper, whose pyramid has the defaults:
+    factor          what a stage divides time, height and width by: (2, 1, 1) is TPDiff, (1, 2, 2) Pyramid Flow,
+                    (2, 2, 2) PyramidalWan. Frames may be any number, height and width divide by factor^(K - 1).
+    ends            the stages' end times t by index, rising from 0. Default: k / K, as in Pyramid Flow. The starts
+                    follow by Eq. 16', so neighbouring windows overlap in t.
+    shift           s of t = s u / (1 + (s - 1) u): training times and the sampler's steps are uniform in u.
+    prediction      ddim only, the target: "epsilon" (Eq. 11, the default), "velocity" gamma eps_k - sigma X_k (arXiv
+                    2202.00512), or "sample" X_k. In flow mode the target is v_k (Eq. 13).
+    All are attributes, and so is `lengths`, the unshifted time of [ends[k], ends[k + 1]]. `p[k]` is the `Stage` k.
+    Raises ValueError for anything else, or for a schedule without noise enough for a stage's start."""
 
-    `len(pyramid)` is K and `pyramid[k]` the `Stage` k. The paper partitions "uniformly": as in Pyramid Flow, the end
-    points are uniform, t_end = k / K, and the starts follow by Eq. 16, so neighbouring windows overlap in t.
-    Raises ValueError for another mode, K < 1, a bad schedule, or one without noise enough for a stage's start.
-    """
-
-    def __init__(self, mode: str, stages: int = 3, alphas_cumprod: Sequence[float] | Tensor | None = None):
+    def __init__(
+        self, mode: str, stages: int = 3, alphas_cumprod: Sequence[float] | Tensor | None = None, *, shift: float = 1.0,
+        factor: Sequence[int] = (2, 1, 1), ends: Sequence[float] | None = None, prediction: str | None = None,
+    ):  # fmt: skip
         if mode not in ("flow", "ddim"):
             raise ValueError(f'mode must be "flow" or "ddim", not {mode!r}')
-        if stages < 1:
-            raise ValueError(f"stages must be at least 1, not {stages}")
-        if mode == "flow" and alphas_cumprod is not None:
-            raise ValueError("alphas_cumprod belongs to mode ddim; mode flow has no schedule")
-        self.mode = mode
+        if not isinstance(stages, Integral) or stages < 1:
+            raise ValueError(f"stages must be a whole number of at least 1, not {stages}")
+        if len(factor) != 3 or not all(isinstance(n, Integral) and n >= 1 for n in factor):
+            raise ValueError(f"factor must be three whole numbers (time, height, width) of at least 1, not {factor}")
+        ends = tuple(k / stages for k in range(stages)) if ends is None else tuple(map(float, ends))
+        if len(ends) != stages or ends[0] != 0 or not all(a < b for a, b in zip(ends, (*ends[1:], 1.0), strict=True)):
+            raise ValueError(f"ends must be {stages} times that begin with 0, rise and stay below 1, not {ends}")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift must be a number above 0, not {shift}")
+        targets = ("epsilon", "velocity", "sample") if mode == "ddim" else (None,)
+        if mode == "flow" and alphas_cumprod is not None or prediction not in (None, *targets):
+            raise ValueError(f"mode {mode} predicts one of {targets}, not {prediction}; alphas_cumprod is ddim's alone")
+        self.mode, self.stages, self.factor, self.ends = mode, int(stages), tuple(map(int, factor)), ends
+        self.shift, self.prediction, self.alphas_cumprod = float(shift), None, None
         if mode == "ddim":
-            self._log_abar = _log_alphas_cumprod(alphas_cumprod)
-            self._times = torch.linspace(0, 1, len(self._log_abar), dtype=torch.float64, device="cpu")
-        self._stages = tuple(self._stage(k, stages) for k in range(stages))
+            ddpm = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")).cumprod(0)
+            given = ddpm if alphas_cumprod is None else alphas_cumprod
+            abar = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+            if abar.ndim != 1 or len(abar) < 1 or not ((abar >= 0) & (abar < 1)).all() or not (abar.diff() < 0).all():
+                raise ValueError(f"alphas_cumprod {tuple(abar.shape)} must decrease strictly and stay inside [0, 1)")
+            self.prediction, self.alphas_cumprod = prediction or "epsilon", abar
+            if self.prediction == "epsilon" and abar[-1] == 0:
+                raise ValueError('where alphas_cumprod is 0, noise says nothing of the clip: use prediction="velocity"')
+            abar = torch.cat([abar.new_ones(1), abar])  # t = 0: clean data
+            times = torch.linspace(0, 1, len(abar), dtype=torch.float64, device="cpu")
+            angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
+            self._angle_at, self._time_at = make_interp_spline(times, angles, 1), make_interp_spline(angles, times, 1)
+        self._stages = tuple(self._stage(k) for k in range(stages))
+        u = [self._unshifted(end) for end in (*ends, 1.0)]
+        self.lengths = tuple(u[k + 1] - u[k] for k in range(stages))
 
     def __len__(self) -> int:
-        return len(self._stages)
+        return self.stages
 
     def __getitem__(self, k: int) -> Stage:
         return self._stages[k]
 
-    def _stage(self, k: int, stages: int) -> Stage:
-        """Stage k's window. Eq. 16: sigma_end / gamma_end of stage k + 1 is sigma_start / gamma_start / sqrt(2)."""
-        t_end, t_start = k / stages, 1.0
-        if k < stages - 1:
-            gamma, sigma = self.gamma_sigma((k + 1) / stages)
-            t_start = self._time_of_ratio(math.sqrt(2) * sigma.item() / gamma.item())
-        (gamma_start, gamma_end), (sigma_start, sigma_end) = self.gamma_sigma([t_start, t_end])
-        values = gamma_start, sigma_start, gamma_end, sigma_end
-        return Stage(k, 2**k, t_start, t_end, *(value.item() for value in values))
+    def _stage(self, k: int) -> Stage:
+        """Stage k's window. Eq. 16': sigma / gamma at its start is sqrt(n) times that at stage k + 1's end, where n
+        elements share one noise after upsampling: n = 2 for the paper's factor."""
+        t_end, t_start = self.ends[k], 1.0
+        if k < self.stages - 1:
+            gamma, sigma = self.gamma_sigma(self.ends[k + 1])
+            t_start = self._time_of_ratio(math.sqrt(math.prod(self.factor)) * sigma.item() / gamma.item())
+        values = torch.stack(self.gamma_sigma([t_start, t_end])).T.flatten().tolist()  # gamma, sigma, gamma, sigma
+        return Stage(k, tuple(n**k for n in self.factor), t_start, t_end, *values)
 
     def gamma_sigma(self, t: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
         """Eq. 6: (gamma, sigma) of x_t = gamma x0 + sigma noise at the times `t`, in float64 on the CPU."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         if self.mode == "flow":
             return 1 - t, t
-        log_abar = _interpolate_table(t, self._times, self._log_abar)
-        return (log_abar / 2).exp(), (1 - log_abar.exp()).sqrt()
+        angle = torch.as_tensor(self._angle_at(t), dtype=torch.float64, device="cpu")
+        return angle.cos().where(angle < math.pi / 2, 0.0), angle.sin()
 
     def _time_of_ratio(self, r: float) -> float:
         """The t at which sigma / gamma = r."""
         if self.mode == "flow":
             return r / (1 + r)
-        gamma, sigma = self.gamma_sigma(1.0)
-        if r > sigma / gamma:
-            raise ValueError(
-                f"a stage would start at sigma / gamma = {r:.4g}, but alphas_cumprod ends at {sigma / gamma:.4g}: "
-                "use fewer stages or a noisier schedule"
-            )
-        log_abar = torch.tensor(-math.log1p(r * r), dtype=torch.float64, device="cpu")
-        return _interpolate_table(-log_abar, -self._log_abar, self._times).item()
+        if math.atan(r) > self._angle_at(1.0):
+            last = f"alphas_cumprod ends at {math.tan(self._angle_at(1.0)):.4g}: use fewer stages or a noisier schedule"
+            raise ValueError(f"a stage would start at sigma / gamma = {r:.4g}, but {last}")
+        return float(self._time_at(math.atan(r)))
 
-    def _coordinates(self, t: Tensor | Sequence[float], stage: Stage) -> tuple[Tensor, Tensor]:
-        """(scale, position) at the times `t` such that, within the stage, x / scale is a straight line in position.
+    def _shifted(self, u):
+        return self.shift * u / (1 + (self.shift - 1) * u)
 
-        flow: (1, t'), Eq. 12. ddim: (gamma, r), Eq. 10. The line's slope is the training target in both.
-        """
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
-        if self.mode == "flow":
-            return torch.ones_like(t), (t - stage.t_end) / (stage.t_start - stage.t_end)
-        gamma, sigma = self.gamma_sigma(t)
-        return gamma, sigma / gamma
+    def _unshifted(self, t):
+        return t / (self.shift - (self.shift - 1) * t)
+
+    def shape(self, shape: Sequence[int], k: int) -> tuple[int, ...]:
+        """A clip's shape at stage k, from its full shape (B, C, T, H, W): of T frames ceil(T / stride) are left. Raises
+        ValueError if there is no frame, or height or width does not divide by factor^(K - 1)."""
+        blocks = [n ** (self.stages - 1) for n in self.factor[1:]]
+        if len(shape) < 3 or shape[2] < 1 or any(size % n for size, n in zip(shape[3:], blocks, strict=False)):
+            need = f"a frame at least, height and width divisible by {blocks}: not (B, C, T, H, W) = {tuple(shape)}"
+            raise ValueError(f"{self.stages} stages of factor {self.factor} need {need}")
+        return (*shape[:2], *(-(-size // n) for size, n in zip(shape[2:], self[k].stride, strict=False)), *shape[5:])
+
+    def down(self, x0: Tensor, k: int) -> Tensor:
+        """Clips (B, C, T, H, W) as stage k sees them, of the shape `p.shape(x0.shape, k)`, at least in float32."""
+        self.shape(x0.shape, k)  # raises what does not fit
+        return downsample(_precise(x0), self[k].stride)
 
     def endpoints(self, x0: Tensor, noise: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Eq. 7-8: stage k's noisy start and cleaner end, both from the same noise.
-
-        `x0` (B, C, T, H, W) is at the full frame rate, `noise` (B, C, T / 2^k, H, W) at the stage's, as are both
-        results. Raises ValueError if T does not divide by 2^(K - 1) or the noise has another shape.
-        """
-        stage = self[k]
-        self._check_frames(x0.shape)
-        x0_end = downsample(x0, stage.stride)
+        `x0` (B, C, T, H, W) is at the full rate; `noise` and both results are of the shape `p.shape(x0.shape, k)`, or
+        ValueError is raised."""
+        stage, x0_end = self[k], self.down(x0, k)
         if noise.shape != x0_end.shape:
             raise ValueError(f"stage {k} needs noise of shape {tuple(x0_end.shape)}, not {tuple(noise.shape)}")
-        first = stage.index == len(self) - 1
-        x0_start = x0_end if first else upsample(downsample(x0, 2 * stage.stride))
+        x0_start, noise = x0_end, _precise(noise)
+        if stage.index < self.stages - 1:  # a stage that another one comes before begins as blurred as that one ended
+            x0_start = upsample(downsample(x0_end, self.factor), self.factor, x0_end.shape[2])
         x_start = stage.gamma_start * x0_start + stage.sigma_start * noise  # Eq. 7
         x_end = stage.gamma_end * x0_end + stage.sigma_end * noise  # Eq. 8
         return x_start, x_end
 
     def interpolate(self, x_start: Tensor, x_end: Tensor, k: int, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 10-13: a training point of stage k. Returns `x_t`, the target at it, and its time `t`.
-
-        `u` (B,) in [0, 1] places each clip between the stage's end (0) and start (1): t = t_end + u (t_start - t_end).
-        The target is eps_k in ddim mode (Eq. 11) and v_k = x_start - x_end in flow mode (Eq. 13); the loss is
-        its mean squared error. Keep `u` on the CPU: the few scalars are float64 and computed there.
-        Raises ValueError if `u` is not of shape (B,).
-        """
-        stage = self[k]
+        """Eq. 10-13: a training point of stage k. Returns `x_t`, the target at it, and its time `t` (B,).
+        `u` (B,) in [0, 1] places each clip between the stage's end (0) and start (1), evenly in unshifted time. Keep it
+        on the CPU: times and coefficients are computed there in float64. Raises ValueError if not of shape (B,)."""
+        s = self[k]
         if u.shape != x_start.shape[:1]:
             raise ValueError(f"u must have shape ({x_start.shape[0]},), one per clip, not {tuple(u.shape)}")
-        t = stage.t_end + u.detach().cpu().double() * (stage.t_start - stage.t_end)
-        scale_t, position_t = self._coordinates(t, stage)
-        (scale_s, scale_e), (s, e) = (v.tolist() for v in self._coordinates([stage.t_start, stage.t_end], stage))
-        target = (x_end / scale_e - x_start / scale_s) / (e - s)  # Eq. 11 and 13
-        w = (position_t - s) / (e - s)  # 0 at the start, 1 at the end
-        to_start, to_end = per_clip(scale_t / scale_s * (1 - w), x_start), per_clip(scale_t / scale_e * w, x_start)
-        x_t = to_start * x_start + to_end * x_end  # Eq. 10 and 12, without forming the large x / gamma
-        return x_t, target, t.to(x_start)
+        x_start, x_end = _precise(x_start), _precise(x_end)
+        u_start, u_end = self._unshifted(s.t_start), self._unshifted(s.t_end)
+        t = self._shifted(u_end + u.detach().cpu().double() * (u_start - u_end))
+        if self.mode == "flow":
+            place = _per_clip((t - s.t_end) / (s.t_start - s.t_end), x_start)  # t': 1 at the start, 0 at the end
+            return place * x_start + (1 - place) * x_end, x_start - x_end, t.to(x_start)  # Eq. 12 and 13
+        det = s.gamma_end * s.sigma_start - s.gamma_start * s.sigma_end
+        clean = (s.sigma_start * x_end - s.sigma_end * x_start) / det  # X_k of Eq. 10'
+        eps = (s.gamma_end * x_start - s.gamma_start * x_end) / det  # Eq. 11, without dividing by gamma
+        gamma, sigma = (_per_clip(value, x_start) for value in self.gamma_sigma(t))
+        targets = {"epsilon": eps, "velocity": gamma * eps - sigma * clean, "sample": clean}
+        return gamma * clean + sigma * eps, targets[self.prediction], t.to(x_start)  # Eq. 10
 
-    def renoise(self, x_end: Tensor, k: int, generator: Generators = None) -> Tensor:
-        """Eq. 14-16: from stage k's end (B, C, T, H, W) to stage k - 1's start (B, C, 2 T, H, W), k >= 1.
+    def _clean_and_eps(self, x: Tensor, output: Tensor, gamma: float, sigma: float) -> tuple[Tensor, Tensor]:
+        """(X_k, eps_k) of x = gamma X_k + sigma eps_k from a prediction at x, in ddim mode."""
+        if self.prediction == "epsilon":
+            return (x - sigma * output) / gamma, output
+        if self.prediction == "sample":
+            return output, (x - gamma * output) / sigma
+        return gamma * x - sigma * output, sigma * x + gamma * output
 
-        Nearest upsampling gives each pair of frames the same noise; adding +n to one and -n to the other makes
-        their noises independent again, of the variance that stage k - 1 starts with.
-        """
+    def renoise(self, x_end: Tensor, k: int, generator: Generators = None, frames: int | None = None) -> Tensor:
+        """Eq. 14-16: from stage k's end (B, C, T, H, W) to stage k - 1's start, k >= 1, of `frames` frames (2 T).
+        Nearest upsampling gives a block of n elements one noise (of 2 frames, for the paper's factor). Fresh noise less
+        its mean over the block makes them independent again, with the variance that stage k - 1 starts with. In a pair
+        it is +n and -n, of variance 1/2: Eq. 15. Raises ValueError for stage 0, or as `upsample`."""
         stage = self[k]
         if stage.index == 0:
             raise ValueError("stage 0 is the last: no stage follows to renoise for")
-        following = self[stage.index - 1]
-        n = randn(x_end.shape, generator, x_end.device, x_end.dtype)
-        pairs = torch.stack([n, -n], dim=3).flatten(2, 3)  # +n, -n in turn along time
-        ratio = following.gamma_start / stage.gamma_end
-        return ratio * upsample(x_end) + following.sigma_start / math.sqrt(2) * pairs  # Eq. 15
+        following, factor = self[stage.index - 1], self.factor
+        x = upsample(_precise(x_end), factor, frames)
+        z = randn((*x.shape[:2], factor[0] * x_end.shape[2], *x.shape[3:]), generator, x.device, x.dtype)
+        z = (z - upsample(_block_mean(z, factor), factor))[:, :, -x.shape[2] :]  # whole blocks, the first may be cut
+        return following.gamma_start / stage.gamma_end * x + following.sigma_start * z  # Eq. 15'
 
     def sample(
-        self,
-        predict: Callable[[Tensor, Tensor, int], Tensor],
-        shape: Sequence[int],
-        steps: int | Sequence[int] = 30,
-        solver: str = "euler",
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        progress: bool = False,
-    ) -> Tensor:
+        self, predict: Callable[[Tensor, Tensor, int], Tensor], shape: Sequence[int],
+        steps: int | Sequence[int] = 30, solver: str = "euler", generator: Generators = None,
+        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+        progress: bool = False, callback: Callable[[Tensor, Tensor, int], Tensor | None] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Section 3.5: clips of `shape` (B, C, T, H, W) from noise, stage by stage, renoised in between.
-
-        predict    predict(x, t, k) -> the target's prediction: eps in ddim mode, v_k in flow mode. `x` is at stage
-                   k's frame rate, `t` of shape (B,). One call a step. Gradients are not recorded.
-        steps      a total, split evenly over the stages with the remainder to the noisiest, or one count per stage,
-                   noisiest first. Each stage's grid is uniform in t.
+        predict    predict(x, t, k) -> the target's prediction, of x's shape. `x` has stage k's shape and `dtype`, `t`
+                   (B,) is in float32 or more. One call a step. Gradients are not recorded.
+        steps      a total, shared by `split_steps`, or one count per stage, noisiest first; uniform in unshifted time.
         solver     "euler" (Eq. 3 in ddim mode), or "ab2": two-step Adams-Bashforth along the stage's line, Euler
                    for a stage's first step. Past the paper: as many calls, an order more accurate.
-        generator  one generator, or a list of one per clip, which makes a clip independent of its batch.
-        device, dtype  of the clips; the generators may live on another device, the CPU for instance.
-        Raises ValueError if T does not divide by 2^(K - 1), a stage gets no step, the solver is unknown, or
-        `predict` returns another shape, NaN or infinity.
-        """
-        self._check_frames(shape)
-        counts = split_steps(steps, len(self))
-        first_stride = self[len(self) - 1].stride
-        x = randn((*shape[:2], shape[2] // first_stride, *shape[3:]), generator, device, dtype)
-        with torch.no_grad(), _progress_bar(sum(counts)) if progress else nullcontext() as bar:
-            for k, count in zip(reversed(range(len(self))), counts, strict=True):
-                x = self.integrate(predict, x, k, count, solver, bar=bar)
+        generator  one, or a list of one per clip, which makes a clip independent of its batch; on any device.
+        device, dtype  of what `predict` takes and of the result. Between steps x is float32 (float64 if asked for).
+        callback   callback(x, t, k), after every step and every renoising, with the time (B,) that x now has. What it
+                   returns, if not None, replaces x: to hold a first frame, for instance.
+        Raises ValueError if the shape does not fit, a stage gets no step, the solver is unknown, or `predict` returns
+        no tensor, another shape, NaN or infinity."""
+        counts = split_steps(steps, self.stages, self.lengths)
+        shapes = [self.shape(shape, k) for k in range(self.stages)]
+        x = randn(shapes[-1], generator, device, torch.promote_types(dtype, torch.float32))
+        with torch.no_grad():
+            for k, count in zip(reversed(range(self.stages)), counts, strict=True):
+                x = self.integrate(predict, x, k, count, solver, None, dtype, progress, callback)
                 if k > 0:
-                    x = self.renoise(x, k, generator)
-        return x
+                    x = self.renoise(x, k, generator, shapes[k - 1][2])
+                    x = _called_back(callback, x, self[k - 1].t_start, k - 1)
+        return x.to(dtype)
 
     def integrate(
-        self, predict: Callable, x: Tensor, k: int, steps: int, solver: str = "euler", t: float | None = None, bar=None
-    ) -> Tensor:
-        """Eq. 9-10: stage k alone, to its end, from its start `x` (B, C, T / 2^k, H, W) or from the time `t` within it.
-
-        Steps uniform in t, along the line of `_coordinates`, whose slope `predict` says. Arguments and what is raised
-        as in `sample`, but gradients are recorded. Raises ValueError for a `t` outside of the stage, too.
-        """
-        stage = self[k]
+        self, predict: Callable, x: Tensor, k: int, steps: int, solver: str = "euler", t: float | None = None,
+        dtype: torch.dtype | None = None, progress: bool = False, callback: Callable | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Eq. 9-10: stage k alone, to its end, from its start `x` or from the time `t` within it. Arguments and what is
+        raised as in `sample`, but gradients are recorded. Raises ValueError for a `t` outside of the stage, too."""
+        stage, dtype, x = self[k], dtype or x.dtype, _precise(x)
         t = stage.t_start if t is None else t
         if solver not in ("euler", "ab2"):
             raise ValueError(f'solver must be "euler" or "ab2", not {solver!r}')
         if steps < 1 or not stage.t_end < t <= stage.t_start:
             window = f"{stage.t_end:.4g} < t <= {stage.t_start:.4g}"
             raise ValueError(f"stage {k} needs at least one step, and {window}, not {steps} steps from t = {t}")
-        times = torch.linspace(t, stage.t_end, steps + 1, dtype=torch.float64, device="cpu")
-        scale, position = (values.tolist() for values in self._coordinates(times, stage))
-        previous = previous_h = None
-        for i in range(steps):
-            output = predict(x, times[i].to(x).expand(x.shape[0]), k)
-            if output.shape != x.shape:
-                raise ValueError(f"predict returned shape {tuple(output.shape)} for x of {tuple(x.shape)}")
-            if not output.isfinite().all():
-                raise ValueError(f"predict returned NaN or infinity at stage {k}, step {i + 1} of {steps}")
-            h = position[i + 1] - position[i]
-            slope = output
-            if solver == "ab2" and previous is not None:
-                slope = output + h / (2 * previous_h) * (output - previous)
-            x = scale[i + 1] * (x / scale[i] + h * slope)  # Eq. 10; in ddim mode with "euler" it is Eq. 3
-            previous, previous_h = output, h
-            if bar is not None:
-                bar.update()
+        grid = [self._unshifted(t), self._unshifted(stage.t_end)]
+        times = self._shifted(torch.linspace(*grid, steps + 1, dtype=torch.float64, device="cpu"))
+        gammas, sigmas = self.gamma_sigma(times)
+        ratio = (
+            (times - stage.t_end) / (stage.t_start - stage.t_end) if self.mode == "flow" else sigmas / gammas
+        )  # t', r
+        position, gammas, sigmas, before = ratio.tolist(), gammas.tolist(), sigmas.tolist(), None
+        for i in _progress_bar(steps, k) if progress else range(steps):
+            output = predict(x.to(dtype), times[i].to(x).expand(x.shape[0]), k)
+            slope = _checked(output, x, f"stage {k}, step {i + 1} of {steps}")
+            h, scale = position[i + 1] - position[i], 1.0
+            if self.mode == "flow":
+                following = x + h * slope  # Eq. 12
+            else:
+                clean, slope = self._clean_and_eps(x, slope, gammas[i], sigmas[i])
+                following, scale = gammas[i + 1] * clean + sigmas[i + 1] * slope, gammas[i + 1]  # Eq. 3 and 10
+            if solver == "ab2" and before is not None:
+                following = following + scale * h * h / (2 * before[0]) * (slope - before[1])
+            before, x = (h, slope), _called_back(callback, following, times[i + 1], k)
         return x
 
-    def _check_frames(self, shape: Sequence[int]) -> None:
-        divisor = 2 ** (len(self) - 1)
-        if len(shape) < 3 or shape[2] < 1 or shape[2] % divisor:
-            raise ValueError(f"{len(self)} stages need frames divisible by {divisor}; the shape is {tuple(shape)}")
 
-
-def split_steps(steps: int | Sequence[int], stages: int) -> list[int]:
-    """Solver steps per stage, noisiest first: a total is split evenly, its remainder goes to the noisiest.
-
-    Raises ValueError if a stage gets no step or the counts are not one per stage.
-    """
+def split_steps(steps: int | Sequence[int], stages: int, lengths: Sequence[float] | None = None) -> list[int]:
+    """Solver steps per stage, noisiest first. A total is shared by `lengths` (by index k; evenly by default), down to
+    whole numbers of at least 1; the remainder goes to the noisiest. Raises ValueError if a stage gets no step or the
+    counts are not one per stage."""
     if isinstance(steps, Integral):
-        each, rest = divmod(steps, stages)
-        counts = [each + rest] + [each] * (stages - 1)
+        counts = [max(1, math.floor(steps * n + 1e-9)) for n in reversed(lengths or [1 / stages] * stages)]
+        counts[0] += max(0, steps - sum(counts))
+        while sum(counts) > steps:  # short stages took more than their share
+            counts[counts.index(max(counts))] -= 1
     else:
         counts = list(steps) if isinstance(steps, Iterable) else []
     if len(counts) != stages or not all(isinstance(count, Integral) and count > 0 for count in counts):
@@ -323,31 +345,35 @@ def split_steps(steps: int | Sequence[int], stages: int) -> list[int]:
     return counts
 
 
-def _log_alphas_cumprod(alphas_cumprod: Sequence[float] | Tensor | None) -> Tensor:
-    """log(alphas_cumprod) in float64 with t = 0 (clean data, log 1 = 0) put in front: (N + 1,)."""
-    if alphas_cumprod is None:
-        alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")).cumprod(0)
-    abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
-    if abar.ndim != 1 or len(abar) < 1:
-        raise ValueError(f"alphas_cumprod must be a 1-D sequence, not of shape {tuple(abar.shape)}")
-    if not ((abar > 0) & (abar < 1)).all() or not (abar.diff() < 0).all():
-        raise ValueError("alphas_cumprod must decrease strictly and stay inside (0, 1)")
-    return torch.cat([abar.new_zeros(1), abar.log()])
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least: bf16 keeps 8 bits of a number, and differences of clips need more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _interpolate_table(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """The piecewise linear function through the points (xs, ys), xs rising, at x."""
-    right = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
-    left = right - 1
-    return ys[left] + (x - xs[left]) / (xs[right] - xs[left]) * (ys[right] - ys[left])
-
-
-def per_clip(value: Tensor, like: Tensor) -> Tensor:
-    """The coefficients of Eq. 10 to 13, one per clip: (B,) -> (B, 1, 1, 1, 1), with the clips' dtype and device."""
+def _per_clip(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
-def _progress_bar(total: int):
-    from tqdm import tqdm  # only here: the rest of the file needs torch and scipy alone
+def _checked(output: Tensor, x: Tensor, where: str) -> Tensor:
+    """What `predict` returned for `x`, in x's dtype. Raises ValueError if it cannot be a prediction."""
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        got = (
+            f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"{type(output).__name__}, not a tensor,"
+        )
+        hint = "of a diffusers model return .sample, or pass return_dict=False and return what it gives at [0]"
+        raise ValueError(f"predict returned {got} for x of {tuple(x.shape)} at {where}: {hint}")
+    if not output.isfinite().all():
+        raise ValueError(f"predict returned NaN or infinity at {where}")
+    return output.to(x.dtype)
 
-    return tqdm(total=total, desc="sampling", unit="step")
+
+def _called_back(callback: Callable | None, x: Tensor, t: float | Tensor, k: int) -> Tensor:
+    times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0])
+    replaced = callback(x, times, k) if callback is not None else None
+    return x if replaced is None else _checked(replaced, x, "a callback")
+
+
+def _progress_bar(steps: int, k: int) -> Iterable[int]:
+    from tqdm import trange  # only here: the rest of the file needs torch and scipy alone
+
+    return trange(steps, desc=f"stage {k}", unit="step")

@@ -27,13 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import checkpoint as disk
 import cli
-from checkpoint import COUNTS, Weights, load_checkpoint, save, start_from_file, start_metrics, write_metrics
+from checkpoint import FACTORS, Weights, make_pyramid, run_name
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
-from data import DataError, open_data, save_gif, save_latents
+from data import DataError, height_width, open_data, save_gif, save_latents
 from model import Captured, DiT, DiTConfig, make_optimizers
-from sample import choose_labels, generate, output_coefficients
-from tpdiff import Generators, Pyramid, align, downsample, draw_nearest, randn
+from sample import choose_labels, generate
+from tpdiff import Generators, Pyramid, align, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
@@ -51,8 +52,9 @@ def make_parser() -> cli.Parser:
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
     odds = "how often each stage is trained: a whole number up to 1000 for each, noisiest first [equally often]"
     add("--stage-odds", type=positive_int, nargs="+", help=odds)
-    shift = "above 1, times are drawn nearer to a stage's noisy start: at shift u / (1 + (shift - 1) u), u uniform"
-    add("--time-shift", type=real_number(0.01, 100), default=1.0, help=shift)
+    add("--pyramid", choices=FACTORS, default="time", help="what a stage halves: frame rate, height and width, or all")
+    shift = "above 1, times are drawn nearer to noise, in sampling too: shift u / (1 + (shift - 1) u), u uniform"
+    add("--shift", type=real_number(0.01, 100), default=1.0, help=shift)
     pairing = "how noise is paired with data: permuted within a batch, or the nearest of --candidates"
     add("--align", choices=["assignment", "nearest", "none"], default="assignment", help=pairing)
     add("--candidates", type=positive_int, default=8, help="noises a clip for --align nearest")
@@ -65,8 +67,9 @@ def make_parser() -> cli.Parser:
     scale = real_number(1e-6, 1e6)
     add("--latent-scale", type=scale, default=1.0, help="factor that brings latents to about unit size")
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
-    add("--frames", type=positive_int, default=16, help="frames a clip; must divide by 2^(stages - 1)")
-    add("--size", type=positive_int, default=32, help="height and width in pixels; must divide by the patch")
+    add("--frames", type=positive_int, default=16, help="frames a clip, any number")
+    size = "height and width in pixels, or one number for both; must divide by the patch (and by what --pyramid halves)"
+    add("--size", type=positive_int, nargs="+", action=cli.OneOrMore, default=32, help=size)
     workers = f"processes that prepare clips and noise [{WORKERS_FOR_GPU} with a GPU; else 1, 0 for moving digits]"
     add("--workers", type=non_negative_int, help=workers)
     add = parser.add_argument_group("model").add_argument
@@ -78,7 +81,8 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument_group("optimization").add_argument
     steps = "optimizer steps; a new number on --resume re-draws the learning rate's curve"
     add("--steps", type=positive_int, default=3000, help=steps)
-    add("--batch", type=positive_int, default=4, help="clips a process and micro-batch")
+    batch = "clips a process and micro-batch: one number, or one for each stage, noisiest first"
+    add("--batch", type=positive_int, nargs="+", action=cli.OneOrMore, default=4, help=batch)
     micro = "micro-batches whose gradients make one step; more than one turns CUDA graphs off"
     add("--accumulate", type=positive_int, default=1, help=micro)
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
@@ -93,7 +97,7 @@ def make_parser() -> cli.Parser:
     add("--gradient-checkpointing", action="store_true", help="less memory, more time: blocks run again in backward")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=non_negative_int, default=0, help="of everything random")
-    add("--out", type=Path, help="folder of the run [runs/MODE-STAGES]")
+    add("--out", type=Path, help="folder of the run [runs/MODE-STAGES, and -PYRAMID if not time]")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--log-interval", type=positive_int, default=50, help="steps between rows of metrics.jsonl")
     add("--sample-interval", type=positive_int, default=800, help="steps between sample GIFs")
@@ -106,11 +110,13 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     """The arguments, and on --resume the checkpoint, whose arguments are then the defaults. Raises ValueError."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    out = args.out or Path("runs") / f"{args.mode}-{args.stages}"
+    out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid)
     checkpoint = None
     if args.resume:
-        checkpoint = load_checkpoint(out / "checkpoint.pt")
-        parser.set_defaults(**checkpoint["args"])
+        checkpoint = disk.load_checkpoint(out / "checkpoint.pt")
+        if checkpoint["args"].get("time_shift", 1.0) != 1 and checkpoint["args"]["stages"] > 1:
+            raise ValueError(f"{out} was trained with --time-shift, a shift of each stage that is no more: start anew")
+        parser.set_defaults(**{"shift": checkpoint["args"].pop("time_shift", 1.0)} | checkpoint["args"])
         args = parser.parse_args(argv)
         for name in vars(args).keys() - set(FREE):
             was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
@@ -125,30 +131,48 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
     if args.data and Path(args.data).resolve() == out.resolve():
         raise ValueError(f"--out {out} is --data: the run's own GIFs would be trained on; choose another --out")
-    args.out, divisor = out, 2 ** (args.stages - 1)
-    if args.frames % divisor:
-        raise ValueError(f"--frames {args.frames} does not divide by {divisor}, as --stages {args.stages} needs")
+    args.out, stages = out, args.stages
+    if len(batch_sizes(args)) != stages:
+        raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {args.batch}")
     if args.stage_odds and (len(args.stage_odds) != args.stages or max(args.stage_odds) > 1000):
         raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
-    if args.size % args.patch:
-        raise ValueError(f"--size {args.size} does not divide by --patch {args.patch}")
+    divisors = [args.patch * n ** (stages - 1) for n in FACTORS[args.pyramid][1:]]
+    if any(length % divisor for length, divisor in zip(height_width(args.size), divisors, strict=True)):
+        why = f"--patch {args.patch}, {stages} stages in {args.pyramid}"
+        raise ValueError(f"--size {args.size} must divide by {divisors}: {why}")
     return args, checkpoint
+
+
+def batch_sizes(args: Namespace) -> tuple[int, ...]:
+    """Clips of a micro-batch by stage, from k = 0 on."""
+    return (args.batch,) * args.stages if isinstance(args.batch, int) else args.batch[::-1]
 
 
 class TrainingBatches(Dataset):
     """What a micro-batch of this rank takes in: clips, and all that is random about them. It is drawn here, on the CPU
     and with --workers beside the training, so that a GPU need not wait for it."""
 
-    def __init__(self, dataset: Dataset, args: Namespace, rank: int, world: int, stage: int | None):
+    def __init__(self, dataset: Dataset, args: Namespace, rank: int, world: int, stage: int | None = None):
         self.dataset, self.args, self.rank, self.world, self.stage = dataset, args, rank, world, stage
+        self.pyramid, self.ends = make_pyramid(args.mode, args.stages, args.pyramid, args.shift), [0]
+
+    def stage_of(self, micro: int) -> int:
+        return draw_stage(micro // self.args.accumulate, self.args) if self.stage is None else self.stage
+
+    def numbers(self, micro: int) -> range:
+        """The sample numbers of a micro-batch: ranks take turns, and no number is left out."""
+        sizes = batch_sizes(self.args)
+        while len(self.ends) <= micro + 1:  # how many samples all ranks have had after each micro-batch
+            self.ends.append(self.ends[-1] + self.world * sizes[self.stage_of(len(self.ends) - 1)])
+        size = sizes[self.stage_of(micro)]
+        return range(first := self.ends[micro] + self.rank * size, first + size)
 
     def __getitem__(self, micro: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Clips (B, C, T, H, W), noise at the stage's rate, u (B,), and labels (B,) or None. Ranks take turns."""
-        args, first = self.args, (micro * self.world + self.rank) * self.args.batch
-        numbers = range(first, first + args.batch)
+        """Clips (B, C, T, H, W), noise at the stage's rate, u (B,), and labels (B,) or None."""
+        numbers, k = self.numbers(micro), self.stage_of(micro)
         clips, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
-        k = draw_stage(micro // args.accumulate, args) if self.stage is None else self.stage
-        return draw(torch.stack(clips), torch.tensor(labels), len(self.dataset.classes), k, numbers, args)
+        classes = len(self.dataset.classes)
+        return draw(torch.stack(clips), torch.tensor(labels), classes, self.pyramid, k, numbers, self.args)
 
 
 def make_batches(
@@ -186,13 +210,14 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Ten
     return align(x0_stage, noise) if args.align == "assignment" else noise  # Algorithm 1
 
 
-def draw(x0: Tensor, labels: Tensor, classes: int, k: int, numbers: Sequence[int], args: Namespace) -> tuple:
+def draw(
+    x0: Tensor, labels: Tensor, classes: int, pyramid: Pyramid, k: int, numbers: Sequence[int], args: Namespace
+) -> tuple:
     """Clips with their noise at stage k, their place u in it, and their labels: `classes` where one is dropped, None
     where the data has none (-1). Sample n's draws come from a generator of its own."""
     generators = [generator_for(args.seed, cli.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
-    u = args.time_shift * u / (1 + (args.time_shift - 1) * u)  # arXiv 2403.03206, of each stage
-    noise = draw_noise(downsample(x0, 2**k), generators, args)
+    noise = draw_noise(pyramid.down(x0, k), generators, args)
     y = labels.where(dropout >= args.label_dropout, classes) if classes else None
     return x0, noise, u, y
 
@@ -204,10 +229,9 @@ def training_loss(
     of what the network says there. `u` on the CPU."""
     x_start, x_end = pyramid.endpoints(x0, noise, k)  # Eq. 7-8
     x_t, target, t = pyramid.interpolate(x_start, x_end, k, u)  # Eq. 10-13
-    a, b = output_coefficients(pyramid, x_t, t)
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=use_bf16(args.precision, x0.device)):
         output = model(x_t, t, k, y)
-    return (output - (target - a * x_t) / b).square().mean()
+    return (output - target).square().mean()
 
 
 def fast_form(model: DiT, args: Namespace, device: torch.device) -> torch.nn.Module:
@@ -219,12 +243,12 @@ def fast_form(model: DiT, args: Namespace, device: torch.device) -> torch.nn.Mod
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     if device.type != "cuda" or args.accumulate > 1:
         return model
-    x0 = torch.zeros(args.batch, model.config.channels, args.frames, args.size, args.size, device=device)
-    inputs = [
-        (downsample(x0, 2**k).contiguous(), torch.full((args.batch,), 0.5, device=device)) for k in range(args.stages)
-    ]
-    if model.config.classes:
-        inputs = [(x, t, torch.zeros(args.batch, dtype=torch.long, device=device)) for x, t in inputs]
+    pyramid, inputs = make_pyramid(args.mode, args.stages, args.pyramid, args.shift), []
+    for k, batch in enumerate(batch_sizes(args)):
+        shape = pyramid.shape((batch, model.config.channels, args.frames, *height_width(args.size)), k)
+        inputs.append((torch.zeros(shape, device=device), torch.full((batch,), 0.5, device=device)))
+        if model.config.classes:
+            inputs[-1] += (torch.zeros(batch, dtype=torch.long, device=device),)
     return Captured(model, inputs, use_bf16(args.precision, device))
 
 
@@ -254,7 +278,7 @@ def make_model(dataset: Dataset, args: Namespace) -> DiT:
     """A new model; of clips of one frame an image model."""
     torch.manual_seed(args.seed)
     shape = dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
-    return DiT(DiTConfig(*shape, temporal=args.frames > 1))
+    return DiT(DiTConfig(*shape, FACTORS[args.pyramid], temporal=args.frames > 1))
 
 
 def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: dict | None) -> State:
@@ -264,19 +288,17 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
     losses, since_judged = torch.zeros(2, 2, args.stages, device=device)
     dtype = torch.bfloat16 if use_bf16(args.precision, device) else torch.float32
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
+    state = State(model, ema, optimizers, losses, since_judged)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        for optimizer, content in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
-    counts = {name: checkpoint[name] for name in COUNTS} if checkpoint else {}
-    return State(model, ema, optimizers, losses, since_judged, **counts)
+        disk.restore(state, checkpoint)
+    return state
 
 
 def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: Namespace) -> None:
     """Ten clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they are latents; the same noises every
     time, so that progress shows."""
-    weights = Weights(state.ema, args.mode, args.stages, args.frames, args.size, dataset.classes, state.step)
+    head = args.mode, args.stages, args.frames, args.size, dataset.classes, state.step
+    weights = Weights(state.ema, *head, pyramid=args.pyramid, shift=args.shift)
     labels = choose_labels(dataset.classes, 10)
     try:
         clips = generate(weights, pyramid, labels, 10, precision=args.precision)
@@ -331,40 +353,21 @@ def update_ema(state: State, decay: float) -> None:
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
 
 
-def open_in_turn(args: Namespace, rank: int) -> Dataset:
-    """Rank 0 reads the files' headers and writes the index, then the others use it. Raises ValueError on all ranks."""
-    dataset, problem = None, ""
-    if rank > 0:
-        dist.barrier()
-    try:
-        dataset = open_data(args, args.out / "index.json")
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    failed = torch.tensor(float(bool(problem)))
-    if dist.is_initialized():
-        dist.all_reduce(failed)
-    if failed:
-        raise ValueError(problem or "another process cannot read the data")
-    return dataset
-
-
 def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     """What `train` needs: (dataset, state, rank, world, device). Raises ValueError or OSError on bad input."""
     rank, world, device = cli.start_processes()
     if checkpoint and checkpoint["world"] != world:
         raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
-    dataset = open_in_turn(args, rank)
+    dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
     if checkpoint and checkpoint["digest"] != dataset.digest:
         raise ValueError(f"{args.data} holds other clips than when {args.out} began; --resume cannot go on with them")
     model = make_model(dataset, args)
     if args.init and not checkpoint:
-        start_from_file(model, dataset, args)
+        disk.start_from_file(model, dataset, args)
     state = make_state(model, args, device, checkpoint)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        start_metrics(args.out / "metrics.jsonl", state.step)
+        disk.start_metrics(args.out / "metrics.jsonl", state.step)
         print(dataset.summary)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
         precision = "bf16" if use_bf16(args.precision, device) else "fp32"
@@ -374,15 +377,16 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
 
 def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int, device: torch.device) -> int:
     """The whole run. Returns 0, or 128 + the number of the signal that stopped it."""
-    stop, pyramid, first = cli.StopRequest(), Pyramid(args.mode, args.stages), rank == 0
+    stop, pyramid, first = cli.StopRequest(), make_pyramid(args.mode, args.stages, args.pyramid, args.shift), rank == 0
     model = fast_form(state.model, args, device)
     batches = make_batches(dataset, args, state.step, rank, world, device)
     bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first)
-    mark, since = time.perf_counter(), state.step
+    mark, clips = time.perf_counter(), 0
     while state.step < args.steps:
         k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
         optimize(state, model, pyramid, batches, k, args)
         bar.update()
+        clips += batch_sizes(args)[k] * args.accumulate * world
         end = stop.agreed() or state.step == args.steps
         save_due = end or any(n and state.step % n == 0 for n in (args.save_interval, args.keep_interval))
         sample_due = state.step == args.steps or state.step % args.sample_interval == 0
@@ -391,19 +395,19 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - mark
             state.seconds += seconds
-            rate = (state.step - since) * args.batch * args.accumulate * world / seconds
-            loss = write_metrics(args.out / "metrics.jsonl", state, lr, rate, first)
+            loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first)
             bar.set_postfix(loss="none" if loss is None else f"{loss:.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
             if sample_due and first:
                 save_samples(state, pyramid, dataset, args)
             if save_due and first:
-                save(state, dataset, args, world)
-            mark, since = time.perf_counter(), state.step
+                disk.save(state, dataset, args, world)
+            mark, clips = time.perf_counter(), 0
         if end:
             break
     bar.close()
     del model  # or DDP holds the process group last and joins gloo's threads while it keeps the lock they wait for
     if dist.is_initialized():
+        dist.barrier()  # all leave together, also while the first still saves
         dist.destroy_process_group()
     stopped = state.step < args.steps
     advice = "stopped and saved; continue with --resume --out" if stopped else "done; python sample.py --checkpoint"

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import sample
-from checkpoint import Weights
+from checkpoint import Weights, make_pyramid
 from cli import Parser, choose_device, generator_for, keep_memory, positive_int, real_number
 from experiments.figures import draw_clips, draw_curves, pyplot
 from experiments.metrics import NO_MEMORY, add_scoring, real_clips, spread
@@ -39,7 +39,7 @@ from experiments.runs import (
 from experiments.speed import Run
 from experiments.timing import alternate, in_milliseconds, quartiles
 from model import DiT, DiTConfig
-from tpdiff import Pyramid, align, downsample, split_steps
+from tpdiff import align, split_steps
 
 SMOKE = {"number": 8, "reference": 50, "seeds": [0, 1], "batch": 8, "repeats": 1}
 SMOKE |= {"width": 16, "depth": 1, "runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
@@ -56,7 +56,7 @@ def predicted_speedup(counts: list[int], frames: int, *size, fixed: float = 0.0)
     """Vanilla's time over the pyramid's, for as many steps; `counts` by stage, noisiest first. `fixed`: what a call
     takes whatever its frames, as a share of one at the full rate; the rest goes with the multiplications."""
     full = network_cost(frames, *size)
-    calls = [fixed + (1 - fixed) * network_cost(frames / 2**k, *size) / full for k in range(len(counts))]
+    calls = [fixed + (1 - fixed) * network_cost(math.ceil(frames / 2**k), *size) / full for k in range(len(counts))]
     return sum(counts) / sum(count * call for count, call in zip(reversed(counts), calls, strict=True))
 
 
@@ -84,7 +84,7 @@ def sampling_times(settings: dict, args: argparse.Namespace) -> dict:
         config = DiTConfig(width=args.width, depth=args.depth, stages=stages)
         model = DiT(config).to(choose_device()).eval()
         weights = Weights(model, mode, stages, frames, 4 * math.isqrt(args.tokens), (), 0)
-        functions[name] = partial(sample.generate, weights, Pyramid(mode, stages), None, batch)
+        functions[name] = partial(sample.generate, weights, weights.make_pyramid(), None, batch)
     return alternate(functions, args.repeats)
 
 
@@ -124,7 +124,8 @@ def growth(args: argparse.Namespace) -> list:
         for stages in settings:
             counts, ratio = split_steps(30, stages), times[1] / times[stages]
             expected = predicted_speedup(counts, frames, *size, fixed=fixed)
-            row = [frames, stages, f"{sample.full_rate_steps(counts):.4g}", in_milliseconds(seconds[stages])]
+            calls = sample.full_rate_steps(counts, make_pyramid("flow", stages), (1, 1, frames, 1, 1))
+            row = [frames, stages, f"{calls:.4g}", in_milliseconds(seconds[stages])]
             rows.append([*row, f"{ratio:.2f}", f"{fixed:.0%}", f"{expected:.2f}", f"{ratio / expected - 1:+.0%}"])
         for name, stages in (("vanilla", 1), ("3 stages", 3), ("as many as fit", most)):
             values = [value * 1e3 for value in quartiles(seconds[stages])]
@@ -198,14 +199,12 @@ def alignment(args: argparse.Namespace) -> list:
 def variance_removed(mode: str, k: int, batch: int, seed: int, clips: int = 1024) -> float:
     """Share that alignment in a batch removes of the variance, per pixel over clips and noises, of what the network
     is trained to say, halfway through a stage. Clips and noises are drawn by the seed."""
-    pyramid, aligned, plain = Pyramid(mode, 3), [], []
+    pyramid, aligned, plain = make_pyramid(mode, 3), [], []
     for x0 in real_clips(seed * clips, clips).split(batch):
-        x0_stage, u = downsample(x0, 2**k), torch.full((len(x0),), 0.5)
+        x0_stage, u = pyramid.down(x0, k), torch.full((len(x0),), 0.5)
         noise = torch.randn(x0_stage.shape, generator=generator_for(seed, k, len(plain)))
         for targets, paired in ((aligned, align(x0_stage, noise)), (plain, noise)):
-            x_t, target, t = pyramid.interpolate(*pyramid.endpoints(x0, paired, k), k, u)
-            a, b = sample.output_coefficients(pyramid, x_t, t)
-            targets.append((target - a * x_t) / b)
+            targets.append(pyramid.interpolate(*pyramid.endpoints(x0, paired, k), k, u)[1])
     left, whole = (torch.cat(targets).var(0).mean().item() for targets in (aligned, plain))
     return 1 - left / whole
 

@@ -260,7 +260,7 @@ def quality(args: argparse.Namespace) -> None:
         real, metrics, references = held_out(*shape, args)
     for path, weights in runs.items():
         name = f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"
-        pyramid = Pyramid(weights.mode, weights.stages)
+        pyramid = weights.make_pyramid()
         make = partial(sample_clips, weights, pyramid, steps, args.solver, args.batch)
         made[name] = scores_of(make, metrics, args)
     made["real"] = scores_of(lambda seed, number: real_clips(references + seed * number, number, real), metrics, args)

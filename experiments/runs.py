@@ -18,12 +18,13 @@ from torch import Tensor
 
 import sample
 import train
-from checkpoint import Weights, load_weights
+from checkpoint import Weights, load_weights, make_pyramid
 from cli import SAMPLING, choose_device, generator_for, use_bf16
+from data import height_width
 from experiments.metrics import JUDGE, REAL, digest, digit_metrics, real_clips, sample_clips, scores_of, spread
 from experiments.report import commit, write_json
 from model import DiT, DiTConfig
-from tpdiff import Generators, Pyramid, downsample, randn, split_steps, upsample
+from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
 REAL_ENDS = 10**6  # the first of them that sampling goes on from; below are the reference and the judged
 
@@ -55,8 +56,8 @@ RUNS = {
     "flow-3-none-long-seed-2": "--mode flow --stages 3 --steps 12000 --seed 2 --align none",
     "ddim-3-long": "--mode ddim --stages 3 --steps 12000 --seed 1",
     "ddim-1-long": "--mode ddim --stages 1 --steps 7600 --seed 1",
-    "flow-1-shift": "--mode flow --stages 1 --steps 1900 --seed 1 --time-shift 3",
-    "flow-1-shift-seed-2": "--mode flow --stages 1 --steps 1900 --seed 2 --time-shift 3",
+    "flow-1-shift": "--mode flow --stages 1 --steps 1900 --seed 1 --shift 3",
+    "flow-1-shift-seed-2": "--mode flow --stages 1 --steps 1900 --seed 2 --shift 3",
 }
 TINY = "--steps 20 --width 16 --depth 1 --heads 2 --batch 2 --sample-interval 1000"  # of --smoke
 
@@ -64,23 +65,23 @@ TINY = "--steps 20 --width 16 --depth 1 --heads 2 --batch 2 --sample-interval 10
 class WithoutNoise(Pyramid):
     """Renoising that scales as Eq. 15 does, and adds nothing: the frames of a pair start with the same noise."""
 
-    def renoise(self, x_end: Tensor, k: int, generator: Generators = None) -> Tensor:
-        return self[k - 1].gamma_start / self[k].gamma_end * upsample(x_end)
+    def renoise(self, x_end: Tensor, k: int, generator: Generators = None, frames: int | None = None) -> Tensor:
+        return self[k - 1].gamma_start / self[k].gamma_end * upsample(x_end, self.factor, frames)
 
 
 class PlainNoise(WithoutNoise):
     """As much noise as in Eq. 15, independent in the two frames of a pair: its g is 0 where the paper has -1."""
 
-    def renoise(self, x_end: Tensor, k: int, generator: Generators = None) -> Tensor:
-        x = super().renoise(x_end, k)
-        return x + self[k - 1].sigma_start / math.sqrt(2) * randn(x.shape, generator, x.device, x.dtype)
+    def renoise(self, x_end: Tensor, k: int, generator: Generators = None, frames: int | None = None) -> Tensor:
+        x, share = super().renoise(x_end, k, None, frames), 1 - 1 / math.prod(self.factor)
+        return x + self[k - 1].sigma_start * math.sqrt(share) * randn(x.shape, generator, x.device, x.dtype)
 
 
 class HalfNoise(WithoutNoise):
     """Eq. 15 with half of its noise."""
 
-    def renoise(self, x_end: Tensor, k: int, generator: Generators = None) -> Tensor:
-        return (super().renoise(x_end, k) + Pyramid.renoise(self, x_end, k, generator)) / 2
+    def renoise(self, x_end: Tensor, k: int, generator: Generators = None, frames: int | None = None) -> Tensor:
+        return (super().renoise(x_end, k, None, frames) + Pyramid.renoise(self, x_end, k, generator, frames)) / 2
 
 
 SCORES = ["judge's distance", "legible", "kept", "straight", "off track, px", "flicker, of real"]
@@ -144,7 +145,7 @@ def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Te
         weights.model = compiled
     if cell.true_end:
         return finish(weights, cell, args.batch, seed, number)
-    pyramid = RENOISING[cell.renoising](weights.mode, weights.stages)
+    pyramid = weights.make_pyramid(RENOISING[cell.renoising])
     return sample_clips(weights, pyramid, cell.steps, cell.solver, args.batch, seed, number)
 
 
@@ -160,16 +161,19 @@ def compiled_model(config: DiTConfig) -> DiT:
 def finish(weights: Weights, cell: Cell, batch: int, seed: int, number: int) -> Tensor:
     """Real clips, noised to the true end of a stage, and sampled from there with their own labels. Of vanilla: noised
     to where the next of three stages starts, and all steps from there."""
-    pyramid, clips = RENOISING[cell.renoising](weights.mode, weights.stages), []
-    end, t_start = min(cell.true_end, len(pyramid) - 1), Pyramid(weights.mode, 3)[cell.true_end - 1].t_start
-    counts, device = split_steps(cell.steps, len(pyramid))[::-1], next(weights.model.parameters()).device
+    pyramid, clips = weights.make_pyramid(RENOISING[cell.renoising]), []
+    end, t_start = min(cell.true_end, len(pyramid) - 1), make_pyramid(weights.mode, 3)[cell.true_end - 1].t_start
+    counts, device = (
+        split_steps(cell.steps, len(pyramid), pyramid.lengths)[::-1],
+        next(weights.model.parameters()).device,
+    )
     for indices in torch.arange(number).split(batch):
         x0, labels = zip(*(REAL[REAL_ENDS + seed * number + index] for index in indices.tolist()), strict=True)
         x0, labels = torch.stack(x0).to(device), torch.tensor(labels, device=device)
         generators = [generator_for(seed, SAMPLING, index) for index in indices.tolist()]
-        noise = randn(downsample(x0, 2**end).shape, generators, device)
+        noise = randn(pyramid.shape(x0.shape, end), generators, device)
         x_start, x = pyramid.endpoints(x0, noise, end)
-        predict = sample.make_predict(weights.model, pyramid, labels, 1.0, use_bf16("auto", device))
+        predict = sample.make_predict(weights.model, labels, 1.0, use_bf16("auto", device))
         if end == 0:  # vanilla
             x, _, _ = pyramid.interpolate(x_start, x, 0, torch.full((len(x0),), t_start))
             x = pyramid.integrate(predict, x, 0, *counts, cell.solver, t_start)
@@ -198,14 +202,23 @@ def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
     return found
 
 
+def pyramid_of(run: str, args: argparse.Namespace) -> Pyramid:
+    """The pyramid that a run is trained on."""
+    options = train_options(run, args)
+    return make_pyramid(options.mode, options.stages, options.pyramid, options.shift)
+
+
 def step_counts(cell: Cell, args: argparse.Namespace) -> list[int]:
     """Solver steps by stage, noisiest first."""
-    return split_steps(cell.steps, train_options(cell.run, args).stages)
+    pyramid = pyramid_of(cell.run, args)
+    return split_steps(cell.steps, len(pyramid), pyramid.lengths)
 
 
 def full_rate_calls(cell: Cell, args: argparse.Namespace) -> float:
     """What a clip costs, in network calls at the full frame rate."""
-    return sample.full_rate_steps(step_counts(cell, args))
+    options = train_options(cell.run, args)
+    shape = (1, 1, options.frames, *height_width(options.size))
+    return sample.full_rate_steps(step_counts(cell, args), pyramid_of(cell.run, args), shape)
 
 
 def front_row(cell: Cell, args: argparse.Namespace) -> list:

@@ -24,19 +24,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train
-from checkpoint import start_from_file
+from checkpoint import make_pyramid, start_from_file
 from cli import Parser, choose_device, generator_for, keep_memory, non_negative_int, positive_int, use_bf16
 from data import open_data
 from experiments.peers import count_parameters, make_peers
 from experiments.report import ROOT, Table, file_to_write, markdown, one_sentence, processor, provenance, write_json
 from experiments.timing import alternate, in_milliseconds, synchronize
-from tpdiff import Pyramid, align, downsample
+from tpdiff import align
 
 
 class Run:
     """A training run without its loop: the model, its batches of every stage, and one batch to sample from."""
 
     def __init__(self, args: argparse.Namespace, captured: bool = True):
+        if not isinstance(args.batch, int) or not isinstance(args.size, int):
+            raise ValueError("speed is measured with one number for --batch and one for --size")
         self.args, self.device = args, choose_device()
         self.bf16 = use_bf16(args.precision, self.device)
         self.data = open_data(args)
@@ -45,11 +47,11 @@ class Run:
             start_from_file(model, self.data, args)
         self.state = train.make_state(model, args, self.device, None)
         self.model = train.fast_form(self.state.model, args, self.device) if captured else self.state.model
-        self.pyramid = Pyramid(args.mode, args.stages)
+        self.pyramid = make_pyramid(args.mode, args.stages, args.pyramid, args.shift)
         self.x0 = torch.stack([self.data[number][0] for number in range(args.batch)]).to(self.device)
         endless = argparse.Namespace(**vars(args) | {"steps": 2**40})
         self.batches = [train.make_batches(self.data, endless, 0, 0, 1, self.device, k) for k in range(args.stages)]
-        self.predict = sample.make_predict(self.state.ema, self.pyramid, None, 1.0, self.bf16)
+        self.predict = sample.make_predict(self.state.ema, None, 1.0, self.bf16)
         if args.compile:
             self.state.ema.compile_blocks()
             if not captured:
@@ -57,7 +59,7 @@ class Run:
 
     def at_stage(self, k: int) -> tuple[Tensor, Tensor]:
         """A batch at the rate of stage k, and a time for each of its clips."""
-        return downsample(self.x0, 2**k), torch.full((self.args.batch,), 0.5, device=self.device)
+        return self.pyramid.down(self.x0, k), torch.full((self.args.batch,), 0.5, device=self.device)
 
     def training_step(self, k: int) -> None:
         train.optimize(self.state, self.model, self.pyramid, self.batches[k], k, self.args)
@@ -68,7 +70,8 @@ class Run:
         x - 0.1 * self.predict(x, t, k)
 
     def tokens(self, k: int) -> int:
-        return self.args.batch * self.args.frames // 2**k * (self.args.size // self.args.patch) ** 2
+        shape = (self.args.batch, 1, self.args.frames, self.args.size, self.args.size)
+        return math.prod(self.pyramid.shape(shape, k)) // self.args.patch**2
 
     def forward_flops(self, k: int) -> float:
         """Model FLOP of a forward pass, of its matrix products alone; forward plus backward counts three times."""
@@ -165,7 +168,7 @@ def split_step(args: argparse.Namespace, repeats: int) -> Table:
     beside = ("of ", "loader") if run.device.type == "cuda" else ("of ",)
     for k in range(args.stages):
         x0, noise, u, y = next(run.batches[k])
-        x0_stage = downsample(x0, 2**k).cpu()
+        x0_stage = pyramid.down(x0, k).cpu()
         batch = x0, noise, u, y, k
         parts = {"loader: clips": lambda: [run.data[number] for number in range(args.batch)]}
         parts |= {"loader: noise": partial(train.draw_noise, x0_stage, generators, args)}

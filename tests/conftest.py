@@ -15,7 +15,7 @@ from PIL import Image
 
 import train
 from checkpoint import FORMAT
-from data import MovingDigits
+from data import open_data
 from model import DiT, DiTConfig
 from test_tpdiff import ROOT, assert_exact, both_modes, clips, gamma_sigma, seeded  # noqa: F401  (for the other files)
 
@@ -48,7 +48,7 @@ def run_training(out: Path, *options: str) -> dict:
 def small_state(*options: str, stage: int | None = None) -> tuple[train.State, argparse.Namespace, Iterator]:
     """A run of a small model before its first step, its arguments and its batches, of the steps' stages or of one."""
     args = train.make_parser().parse_args([*TINY, *options])
-    data, device = MovingDigits(8, 16), torch.device("cpu")
+    data, device = open_data(args), torch.device("cpu")
     state = train.make_state(train.make_model(data, args), args, device, None)
     return state, args, train.make_batches(data, args, 0, 0, 1, device, stage)
 

@@ -35,7 +35,10 @@ from experiments import metrics
 # ---- Resuming
 
 
-@pytest.mark.parametrize("options", [["--mode", "flow"], ["--mode", "ddim", "--accumulate", "2"]])
+BY_STAGE = "--pyramid space-time --shift 2 --batch 8 4 2 --size 16 32 --frames 13 --patch 4".split()
+
+
+@pytest.mark.parametrize("options", [["--mode", "flow"], ["--mode", "ddim", "--accumulate", "2"], BY_STAGE])
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, monkeypatch):
     whole = run_training(tmp_path / "whole", "--steps", "7", *options)
     asked = []
@@ -77,13 +80,40 @@ def test_rows_after_the_checkpoint_and_a_half_written_one_are_dropped_on_resume(
 def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(tmp_path, capsys):
     run_training(tmp_path / "run", "--steps", "1")
     content = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    del content["args"]["stage_odds"], content["args"]["time_shift"]
+    for name in ("stage_odds", "pyramid", "shift"):
+        del content["args"][name]
+    del content["pyramid"], content["shift"], content["config"]["factor"]
     torch.save(content, tmp_path / "run" / "checkpoint.pt")
     capsys.readouterr()
-    for words in (["--stage-odds", "4", "2", "1"], ["--time-shift", "3"]):
-        error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", *words)
-        assert f"--resume cannot change it to {[4, 2, 1] if len(words) == 4 else 3.0}" in error
-    assert run_training(tmp_path / "run", "--resume", "--steps", "2")["step"] == 2
+    options = {"--stage-odds 4 2 1": "[4, 2, 1]", "--shift 3": "3.0", "--pyramid space": "space", "--batch 4 4 2": "("}
+    for words, now in options.items():
+        error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", *words.split())
+        assert f"--resume cannot change it to {now}" in error
+    content = run_training(tmp_path / "run", "--resume", "--steps", "2", "--pyramid", "time", "--shift", "1")
+    assert (content["step"], content["pyramid"], content["shift"]) == (2, "time", 1.0)
+
+
+def test_a_run_with_a_shift_of_each_stage_is_not_resumed_and_one_stage_is_with_that_of_all_time(tmp_path, capsys):
+    def as_older(run, time_shift):
+        content = torch.load(run / "checkpoint.pt", weights_only=True)
+        content["args"].pop("shift", None), content.pop("shift", None)
+        content["args"]["time_shift"] = time_shift
+        torch.save(content, run / "checkpoint.pt")
+
+    three, one = tmp_path / "three", tmp_path / "one"
+    run_training(three, "--steps", "1")
+    run_training(one, "--steps", "1", "--stages", "1")
+    as_older(three, 3.0), as_older(one, 3.0)
+    capsys.readouterr()
+    for words in ([], ["--shift", "3"]):
+        error = fails_with_one_line(capsys, train.main, "--resume", "--out", three, "--steps", 2, *words)
+        assert f"{three} was trained with --time-shift" in error
+    assert "--shift 3.0" in fails_with_one_line(capsys, train.main, "--resume", "--out", one, "--shift", 1)
+    content = run_training(one, "--resume", "--steps", "2")
+    assert content["args"]["shift"] == content["shift"] == load_weights(one / "weights.pt").shift == 3.0
+    run_training(one, "--resume", "--steps", "3")
+    as_older(three, 1.0)
+    assert run_training(three, "--resume", "--steps", "2")["shift"] == 1.0
 
 
 def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsys, monkeypatch):
@@ -276,6 +306,16 @@ def test_shipped_weights_sample_in_a_fresh_clone(mode, tmp_path, monkeypatch, ca
     assert (tmp_path / "samples" / f"{mode}-3-001.png").exists()
 
 
+@both_modes
+@pytest.mark.parametrize("stages", [1, 3])
+def test_shipped_weights_are_of_the_paper_s_pyramid_without_a_shift(mode, stages):
+    weights = load_weights(find_weights(mode, stages))
+    p = weights.make_pyramid()
+    assert (weights.pyramid, weights.shift, weights.stages) == ("time", 1.0, stages)
+    assert (p.mode, p.stages, p.factor, p.shift) == (mode, stages, (2, 1, 1), 1.0)
+    assert p.prediction == {"flow": None, "ddim": "velocity"}[mode] and weights.model.config.factor == (2, 1, 1)
+
+
 def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for index, (name, mode) in enumerate([("old", "flow"), ("new", "flow"), ("other", "ddim")]):
@@ -283,6 +323,9 @@ def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch, capsys):
         os.utime(Path("runs") / name / "weights.pt", (index, index))
     assert find_weights("flow", 3) == Path("runs/new/weights.pt")
     assert find_weights("ddim", 3) == Path("runs/other/weights.pt")
+    run_training(Path("runs") / "newest", "--steps", "1", "--pyramid", "space", "--patch", "4")
+    assert find_weights("flow", 3) == Path("runs/new/weights.pt")
+    assert find_weights("flow", 3, "space") == Path("runs/newest/weights.pt")
     Path("runs/new/weights.pt").write_bytes(b"torn")
     assert find_weights("flow", 3) == Path("runs/old/weights.pt")
     assert "passed over: runs/new/weights.pt" in capsys.readouterr().err
@@ -320,8 +363,10 @@ def test_names_in_data_and_weights_are_never_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     torch.save(good | {"classes": ["../x", "/y", *good["classes"][2:]]}, "names.pt")
     torch.save(good | {"mode": "../flow"}, "mode.pt")
+    torch.save(good | {"pyramid": "../time"}, "pyramid.pt")
     sample.main(["--checkpoint", "names.pt", "--label", "../x", "--number", "1", "--steps", "3"])
-    with pytest.raises(SystemExit):
-        sample.main(["--checkpoint", "mode.pt", "--number", "1", "--steps", "3"])
+    for name in ("mode.pt", "pyramid.pt"):
+        with pytest.raises(SystemExit):
+            sample.main(["--checkpoint", name, "--number", "1", "--steps", "3"])
     assert sorted(path.name for path in Path("samples").iterdir()) == ["flow-3-000.gif", "flow-3-000.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import train
 import video
-from data import DataError, FolderClips, MovingDigits, save_gif, save_strip
+from data import DataError, FolderClips, MovingDigits, height_width, save_gif, save_strip
 
 # ---- Moving digits
 
@@ -36,8 +36,37 @@ def test_moving_digits_are_pixels_in_range_with_their_label_and_move_smoothly():
     assert seen == set(range(10))
     two, one = MovingDigits(digits=2)[0][0], MovingDigits()[0][0]
     assert two.sum() > one.sum()
-    with pytest.raises(DataError, match="size >= 16"):
-        MovingDigits(size=8)
+    for size in (8, (8, 64), (64, 15)):
+        with pytest.raises(DataError, match="size >= 16"):
+            MovingDigits(size=size)
+
+
+@pytest.mark.parametrize("height, width", [(16, 48), (48, 16)])
+def test_moving_digits_of_any_shape_are_as_high_as_the_shorter_side_says_and_go_everywhere(height, width):
+    data, square = MovingDigits(40, (height, width)), MovingDigits(40, 16)
+    assert all(np.array_equal(a, b) for a, b in zip(data.glyphs, square.glyphs, strict=True))
+    reached, masses = torch.zeros(height, width), []
+    for n in range(40):
+        clip, label = data[n]
+        assert clip.shape == (1, 40, height, width) and clip.dtype == torch.float32
+        ink = (clip[0] + 1) / 2
+        reached = torch.maximum(reached, ink.amax(0))
+        masses.append(ink.sum((1, 2)))
+        assert masses[-1].std() < 0.02 * masses[-1].mean()  # never cut by an edge
+        assert masses[-1].mean() == pytest.approx(data.glyphs[label].sum(), rel=0.02)
+        for _, y, x in data.tracks(n):
+            assert np.hypot(np.diff(y), np.diff(x)).max() <= 16 / 16 + 1e-9  # a frame, of the shorter side
+    assert reached[1:-1, 1:-1].min() > 0
+
+
+def test_one_number_for_a_size_is_a_square():
+    assert height_width(24) == height_width((24, 24)) == (24, 24) and height_width([16, 32]) == (16, 32)
+    for n in range(3):
+        (one, label), (two, label_) = MovingDigits(8, 24)[n], MovingDigits(8, (24, 24))[n]
+        assert torch.equal(one, two) and label == label_
+    for size in ((16, 16, 16), (16,)):
+        with pytest.raises(DataError, match="one number, or height and width, not "):
+            MovingDigits(size=size)
 
 
 def test_a_sample_number_is_the_same_clip_in_every_process():
@@ -90,6 +119,21 @@ def test_folder_crops_without_distortion(tmp_path):
     image.save(tmp_path / "a.gif", save_all=True, append_images=[image.rotate(180), image.rotate(90)])
     clip, label = FolderClips(tmp_path, frames=1, size=10)[0]
     assert label == -1 and clip.max() == -1
+
+
+@pytest.mark.parametrize("height, width", [(8, 16), (16, 8), (5, 9)])
+def test_folder_clips_of_a_height_and_a_width_are_cropped_to_that_shape_and_resized(height, width, tmp_path):
+    image = Image.new("RGB", (40, 40), "white")
+    top, left = (round(20 - 20 * side / max(height, width)) for side in (height, width))
+    image.paste("black", (left, top, 40 - left, 40 - top))  # the largest part of that shape in the middle
+    image.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (40, 40), "white")])
+    data = FolderClips(tmp_path, frames=1, size=(height, width))
+    clip = data._window(data.sources[0], 0)
+    assert clip.shape == (3, 1, height, width) and clip.max() < -0.9
+    square = FolderClips(tmp_path, frames=1, size=40)
+    assert square._window(square.sources[0], 0).max() == 1  # of a square the white is seen
+    with pytest.raises(DataError, match=r"one number, or height and width, not \(8, 8, 8\)"):
+        FolderClips(tmp_path, frames=1, size=(8, 8, 8))
 
 
 def test_sub_folders_are_the_labels(tmp_path):
@@ -322,6 +366,11 @@ def test_latents_are_cropped_at_the_centre_and_scaled(tmp_path):
     data = FolderClips(tmp_path, frames=9, size=8, latent_scale=0.5)
     assert data.latent and data.channels == 5
     torch.testing.assert_close(data[0][0], latent[..., 2:10] * 0.5)
+    torch.testing.assert_close(FolderClips(tmp_path, frames=9, size=(6, 4))[0][0], latent[..., 1:7, 4:8])
+    torch.testing.assert_close(FolderClips(tmp_path, frames=9, size=(8, 12))[0][0], latent)
+    for size in ((12, 8), (9, 12), (8, 13)):
+        with pytest.raises(DataError, match=rf"1 latents smaller than \({size[0]}, {size[1]}\)"):
+            FolderClips(tmp_path, frames=9, size=size)
     (tmp_path / "a.npy").unlink()
     for name, content in {"list": [1], "flat": latent[0], "complex": latent.to(torch.complex64)}.items():
         torch.save(content, tmp_path / f"{name}.pt")

@@ -5,7 +5,7 @@ import torch
 from conftest import clips, page_code
 
 from test_tpdiff import SCALED_LINEAR
-from tpdiff import Pyramid, align, downsample
+from tpdiff import Pyramid, align
 
 
 def test_readme_example_trains_and_samples_a_model_of_the_user_s_own():
@@ -15,11 +15,11 @@ def test_readme_example_trains_and_samples_a_model_of_the_user_s_own():
     def model(x, t, k):
         return network(torch.cat([x, t.view(-1, 1, 1, 1, 1).expand_as(x)], 1))
 
-    names = {"torch": torch, "Pyramid": Pyramid, "align": align, "downsample": downsample, "model": model}
-    names |= {"alphas_cumprod": SCALED_LINEAR, "videos": torch.randn(3, 5, 1, 8, 4, 4)}
+    names = {"torch": torch, "Pyramid": Pyramid, "align": align, "model": model}
+    names |= {"alphas_cumprod": SCALED_LINEAR, "videos": torch.randn(3, 5, 1, 7, 4, 4)}
     names |= {"optimizer": torch.optim.AdamW(network.parameters(), 1e-3)}
     exec(page_code("videos"), names)
-    assert names["clips"].shape == (4, 1, 8, 4, 4) and names["clips"].isfinite().all()
+    assert names["clips"].shape == (4, 1, 7, 4, 4) and names["clips"].isfinite().all()
     assert not torch.equal(network.weight, before)
 
 
@@ -77,7 +77,7 @@ def lowers_the_loss(network: torch.nn.Module, model, p: Pyramid) -> None:
     """Training steps of every stage of the pyramid on one batch, with fixed draws; then a few clips."""
     x0, optimizer = clips(2, 4, 8, 8, 8).float(), torch.optim.AdamW(network.parameters(), 3e-3)
     for k in range(len(p)):
-        x0_k = downsample(x0, 2**k)
+        x0_k = p.down(x0, k)
         x_start, x_end = p.endpoints(x0, align(x0_k, torch.randn_like(x0_k)), k)
         x_t, target, t = p.interpolate(x_start, x_end, k, torch.tensor([0.3, 0.8]))
         losses = []
@@ -127,7 +127,7 @@ def test_other_models_see_the_frames_of_a_stage_where_they_are_in_the_clip(k, an
     (unet, unet_model, _), (wan, wan_as_model, _) = animate_diff, wan_model
     seen = []
     for stage in (0, k):
-        x_stage = downsample(x, 2**stage)
+        x_stage = x[:, :, :: 2**stage]
         unet_model(x_stage, torch.tensor([0.5]), stage), wan_as_model(x_stage, torch.tensor([0.5]), stage)
         angles = [each.unflatten(1, (8 // 2**stage, 16)) for each in wan.rope(x_stage)]
         seen.append(positions(unet, 8 // 2**stage) + angles)

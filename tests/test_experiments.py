@@ -22,7 +22,7 @@ from data import bounce
 from experiments import claims, metrics, report, runs, speed
 from experiments.timing import in_milliseconds
 from model import Block, DiT, DiTConfig
-from tpdiff import Pyramid, downsample, per_clip
+from tpdiff import Pyramid, downsample
 
 # ---- metrics.py: what a score means
 
@@ -221,9 +221,9 @@ def test_sampling_goes_on_from_the_true_end_of_a_stage(name, true_end, monkeypat
     def oracle(x, t, k):
         """x_start - x0, of the pyramid's stage 0 and of vanilla, and anything at stage 1."""
         inputs.append((x, t[0].item(), k))
-        return 0 * x if k else (x - x0) / per_clip(t, x) * (p[0].t_start if name == "flow-3" else 1)
+        return 0 * x if k else (x - x0) / t.view(-1, 1, 1, 1, 1) * (p[0].t_start if name == "flow-3" else 1)
 
-    def make_predict(model, pyramid, given, *rest):
+    def make_predict(model, given, *rest):
         labels.extend(given.tolist())
         return oracle
 

@@ -8,7 +8,21 @@ from conftest import seeded, small_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import Attention, DiT, DiTConfig, Muon, attention, fused_attention, rotate, temporal_positions
+import model as network
+from model import (
+    LONGEST,
+    Attention,
+    DiT,
+    DiTConfig,
+    Muon,
+    angles,
+    attention,
+    fused_attention,
+    rotate,
+    spatial_angles,
+    spatial_positions,
+    temporal_positions,
+)
 
 
 @pytest.mark.parametrize("T, H, W, channels", [(8, 16, 16, 1), (4, 8, 24, 3), (2, 16, 16, 1), (1, 4, 4, 2)])
@@ -22,13 +36,46 @@ def test_model_keeps_the_shape_at_every_stage_and_its_first_output_is_zero(T, H,
 
 
 def test_same_instant_has_the_same_temporal_position_at_every_rate():
-    full, model = temporal_positions(16, 0), small_model(stages=4)
-    rotation = model._rotations(16, 2, 2, 0, torch.zeros(1))[1]
-    for stage in (1, 2, 3):
-        assert torch.equal(temporal_positions(16 // 2**stage, stage), full[:: 2**stage])
-        slower = model._rotations(16 // 2**stage, 2, 2, stage, torch.zeros(1))[1]
-        assert torch.equal(slower, rotation[:: 2**stage]) and slower.shape[0] == 16 // 2**stage
-    assert not torch.equal(temporal_positions(4, 1), full[:4])
+    full, model = temporal_positions(21, 1), small_model()
+    rotation = model._rotations(21, 2, 2, (1, 1, 1), torch.zeros(1))[1]
+    assert torch.equal(full, torch.arange(21))
+    for stride, frames in ((2, 11), (3, 7), (4, 6), (8, 3)):
+        assert torch.equal(temporal_positions(frames, stride), full[::stride])
+        slower = model._rotations(frames, 2, 2, (stride, 1, 1), torch.zeros(1))[1]
+        assert torch.equal(slower, rotation[::stride]) and slower.shape[0] == frames
+    assert not torch.equal(temporal_positions(4, 2), full[:4])
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_a_patch_is_where_the_centre_of_its_block_of_full_rate_patches_is(stride):
+    full = spatial_positions(6 * stride, 1)
+    assert torch.equal(full, torch.arange(6.0 * stride))
+    torch.testing.assert_close(spatial_positions(6, stride), full.view(6, stride).mean(1))
+
+
+def test_rows_and_columns_each_have_the_stride_of_their_axis():
+    rows, columns = (torch.tensor(centres) for centres in ([0.5, 2.5], [1.5, 5.5, 9.5]))  # of blocks of 2 and of 4
+    y, x = spatial_angles(2, 3, 8, (2, 4)).view(2, 3, 8).split(4, dim=2)
+    torch.testing.assert_close(y, angles(rows, 4, LONGEST)[:, None].expand(2, 3, 4))
+    torch.testing.assert_close(x, angles(columns, 4, LONGEST)[None].expand(2, 3, 4))
+    space, time = small_model()._rotations(5, 2, 3, (3, 2, 4), torch.zeros(1))  # two heads of 16 channels
+    angle = torch.cat([y, x], dim=2).flatten(0, 1)
+    torch.testing.assert_close(space[0, :, 0, 1], torch.stack([angle.cos(), angle.sin()], dim=-1))
+    angle = angles(3 * torch.arange(5), 8, LONGEST)
+    torch.testing.assert_close(time[:, 0, 0, 1], torch.stack([angle.cos(), angle.sin()], dim=-1))
+
+
+@pytest.mark.parametrize("factor", [(2, 1, 1), (1, 2, 2), (2, 2, 2), (1, 3, 2)])
+def test_the_model_asks_for_positions_at_the_stride_of_its_stage(factor, monkeypatch):
+    model, in_space, in_time = small_model(factor=factor), [], []
+    space, time = network.spatial_angles, network.temporal_positions
+    monkeypatch.setattr(network, "spatial_angles", lambda *a: in_space.append(a[3]) or space(*a))
+    monkeypatch.setattr(network, "temporal_positions", lambda *a: in_time.append(a[1]) or time(*a))
+    for stage in range(3):
+        model(torch.randn(1, 1, 3, 8, 12), torch.tensor([0.5]), stage)
+    assert in_time == [factor[0] ** k for k in range(3)]
+    strides = [(factor[1] ** k, factor[2] ** k) for k in range(3)]
+    assert in_space == [stride for stride in strides for _ in range(2)]  # added to the patches, and as rotations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,6 +139,10 @@ def test_model_starts_only_from_one_that_fits():
     for name, value in {"width": 64, "depth": 3, "classes": 2, "channels": 3}.items():
         with pytest.raises(ValueError, match=f"{name} {value} cannot start from one of {name}"):
             DiT(replace(other.config, **{name: value})).start_from(other)
+    grown = DiT(replace(other.config, stages=3, temporal=True, factor=(2, 2, 2)))
+    grown.start_from(other)  # one stage has no factor of its own
+    with pytest.raises(ValueError, match=r"factor \(2, 1, 1\) cannot start from one of factor \(2, 2, 2\)"):
+        small_model().start_from(grown)
     with pytest.raises(ValueError, match="temporal"):
         other.start_from(small_model(stages=1))
     with pytest.raises(ValueError, match="stages"):

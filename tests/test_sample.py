@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    TINY,
     animation,
     both_modes,
     clips,
@@ -20,35 +21,59 @@ from PIL import Image
 
 import sample
 import train
-from checkpoint import FORMAT, SHIPPED, load_weights
-from tpdiff import Pyramid, downsample
+from checkpoint import FORMAT, SHIPPED, find_weights, load_weights, make_pyramid
+from tpdiff import Pyramid
 
-# ---- From the network to the pyramid's target
+# ---- What the network says, and what a clip costs
 
 
-@both_modes
-def test_guidance_is_the_line_through_both_predictions(mode):
+def test_guidance_is_the_line_through_both_predictions():
     model, x, t, y = small_model(classes=3), torch.randn(2, 1, 4, 8, 8), torch.rand(2), torch.tensor([0, 2])
-    p = Pyramid(mode)
-    a, b = sample.output_coefficients(p, x, t)
-    conditional, unconditional = (a * x + b * model(x, t, 1, *label) for label in ([y], []))
-    torch.testing.assert_close(sample.make_predict(model, p, y, 1.0, False)(x, t, 1), conditional)
-    guided = sample.make_predict(model, p, y, 3.0, False)(x, t, 1)
+    conditional, unconditional = (model(x, t, 1, *label) for label in ([y], []))
+    torch.testing.assert_close(sample.make_predict(model, y, 1.0, False)(x, t, 1), conditional)
+    guided = sample.make_predict(model, y, 3.0, False)(x, t, 1)
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
 
 
 @both_modes
 @pytest.mark.parametrize("stages", [1, 3])
 def test_the_network_says_the_velocity(mode, stages):
-    p, x0, k = Pyramid(mode, stages), clips(3, 1, 8, 4, 4), stages - 1  # where the stage's clip is the clip itself
+    p, x0, k = make_pyramid(mode, stages), clips(3, 1, 8, 4, 4), stages - 1  # where the stage's clip is the clip itself
     noise = clips(3, 1, 8 // 2**k, 4, 4, seed=1)
     x_t, target, t = p.interpolate(*p.endpoints(x0, noise, k), k, torch.tensor([0.0, 0.4, 1.0]).double())
-    a, b = sample.output_coefficients(p, x_t, t)
-    output, x0 = (target - a * x_t) / b, downsample(x0, 2**k)
+    x0 = x0[:, :, :: 2**k]
     for i in range(3):
-        gamma, sigma = gamma_sigma("ddim", t[i].item())
-        velocity = target[i] if mode == "flow" else gamma * noise[i] - sigma * x0[i]  # arXiv 2202.00512
-        torch.testing.assert_close(output[i], velocity, rtol=1e-9, atol=1e-9)
+        gamma, sigma = gamma_sigma(mode, t[i].item())
+        torch.testing.assert_close(x_t[i], gamma * x0[i] + sigma * noise[i], rtol=1e-9, atol=1e-9)
+        length = p[k].t_start - p[k].t_end
+        velocity = length * (noise[i] - x0[i]) if mode == "flow" else gamma * noise[i] - sigma * x0[i]
+        torch.testing.assert_close(target[i], velocity, rtol=1e-9, atol=1e-9)  # of ddim: arXiv 2202.00512
+
+
+@pytest.mark.parametrize(
+    "pyramid, frames, cost",
+    [
+        ("time", 16, 10 / 4 + 10 / 2 + 10),
+        ("time", 21, 10 * 6 / 21 + 10 * 11 / 21 + 10),
+        ("time", 1, 30),
+        ("space", 21, 10 / 16 + 10 / 4 + 10),
+        ("space-time", 21, 10 * 6 / 21 / 16 + 10 * 11 / 21 / 4 + 10),
+    ],
+)
+def test_a_call_costs_as_many_tokens_as_its_stage_has(pyramid, frames, cost):
+    p, shape = make_pyramid("flow", 3, pyramid), (2, 3, frames, 8, 12)
+    assert sample.full_rate_steps([10, 10, 10], p, shape) == pytest.approx(cost)
+    assert sample.full_rate_steps([10, 10, 10], p, shape, calls=2) == pytest.approx(2 * cost)
+    uneven = sample.full_rate_steps([7, 1, 4], p, shape), sample.full_rate_steps([1, 1, 4], p, shape)
+    assert uneven[0] - uneven[1] == pytest.approx(6 * math.prod(p.shape(shape, 2)) / math.prod(shape))
+
+
+def test_21_frames_cost_1_66_times_less_on_three_stages_and_16_frames_1_71_times():
+    p, vanilla = make_pyramid("flow", 3), make_pyramid("flow", 1)
+    for frames, ratio in ((21, "1.66"), (16, "1.71")):
+        shape = (1, 1, frames, 32, 32)
+        full, ours = sample.full_rate_steps([30], vanilla, shape), sample.full_rate_steps([10, 10, 10], p, shape)
+        assert full == 30 and f"{full / ours:.2f}" == ratio
 
 
 def test_sampled_clip_is_the_same_in_any_batch(tmp_path):
@@ -119,6 +144,43 @@ def test_train_on_latents_then_sample_some(tmp_path, capsys):
     assert "it.npy exists already" in fails_with_one_line(capsys, sample.main, *words)
 
 
+def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = "--pyramid space-time --shift 2 --batch 8 4 2 --size 16 32 --frames 13 --patch 4 --steps 4"
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*TINY, *words.split()])
+    assert stopped.value.code == 0 and "runs/flow-3-space-time" in capsys.readouterr().out
+    path = find_weights("flow", 3, "space-time")
+    assert str(path) == "runs/flow-3-space-time/weights.pt" and find_weights("flow", 3) == SHIPPED / "flow-3.pt"
+    weights = load_weights(path)
+    assert (weights.frames, weights.size, weights.pyramid, weights.shift) == (13, (16, 32), "space-time", 2)
+    assert weights.model.config.factor == weights.make_pyramid().factor == (2, 2, 2)
+    assert weights.make_pyramid().shift == 2
+    clips = sample.generate(weights, weights.make_pyramid(), None, 2, 3, precision="fp32")
+    assert clips.shape == (2, 1, 13, 16, 32) and clips.isfinite().all()
+
+    sample.main(["--pyramid", "space-time", "--number", "2", "--steps", "10", "--precision", "fp32"])
+    out = capsys.readouterr().out
+    cost = 5 * 4 / 13 / 16 + 3 * 7 / 13 / 4 + 2  # of 13 frames 7 and then 4 are left; a half and a quarter each way
+    assert f"steps [5, 3, 2] (noisiest first) with euler: {cost:.4g} full-rate network calls" in out
+    assert f"weights: {path} " in out and "wrote samples/flow-3-space-time-000.gif" in out
+    with Image.open("samples/flow-3-space-time-000.gif") as gif:
+        assert gif.n_frames == 13 and gif.size == (3 * (2 * (32 + 2) + 2), 3 * (16 + 2 + 2))
+    refused = fails_with_one_line(capsys, sample.main, "--pyramid", "time", "--checkpoint", path)
+    assert f"{path} was trained with --pyramid space-time, not --pyramid time" in refused
+
+
+@both_modes
+def test_21_frames_train_and_sample_on_three_stages(mode, tmp_path, capsys):
+    run_training(tmp_path / "run", "--frames", "21", "--steps", "3", "--mode", mode)
+    capsys.readouterr()
+    words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 1, "--steps", 30]
+    sample.main([str(word) for word in words])
+    with Image.open(tmp_path / "it.gif") as gif:
+        assert gif.n_frames == 21
+    assert f"{30 / 1.65789:.4g} full-rate network calls" in capsys.readouterr().out
+
+
 # ---- What is refused
 
 
@@ -150,8 +212,16 @@ def test_train_on_latents_then_sample_some(tmp_path, capsys):
         ("--checkpoint {tmp}/text.pt", "not a whole checkpoint"),
         ("--checkpoint {tmp}/cut.pt", "not a whole checkpoint"),
         ("--checkpoint {tmp}/old.pt", "not a checkpoint of this version"),
-        ("--checkpoint {tmp}/stages.pt", "damaged: mode 'flow', {{'stages': 'three'"),
-        ("--checkpoint {tmp}/mode.pt", "damaged: mode 'edm'"),
+        ("--checkpoint {tmp}/stages.pt", "'stages': 'three'"),
+        ("--checkpoint {tmp}/mode.pt", "damaged: {{'mode': 'edm'"),
+        ("--checkpoint {tmp}/pyramid.pt", "damaged: {{'mode': 'flow', 'pyramid': 'cube'"),
+        ("--checkpoint {tmp}/shift.pt", "'shift': 0"),
+        ("--checkpoint {tmp}/size.pt", "'size': (16, 0)"),
+        ("--checkpoint {tmp}/sizes.pt", "a size is one number, or height and width, not (16, 16, 16)"),
+        ("--checkpoint {tmp}/space.pt", "its factor is not that of the pyramid in space"),
+        ("--pyramid space-time --checkpoint {weights}", "trained with --pyramid time, not --pyramid space-time"),
+        ("--pyramid space", "train.py --mode flow --stages 3 --pyramid space"),
+        ("--pyramid cube", "--pyramid"),
         ("--checkpoint {tmp}/frames.pt", "'frames': -3"),
         ("--checkpoint {tmp}/classes.pt", "labels or stages are not those of its model"),
         ("--checkpoint {tmp}/nan.pt", "weights that are NaN or infinite"),
@@ -170,6 +240,8 @@ def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monk
     (tmp_path / "cut.pt").write_bytes(places["weights"].read_bytes()[:-1000])
     good = torch.load(places["weights"], weights_only=True)
     wrong = {"old": ("format", 3), "stages": ("stages", "three"), "mode": ("mode", "edm"), "frames": ("frames", -3)}
+    wrong |= {"pyramid": ("pyramid", "cube"), "space": ("pyramid", "space"), "shift": ("shift", 0)}
+    wrong |= {"size": ("size", (16, 0)), "sizes": ("size", (16, 16, 16))}
     wrong |= {
         "other": ("config", {"wings": 2}),
         "classes": ("classes", ["a"]),

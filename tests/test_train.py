@@ -32,11 +32,11 @@ from torch._dynamo.testing import CompileCounter
 
 import sample
 import train
-from checkpoint import load_checkpoint, save
+from checkpoint import load_checkpoint, load_weights, make_pyramid, save
 from cli import TRAINING, choose_device, generator_for
-from data import MovingDigits
+from data import MovingDigits, open_data
 from model import Block, Captured, DiT, DiTConfig
-from tpdiff import Pyramid, align, downsample, draw_nearest, randn
+from tpdiff import Pyramid, align, draw_nearest, randn
 
 # ---- What a step is trained on, and its loss (Algorithm 2)
 
@@ -45,13 +45,13 @@ from tpdiff import Pyramid, align, downsample, draw_nearest, randn
 @pytest.mark.parametrize("stages", [1, 3])
 def test_loss_falls_on_one_batch(mode, stages):
     args = train.make_parser().parse_args([*TINY, "--mode", mode, "--stages", str(stages)])
-    p, data, model = Pyramid(mode, stages), MovingDigits(8, 16), small_model(classes=10, live=False, stages=stages)
+    p, data, model = make_pyramid(mode, stages), MovingDigits(8, 16), small_model(10, live=False, stages=stages)
     x0, labels = torch.stack([data[n][0] for n in range(4)]), torch.tensor([data[n][1] for n in range(4)])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for k in range(stages):
         losses = []
         for _ in range(80):
-            batch = train.draw(x0, labels, 10, k, [0, 1, 2, 3], args)
+            batch = train.draw(x0, labels, 10, p, k, [0, 1, 2, 3], args)
             losses.append(train.training_loss(model, p, *batch, k, args))
             losses[-1].backward()
             optimizer.step()
@@ -71,19 +71,20 @@ class Spy(DiT):
 @pytest.mark.parametrize("alignment", ["assignment", "nearest", "none"])
 def test_training_loss_is_that_of_algorithm_2(mode, alignment):
     args = train.make_parser().parse_args([*TINY, "--align", alignment, "--candidates", "3"])
-    p, data, model = Pyramid(mode, 3), MovingDigits(8, 16), Spy(DiTConfig(width=8, depth=1, heads=1))
+    p, data, model = make_pyramid(mode, 3), MovingDigits(8, 16), Spy(DiTConfig(width=8, depth=1, heads=1))
+    paper = Pyramid(mode, 3)  # whose target in ddim mode is eps_k
     x0 = torch.stack([data[n][0] for n in range(8)])
     for k in range(3):
-        batch = train.draw(x0, torch.full((8,), -1), 0, k, list(range(8)), args)
+        batch = train.draw(x0, torch.full((8,), -1), 0, p, k, list(range(8)), args)
         loss = train.training_loss(model, p, *batch, k, args)
         generators = [generator_for(0, TRAINING, n) for n in range(8)]
         u = torch.stack([torch.rand(2, generator=generator)[0] for generator in generators])
         if alignment == "nearest":
-            noise = draw_nearest(downsample(x0, 2**k), 3, generators)
+            noise = draw_nearest(x0[:, :, :: 2**k], 3, generators)
         else:
             noise = randn((8, 1, 8 // 2**k, 16, 16), generators)
-            noise = align(downsample(x0, 2**k), noise) if alignment == "assignment" else noise
-        x_t, target, t = p.interpolate(*p.endpoints(x0, noise, k), k, u)
+            noise = align(x0[:, :, :: 2**k], noise) if alignment == "assignment" else noise
+        x_t, target, t = paper.interpolate(*paper.endpoints(x0, noise, k), k, u)
         if mode == "ddim":  # the network's error in the velocity, eps_k = sigma x_t + gamma velocity
             gamma, sigma = (value.float().view(-1, 1, 1, 1, 1) for value in p.gamma_sigma(t))
             target = (target - sigma * x_t) / gamma
@@ -108,14 +109,15 @@ def test_noise_and_time_follow_the_seed_and_the_sample_number():
         args = train.make_parser().parse_args([*TINY, "--seed", seed])
         for numbers in ([0, 1], [2, 3]):
             x0, labels = torch.zeros(2, 1, 8, 16, 16), torch.tensor([-1, -1])
-            batch = train.draw(x0, labels, 0, 0, numbers, args)
+            batch = train.draw(x0, labels, 0, Pyramid("flow"), 0, numbers, args)
             losses.add(train.training_loss(small_model(live=False), Pyramid("flow"), *batch, 0, args).item())
     assert len(losses) == 4
 
 
 def test_labels_are_dropped_at_the_given_rate():
     args = train.make_parser().parse_args([*TINY, "--label-dropout", "0.25"])
-    labels = train.draw(torch.zeros(400, 1, 4, 8, 8), torch.full((400,), 7), 10, 2, list(range(400)), args)[3]
+    x0, labels = torch.zeros(400, 1, 4, 8, 8), torch.full((400,), 7)
+    labels = train.draw(x0, labels, 10, Pyramid("flow"), 2, list(range(400)), args)[3]
     assert set(labels.tolist()) == {7, 10} and 0.15 < (labels == 10).float().mean() < 0.35
 
 
@@ -128,15 +130,89 @@ def test_stages_are_drawn_evenly_or_as_the_odds_say_and_by_the_step_alone():
     assert all(abs(noisiest.count(k) - expected) < 100 for k, expected in enumerate((500, 500, 2000)))
 
 
-def test_shifted_times_have_the_given_median_and_a_shift_of_one_changes_nothing():
-    def times(count, *options):
-        args = stage_args(0, *TINY, "--align", "none", *options)
-        return train.draw(torch.zeros(count, 1, 4, 4, 4), torch.full((count,), -1), 0, 2, range(count), args)[2]
+@both_modes
+def test_shifted_times_have_the_given_median_and_a_shift_of_one_changes_nothing(mode, tmp_path):
+    def times(count, stages, k, *options):
+        words = ["--stages", str(stages), "--align", "none", "--mode", mode, *options]
+        args = train.parse_args([*TINY, *words, "--out", str(tmp_path)])[0]
+        p, model = make_pyramid(mode, stages, args.pyramid, args.shift), Spy(DiTConfig(width=8, depth=1, heads=1))
+        x0, labels = torch.zeros(count, 1, 4, 4, 4), torch.full((count,), -1)
+        train.training_loss(model, p, *train.draw(x0, labels, 0, p, k, range(count), args), k, args)
+        return model.asked[1]
 
-    draws = {shift: times(4000, "--time-shift", shift) for shift in ("1", "3")}
-    same = times(9)
-    assert torch.equal(same, draws["1"][:9]) and abs(draws["1"].median() - 0.5) < 0.03
+    draws = {shift: times(4000, 1, 0, "--shift", shift) for shift in ("1", "3")}
+    assert torch.equal(times(9, 1, 0), draws["1"][:9]) and abs(draws["1"].median() - 0.5) < 0.03
     assert abs(draws["3"].median() - 0.75) < 0.03 and 0 <= draws["3"].min() and draws["3"].max() <= 1
+    stage = make_pyramid(mode, 3, shift=3.0)[1]  # within a stage the middle of its unshifted times
+    u = [t / (3 - 2 * t) for t in (stage.t_end, stage.t_start)]
+    middle, drawn = sum(u) / 2, times(4000, 3, 1, "--shift", "3")
+    assert abs(drawn.median() - 3 * middle / (1 + 2 * middle)) < 0.03
+    assert stage.t_end <= drawn.min() and drawn.max() <= stage.t_start + 1e-6
+
+
+# ---- The samples of a step
+
+
+BY_STAGE = ["--batch", "8", "4", "2"]
+
+
+@pytest.mark.parametrize("options", [["--batch", "3"], BY_STAGE, [*BY_STAGE, "--accumulate", "2"]])
+def test_no_sample_number_is_left_out_or_drawn_twice_on_one_rank_or_two(options):
+    args, data = stage_args(0, *options), MovingDigits(8, 16)
+    alone, ranks = train.TrainingBatches(data, args, 0, 1), [train.TrainingBatches(data, args, r, 2) for r in (0, 1)]
+    by_one = [alone.numbers(micro) for micro in range(60)]
+    by_two = [[*ranks[0].numbers(micro), *ranks[1].numbers(micro)] for micro in range(60)]
+    for taken in (by_one, by_two):
+        numbers = list(itertools.chain(*taken))
+        assert numbers == list(range(len(numbers)))
+    sizes = (3, 3, 3) if "3" in options else (2, 4, 8)  # by stage, the flag has the noisiest first
+    stages = [train.draw_stage(micro // args.accumulate, args) for micro in range(60)]
+    assert set(stages) == {0, 1, 2} and [len(numbers) for numbers in by_one] == [sizes[k] for k in stages]
+    assert [len(numbers) for numbers in by_two] == [2 * sizes[k] for k in stages]
+    for micro in (59, 17, 0):  # as after --resume, in any order
+        assert train.TrainingBatches(data, args, 0, 1).numbers(micro) == by_one[micro] == alone.numbers(micro)
+
+
+def test_two_ranks_take_the_numbers_of_one_with_the_doubled_batch_at_every_stage():
+    data, half = MovingDigits(8, 16), stage_args(0, "--batch", "4", "2", "1")
+    ranks = [train.TrainingBatches(data, half, rank, 2) for rank in (0, 1)]
+    whole = train.TrainingBatches(data, stage_args(0, *BY_STAGE), 0, 1)
+    for micro in range(40):
+        assert [*ranks[0].numbers(micro), *ranks[1].numbers(micro)] == list(whole.numbers(micro))
+
+
+@pytest.mark.parametrize("pyramid", ["time", "space", "space-time"])
+def test_a_batch_is_as_large_as_its_stage_asks_and_its_noise_is_of_the_stage_s_shape(pyramid):
+    options = ["--pyramid", pyramid, *BY_STAGE, "--patch", "4", "--frames", "13", "--size", "16", "32"]
+    for k, (count, frames, divisor) in enumerate([(2, 13, 1), (4, 7, 2), (8, 4, 4)]):
+        x0, noise, u, y = next(small_state(*options, stage=k)[2])
+        rows, columns = (16, 32) if pyramid == "time" else (16 // divisor, 32 // divisor)
+        assert x0.shape == (count, 1, 13, 16, 32) and u.shape == y.shape == (count,)
+        assert noise.shape == (count, 1, 13 if pyramid == "space" else frames, rows, columns)
+
+
+@pytest.mark.parametrize("pyramid", ["time", "space-time"])
+def test_single_pictures_train_on_three_stages_and_are_sampled(pyramid, tmp_path):
+    words = ["--pyramid", pyramid, "--patch", "4", "--steps", "8", "--log-interval", "8"]
+    content = run_training(tmp_path, *words, "--frames", "1")
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").open())
+    assert all(loss > 0 for loss in row["loss_by_stage"]) and not content["config"]["temporal"]
+    weights = load_weights(tmp_path / "weights.pt")
+    made = sample.generate(weights, weights.make_pyramid(), None, 2, 3, precision="fp32")
+    assert made.shape == (2, 1, 1, 16, 16) and made.isfinite().all()
+
+
+@both_modes
+def test_a_video_model_learns_from_single_pictures_at_every_stage_of_its_pyramid(mode):
+    p, model = make_pyramid(mode, 3, "space-time"), small_model(factor=(2, 2, 2))
+    args, x0 = stage_args(0), torch.stack([MovingDigits(1, 16)[n][0] for n in range(4)])
+    for k in range(3):
+        batch = train.draw(x0, torch.full((4,), -1), 0, p, k, range(4), args)
+        loss = train.training_loss(model, p, *batch, k, args)
+        model.zero_grad()
+        loss.backward()
+        assert batch[1].shape == (4, 1, 1, 16 // 2**k, 16 // 2**k)
+        assert loss.isfinite() and model.embed_stage.weight.grad[k].abs().max() > 0
 
 
 # ---- Steps
@@ -201,12 +277,16 @@ def test_compile_makes_one_graph_a_stage(tmp_path, monkeypatch):
     assert counter.frame_count == len(drawn) == 3
 
 
+SPACE = "--pyramid space-time --shift 2 --batch 8 4 2 --patch 4 --size 16 32 --frames 13"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
-@pytest.mark.parametrize("option", ["--steps=10", "--compile", "--gradient-checkpointing", "--precision=bf16"])
+@pytest.mark.parametrize("option", ["--steps=10", "--compile", "--gradient-checkpointing", "--precision=bf16", SPACE])
 @pytest.mark.parametrize("classes", [MovingDigits.classes, ()])
 def test_captured_model_has_the_gradients_of_the_model(option, classes, monkeypatch):
     monkeypatch.setattr(MovingDigits, "classes", classes)
-    args, data = train.make_parser().parse_args([*TINY, option]), MovingDigits(8, 16)
+    args = train.make_parser().parse_args([*TINY, *option.split()])
+    data, p = open_data(args), make_pyramid(args.mode, args.stages, args.pyramid, args.shift)
     state = train.make_state(train.make_model(data, args), args, choose_device(), None)
     captured, parameters = train.fast_form(state.model, args, choose_device()), list(state.model.parameters())
     assert isinstance(captured, Captured)
@@ -216,7 +296,7 @@ def test_captured_model_has_the_gradients_of_the_model(option, classes, monkeypa
         batch = next(train.make_batches(data, args, 0, 0, 1, choose_device(), k))
         gradients = []
         for model in (captured, state.model):
-            loss = train.training_loss(model, Pyramid("flow"), *batch, k, args)
+            loss = train.training_loss(model, p, *batch, k, args)
             loss.backward()
             gradients.append([loss.detach(), *(parameter.grad.clone() for parameter in parameters)])
             state.model.zero_grad()
@@ -309,18 +389,18 @@ def train_as_rank(rank: int, world: int, port: int, out: Path, options: list[str
 
 
 def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path):
-    options = ["--steps", "4", "--align", "none"]
+    options, twice = ["--steps", "4", "--align", "none", "--batch", "4", "2", "1"], ["--batch", "8", "4", "2"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(train_as_rank, (2, port, tmp_path, options), nprocs=2)
     ranks = [torch.load(tmp_path / str(rank) / "checkpoint.pt", weights_only=True) for rank in (0, 1)]
     assert_same_weights(*ranks)
-    one = run_training(tmp_path / "one", *options, "--batch", "8")
+    one = run_training(tmp_path / "one", *options, *twice)
     assert_same_weights(ranks[0], one, atol=2e-5)
     accumulated = run_training(tmp_path / "accumulated", *options, "--accumulate", "2")
     assert_same_weights(accumulated, one, atol=2e-5)
-    other = run_training(tmp_path / "other", *options, "--batch", "8", "--seed", "1")
+    other = run_training(tmp_path / "other", *options, *twice, "--seed", "1")
     with pytest.raises(AssertionError):
         assert_same_weights(other, one, atol=1e-3)
 
@@ -405,11 +485,25 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--frames 10", "--frames 10 does not divide by 4"),
-        ("--size 30", "--size 30 does not divide by --patch 4"),
+        ("--size 30", "--size 30 must divide by [4, 4]: --patch 4, 3 stages in time"),
+        ("--size 16 30", "--size (16, 30) must divide by [4, 4]"),
+        ("--size 24 --pyramid space", "--size 24 must divide by [16, 16]: --patch 4, 3 stages in space"),
+        (
+            "--size 24 16 --pyramid space-time",
+            "--size (24, 16) must divide by [16, 16]: --patch 4, 3 stages in space-t",
+        ),
+        ("--size 30 --pyramid space --stages 2 --patch 6", "must divide by [12, 12]: --patch 6, 2 stages in space"),
+        ("--size 16 16 16", "a size is one number, or height and width, not (16, 16, 16)"),
+        ("--size 16 0", "--size"),
+        ("--batch 8 4", "--batch needs one number, or one for each of --stages 3, not (8, 4)"),
+        ("--batch 8 4 2 1", "--batch needs one number, or one for each of --stages 3, not (8, 4, 2, 1)"),
+        ("--batch 8 4 0", "--batch"),
+        ("--pyramid cube", "--pyramid"),
         ("--stage-odds 2 1", "--stage-odds needs a number up to 1000 for each of --stages 3"),
         ("--stage-odds 2 1 0", "--stage-odds"),
-        ("--time-shift 0", "--time-shift"),
+        ("--shift 0", "--shift"),
+        ("--shift nan", "--shift"),
+        ("--time-shift 3", "--time-shift"),
         ("--stage-odds 2 1 5000", "--stage-odds needs a number up to 1000"),
         ("--steps 0", "--steps"),
         ("--stages -1", "--stages"),
@@ -420,13 +514,13 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path
         ("--lr nan", "--lr"),
         ("--width 30", "30"),
         ("--size 8 --patch 4", "size >= 16"),
+        ("--size 8 32 --patch 4", "size >= 16, frames and digits >= 1, not (8, 32)"),
         ("--data {tmp}/gone", "gone is not a folder"),
         ("--data {tmp}/nothing", "0 files found"),
         ("--resume", "checkpoint.pt does not exist"),
         ("--frames 0", "--frames"),
         ("--frames -4", "--frames"),
         ("--frames 1.5", "--frames"),
-        ("--frames 1", "--frames 1 does not divide by 4"),
         ("--size 0", "--size"),
         ("--patch 0", "--patch"),
         ("--depth 0", "--depth"),
@@ -436,7 +530,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path
         ("--steps 1e3", "--steps"),
         ("--seed -1", "--seed"),
         ("--seed 99999999999999999999", "--seed"),
-        ("--stages 40", "does not divide by 549755813888"),
+        ("--stages 40 --pyramid space", "must divide by [2199023255552, 2199023255552]: --patch 4, 40 stages in space"),
         ("--ema 2", "--ema"),
         ("--clip -1", "--clip"),
         ("--label-dropout 1.5", "--label-dropout"),
