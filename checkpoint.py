@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from data import height_width
 from model import DiT, DiTConfig
 from tpdiff import Pyramid
 
@@ -84,9 +83,11 @@ def load_file(path: Path, *keys: str) -> dict:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
     content = {"pyramid": "time", "shift": 1.0} | content  # older ones are of the paper's pyramid
     head = {name: content[name] for name in ("mode", "pyramid", "shift", "stages", "frames", "size")}
-    numbers = [content["stages"], content["frames"], *height_width(content["size"])]
-    known = content["mode"] in ("flow", "ddim") and content["pyramid"] in FACTORS
-    if not known or not all(type(n) is int and n > 0 for n in numbers) or not 0 < content["shift"] < math.inf:
+    size, shift = content["size"], content["shift"]
+    numbers = [content["stages"], content["frames"], *(size if isinstance(size, tuple) and len(size) == 2 else [size])]
+    known = content["mode"] in ("flow", "ddim") and content["pyramid"] in list(FACTORS)
+    known = known and isinstance(shift, int | float) and 0 < shift < math.inf
+    if not known or not all(type(n) is int and n > 0 for n in numbers):
         raise ValueError(f"{path} is damaged: {head}")
     return content
 

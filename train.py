@@ -140,6 +140,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     if any(length % divisor for length, divisor in zip(height_width(args.size), divisors, strict=True)):
         why = f"--patch {args.patch}, {stages} stages in {args.pyramid}"
         raise ValueError(f"--size {args.size} must divide by {divisors}: {why}")
+    make_pyramid(args.mode, args.stages, args.pyramid, args.shift)  # refuses stages that the schedule has no noise for
     return args, checkpoint
 
 

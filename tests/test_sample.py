@@ -217,7 +217,10 @@ def test_21_frames_train_and_sample_on_three_stages(mode, tmp_path, capsys):
         ("--checkpoint {tmp}/pyramid.pt", "damaged: {{'mode': 'flow', 'pyramid': 'cube'"),
         ("--checkpoint {tmp}/shift.pt", "'shift': 0"),
         ("--checkpoint {tmp}/size.pt", "'size': (16, 0)"),
-        ("--checkpoint {tmp}/sizes.pt", "a size is one number, or height and width, not (16, 16, 16)"),
+        ("--checkpoint {tmp}/sizes.pt", "'size': (16, 16, 16)"),
+        ("--checkpoint {tmp}/no-size.pt", "'size': None"),
+        ("--checkpoint {tmp}/shift-text.pt", "'shift': 'x'"),
+        ("--checkpoint {tmp}/pyramids.pt", "'pyramid': ['time']"),
         ("--checkpoint {tmp}/space.pt", "its factor is not that of the pyramid in space"),
         ("--pyramid space-time --checkpoint {weights}", "trained with --pyramid time, not --pyramid space-time"),
         ("--pyramid space", "train.py --mode flow --stages 3 --pyramid space"),
@@ -241,7 +244,8 @@ def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monk
     good = torch.load(places["weights"], weights_only=True)
     wrong = {"old": ("format", 3), "stages": ("stages", "three"), "mode": ("mode", "edm"), "frames": ("frames", -3)}
     wrong |= {"pyramid": ("pyramid", "cube"), "space": ("pyramid", "space"), "shift": ("shift", 0)}
-    wrong |= {"size": ("size", (16, 0)), "sizes": ("size", (16, 16, 16))}
+    wrong |= {"size": ("size", (16, 0)), "sizes": ("size", (16, 16, 16)), "no-size": ("size", None)}
+    wrong |= {"shift-text": ("shift", "x"), "pyramids": ("pyramid", ["time"])}
     wrong |= {
         "other": ("config", {"wings": 2}),
         "classes": ("classes", ["a"]),

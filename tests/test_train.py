@@ -495,6 +495,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path
         ("--size 30 --pyramid space --stages 2 --patch 6", "must divide by [12, 12]: --patch 6, 2 stages in space"),
         ("--size 16 16 16", "a size is one number, or height and width, not (16, 16, 16)"),
         ("--size 16 0", "--size"),
+        ("--mode ddim --stages 40", "use fewer stages"),
         ("--batch 8 4", "--batch needs one number, or one for each of --stages 3, not (8, 4)"),
         ("--batch 8 4 2 1", "--batch needs one number, or one for each of --stages 3, not (8, 4, 2, 1)"),
         ("--batch 8 4 0", "--batch"),
