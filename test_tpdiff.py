@@ -306,7 +306,10 @@ def test_a_shift_places_times_and_steps_evenly_in_unshifted_time():
         assert calls == pytest.approx(t.flip(0)[:-1].tolist())
     shares = [Pyramid("flow", 3, shift=shift).lengths[2] for shift in (1, 3, 5, 8)]
     assert shares == pytest.approx([1 / 3, 0.6, 5 / 7, 0.8])
-    assert split_steps(30, 3, Pyramid("flow", 3, shift=3).lengths) == [19, 7, 4]
+    p, stages = Pyramid("flow", 3, shift=3), []
+    assert split_steps(30, 3, p.lengths) == [19, 7, 4]
+    p.sample(lambda x, t, k: (stages.append(k), x)[1], (1, 1, 4, 1, 1), 30)
+    assert [stages.count(k) for k in (2, 1, 0)] == [19, 7, 4]
     assert split_steps(4, 3, (0.98, 0.01, 0.01)) == [1, 1, 2]
 
 
@@ -666,10 +669,17 @@ def test_results_are_float32_at_least_and_samples_of_the_dtype_asked_for(mode, d
 
     assert p.sample(predict, x0.shape, steps=2, dtype=dtype).dtype == dtype
     assert seen == {(dtype, precise)}
+    first, still = [], Pyramid("flow", 1)  # the first noise, drawn before predict's dtype rounds it
+
+    def keep(x, t, k):
+        first.append(x)
+
+    still.sample(lambda x, t, k: 0 * x, (1, 1, 9), 1, generator=seeded(), dtype=dtype, callback=keep)
+    assert torch.equal(first[0], torch.randn(1, 1, 9, generator=seeded(), dtype=precise))
 
     # between steps in float32, so that small steps are not lost
     one = torch.ones(1, 1, 1, 1, 1)
-    landed = Pyramid("flow", 1).integrate(lambda x, t, k: 0 * x + 0.5, one, 0, 500, dtype=dtype)
+    landed = Pyramid("flow", 1).integrate(lambda x, t, k: 0 * x + 0.5, one.to(dtype), 0, 500)
     assert landed.item() == pytest.approx(0.5, abs=1e-4)
 
 
@@ -888,6 +898,8 @@ scale * h * h / (2 * before[0]) -> scale * h * h / before[0]
 sigmas[i + 1] * slope, gammas[i + 1] -> sigmas[i + 1] * slope, gammas[i]
 _called_back(callback, following, times[i + 1], k) -> _called_back(callback, following, times[i], k)
 self[k - 1].t_start, k - 1) -> self[k].t_end, k - 1)
+split_steps(steps, self.stages, self.lengths) -> split_steps(steps, self.stages)
+dtype or x.dtype, _precise(x) -> dtype or x.dtype, x
 counts[0] += max -> counts[-1] += max
 math.floor(steps * n + 1e-9) -> math.floor(steps * n)
 counts[counts.index(max(counts))] -= 1 -> counts[0] -= 1
