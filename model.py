@@ -93,15 +93,19 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (..., heads, tokens, d): written out on CPU and for few tokens, else torch's
-    fused kernel.
+    """softmax(q k^T / sqrt(d)) v over (..., heads, tokens, d): written out for few tokens, else by torch's fused
+    kernel, whose memory grows with the tokens and not with their square.
 
-    That takes 5 to 10 times as long on a CPU, forward plus backward, and on an H100 1.5 times as long at 16 tokens,
-    0.8 times at 64.
+    The number of tokens alone decides, so that a run can be repeated. `python -m experiments.speed attention` measured
+    it: on an H100 writing out pays up to 16 tokens. On a CPU it pays up to 64 in fp32 and up to 128 in bf16, which the
+    fused kernel works in 3 to 15 times as slowly as in fp32.
     """
-    on_cpu = q.device.type == "cpu"
-    if q.shape[-2] > 16 and not on_cpu:
-        return fused_attention(q, k, v)
+    tokens, on_cpu, is_bf16 = q.shape[-2], q.device.type == "cpu", q.dtype == torch.bfloat16
+    if tokens > ((128 if is_bf16 else 64) if on_cpu else 16):
+        if not (on_cpu and is_bf16):
+            return fused_attention(q, k, v)
+        with torch.autocast("cpu", enabled=False):
+            return fused_attention(q.float(), k.float(), v.float()).to(v.dtype)
     scores = q * q.shape[-1] ** -0.5 @ k.mT
     if on_cpu and scores.shape[-1] * scores.element_size() < 64:  # torch's softmax is scalar on rows below a vector
         return scores.movedim(-1, 0).softmax(dim=0).movedim(0, -1) @ v

@@ -31,6 +31,8 @@ REAL_ENDS = 10**6  # the first of them that sampling goes on from; below are the
 # Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 to 0.68 times as long as
 # one of vanilla (of two stages about 0.8, of four 0.54), so all runs have about equal time, but for -long, which have
 # four times as much; `training` measures it for three.
+SPACE = "--stages 3 --pyramid space --batch 32 16 4 --steps 2300"  # small clips take as long as a large one, so more
+SPACE_TIME = "--stages 3 --pyramid space-time --batch 32 16 4 --steps 3300"
 RUNS = {
     "flow-3": "--mode flow --stages 3 --steps 3000 --seed 1",
     "flow-1": "--mode flow --stages 1 --steps 1900 --seed 1",
@@ -38,6 +40,16 @@ RUNS = {
     "ddim-1": "--mode ddim --stages 1 --steps 1900 --seed 1",
     "flow-3-seed-2": "--mode flow --stages 3 --steps 3000 --seed 2",
     "flow-1-seed-2": "--mode flow --stages 1 --steps 1900 --seed 2",
+    "ddim-3-seed-2": "--mode ddim --stages 3 --steps 3000 --seed 2",
+    "ddim-1-seed-2": "--mode ddim --stages 1 --steps 1900 --seed 2",
+    "flow-3-space": f"--mode flow {SPACE} --seed 1",
+    "flow-3-space-seed-2": f"--mode flow {SPACE} --seed 2",
+    "ddim-3-space": f"--mode ddim {SPACE} --seed 1",
+    "ddim-3-space-seed-2": f"--mode ddim {SPACE} --seed 2",
+    "flow-3-space-time": f"--mode flow {SPACE_TIME} --seed 1",
+    "flow-3-space-time-seed-2": f"--mode flow {SPACE_TIME} --seed 2",
+    "ddim-3-space-time": f"--mode ddim {SPACE_TIME} --seed 1",
+    "ddim-3-space-time-seed-2": f"--mode ddim {SPACE_TIME} --seed 2",
     "flow-3-nearest": "--mode flow --stages 3 --steps 3000 --seed 1 --align nearest",
     "flow-3-none": "--mode flow --stages 3 --steps 3000 --seed 1 --align none",
     "ddim-3-none": "--mode ddim --stages 3 --steps 3000 --seed 1 --align none",
