@@ -30,6 +30,7 @@ class DiTConfig:
     classes: int = 0  # 0: unconditional
     factor: tuple[int, int, int] = (2, 1, 1)  # what each stage divides time, height and width by
     temporal: bool = True  # False: an image model, whose blocks lack the temporal attention
+    convolution: bool = False  # True: each MLP sees a patch's neighbours too, through a 3x3 depthwise convolution
 
     def __post_init__(self):
         for name in ("channels", "patch", "width", "depth", "heads", "stages"):
@@ -145,19 +146,21 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Spatial attention, temporal attention, MLP; adaLN-Zero on each, so that a new block is the identity.
 
-    The temporal attention has its own `temporal_condition`; an image model has neither."""
+    The temporal attention has its own `temporal_condition`; an image model has neither. Of `convolution` the MLP's
+    input is a patch plus what a 3x3 convolution, one filter a channel, adds of its neighbours: at first nothing."""
 
-    def __init__(self, width: int, heads: int, temporal: bool = True):
+    def __init__(self, width: int, heads: int, temporal: bool = True, convolution: bool = False):
         super().__init__()
         self.spatial = Attention(width, heads, dim=2)
         self.temporal = Attention(width, heads, dim=1) if temporal else None
+        self.neighbours = nn.Conv2d(width, width, 3, padding=1, groups=width) if convolution else None
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.condition = nn.Linear(width, 6 * width)
         self.temporal_condition = nn.Linear(width, 3 * width) if temporal else None
 
-    def forward(self, x: Tensor, condition: Tensor, space: Tensor, time: Tensor) -> Tensor:
-        """x (B, T, N, D), condition (B, D), rotations by place and by time. The time enters the temporal attention
-        alone, so with that attention's gate at zero a video model is its image model on every frame."""
+    def forward(self, x: Tensor, condition: Tensor, space: Tensor, time: Tensor, rows: int) -> Tensor:
+        """x (B, T, N, D) of N patches in `rows`, condition (B, D), rotations by place and by time. The time enters the
+        temporal attention alone: with that attention's gate at zero a video model is its image model on every frame."""
         parts = self.condition(condition)[:, None, None].to(x.dtype).chunk(6, dim=-1)  # 6 x (B, 1, 1, D)
         shift, scale, gate = parts[:3]
         x = torch.addcmul(x, gate, self.spatial(modulate(x, shift, scale), space))
@@ -165,7 +168,11 @@ class Block(nn.Module):
             shift, scale, gate = self.temporal_condition(condition)[:, None, None].to(x.dtype).chunk(3, dim=-1)
             x = torch.addcmul(x, gate, self.temporal(modulate(x, shift, scale), time))
         shift, scale, gate = parts[3:]
-        return torch.addcmul(x, gate, self.mlp(modulate(x, shift, scale)))
+        y = modulate(x, shift, scale)
+        if self.neighbours is not None:
+            frames = y.unflatten(2, (rows, -1)).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, D, rows, columns)
+            y = y + self.neighbours(frames).permute(0, 2, 3, 1).reshape(y.shape)
+        return torch.addcmul(x, gate, self.mlp(y))
 
 
 class DiT(nn.Module):
@@ -180,7 +187,8 @@ class DiT(nn.Module):
         self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_stage = nn.Embedding(config.stages, width)
         self.embed_label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.blocks = nn.ModuleList(Block(width, config.heads, config.temporal) for _ in range(config.depth))
+        shape = width, config.heads, config.temporal, config.convolution
+        self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.depth))
         self.final_condition = nn.Linear(width, 2 * width)
         self.unembed = nn.Linear(width, pixels)
         self._initialize()
@@ -192,6 +200,9 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.5)  # as large as the time embedding, so that labels count early
+            elif isinstance(module, nn.Conv2d):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
         # adaLN-Zero: all gates start at 0, so every block is the identity and the output is 0.
         conditions = [module for name, module in self.named_modules() if name.endswith("condition")]
         for linear in [*conditions, self.unembed]:
@@ -266,9 +277,9 @@ class DiT(nn.Module):
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-                x = checkpoint(block, x, condition, space, time, **options)
+                x = checkpoint(block, x, condition, space, time, rows, **options)
             else:
-                x = block(x, condition, space, time)
+                x = block(x, condition, space, time, rows)
         shift, scale = self.final_condition(condition)[:, None, None].to(x.dtype).chunk(2, dim=-1)
         x = self.unembed(modulate(x, shift, scale)).to(dtype)  # the clip's own, also under autocast
 

@@ -78,6 +78,8 @@ def make_parser() -> cli.Parser:
     add("--width", type=positive_int, default=96, help="channels of a token")
     add("--depth", type=positive_int, default=4, help="blocks")
     add("--heads", type=positive_int, default=4, help="attention heads")
+    convolution = "a 3x3 convolution in each MLP, so that patches see their neighbours: for real clips"
+    add("--convolution", action="store_true", help=convolution)
     add = parser.add_argument_group("optimization").add_argument
     steps = "optimizer steps; a new number on --resume re-draws the learning rate's curve"
     add("--steps", type=positive_int, default=3000, help=steps)
@@ -279,7 +281,7 @@ def make_model(dataset: Dataset, args: Namespace) -> DiT:
     """A new model; of clips of one frame an image model."""
     torch.manual_seed(args.seed)
     shape = dataset.channels, args.patch, args.width, args.depth, args.heads, args.stages, len(dataset.classes)
-    return DiT(DiTConfig(*shape, FACTORS[args.pyramid], temporal=args.frames > 1))
+    return DiT(DiTConfig(*shape, FACTORS[args.pyramid], args.frames > 1, args.convolution))
 
 
 def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: dict | None) -> State:
