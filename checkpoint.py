@@ -3,7 +3,7 @@
 A run's folder holds
   checkpoint.pt           the newest state, to resume from
   checkpoint-previous.pt  the one before it
-  checkpoint-best.pt      the one with the lowest training loss on the way to it
+  checkpoint-best.pt      the one with the lowest loss on the clips held out, or else in training on the way to it
   weights.pt              the weights' moving average (EMA) in bf16, to sample from
   metrics.jsonl           a row of losses every few steps
 
@@ -16,14 +16,17 @@ import math
 import os
 import shutil
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from data import height_width
 from model import DiT, DiTConfig
 from tpdiff import Pyramid
 
@@ -39,6 +42,14 @@ def make_pyramid(mode: str, stages: int, pyramid: str = "time", shift: float = 1
     paper, which finetunes a model that predicts noise: trained from scratch on noise, no digit stayed legible."""
     prediction = {"flow": None, "ddim": "velocity"}[mode]
     return kind(mode, stages, factor=FACTORS[pyramid], shift=shift, prediction=prediction)
+
+
+def check_size(args: Namespace) -> None:
+    """Raises ValueError if height and width do not divide into patches at every stage."""
+    divisors = [args.patch * n ** (args.stages - 1) for n in FACTORS[args.pyramid][1:]]
+    if any(length % divisor for length, divisor in zip(height_width(args.size), divisors, strict=True)):
+        why = f"--patch {args.patch}, {args.stages} stages in {args.pyramid}"
+        raise ValueError(f"--size {args.size} must divide by {divisors}: {why}")
 
 
 def run_name(mode: str, stages: int, pyramid: str) -> str:
@@ -64,6 +75,12 @@ class Weights:
     def make_pyramid(self, kind: type = Pyramid) -> Pyramid:
         """The pyramid that the model was trained on."""
         return make_pyramid(self.mode, self.stages, self.pyramid, self.shift, kind)
+
+
+def weights_of(state, dataset: Dataset, args: Namespace) -> Weights:
+    """The EMA weights of a run's `state` (train.State), as sampling takes them."""
+    head = args.mode, args.stages, args.frames, args.size, tuple(dataset.classes), state.step
+    return Weights(state.ema, *head, args.latent_scale if dataset.latent else None, args.pyramid, args.shift)
 
 
 def load_file(path: Path, *keys: str) -> dict:
@@ -100,6 +117,23 @@ def load_checkpoint(path: Path) -> dict:
         previous = path.with_name("checkpoint-previous.pt")
         advice = f"; {previous} is the one before it, and can be copied there" if previous.exists() else ""
         raise ValueError(f"{error}{advice}") from None
+
+
+def args_to_resume(
+    parser: ArgumentParser, argv: list[str] | None, out: Path, free: Sequence[str]
+) -> tuple[Namespace, dict]:
+    """The run's own arguments, those in `free` as `argv` has them, and its checkpoint. Raises ValueError if `argv`
+    would change another."""
+    checkpoint = load_checkpoint(out / "checkpoint.pt")
+    if checkpoint["args"].get("time_shift", 1.0) != 1 and checkpoint["args"]["stages"] > 1:
+        raise ValueError(f"{out} was trained with --time-shift, a shift of each stage that is no more: start anew")
+    parser.set_defaults(**{"shift": checkpoint["args"].pop("time_shift", 1.0)} | checkpoint["args"])
+    args = parser.parse_args(argv)
+    for name in vars(args).keys() - set(free):
+        was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
+        if was != now:
+            raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
+    return args, checkpoint
 
 
 def restore(state, content: dict) -> None:
@@ -201,14 +235,14 @@ def keep_as(path: Path, name: str) -> None:
     os.replace(aside, path.with_name(name))
 
 
-def save(state, dataset: Dataset, args: Namespace, world: int) -> None:
+def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[float] | None = None) -> None:
     """Writes a run's `state` (train.State): weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt
-    to resume from. The one before it stays as checkpoint-previous.pt, and the one with the lowest training loss on the
-    way to it as checkpoint-best.pt. Raises OSError."""
+    to resume from. The one before it stays as checkpoint-previous.pt, and the one with the lowest loss, the mean of the
+    stages' `held_out` or else of their training losses on the way to it, as checkpoint-best.pt. Raises OSError."""
     newest, best = args.out / "checkpoint.pt", state.best
     sums, counts = state.since_judged
-    if counts.all():
-        state.best = min((sums / counts).mean().item(), best)
+    if held_out or counts.all() and not args.held_out:
+        state.best = min(mean(held_out) if held_out else (sums / counts).mean().item(), best)
         state.since_judged.zero_()
     head = {"format": FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
@@ -237,9 +271,11 @@ def start_metrics(path: Path, step: int) -> None:
     path.write_text("".join(row + "\n" for row in kept))
 
 
-def write_metrics(path: Path, state, lr: float, rate: float, first: bool) -> float | None:
+def write_metrics(
+    path: Path, state, lr: float, rate: float, first: bool, held_out: list[float] | None = None
+) -> float | None:
     """Appends a row of the losses of `state` (train.State) and returns its loss: the means since the last row, over the
-    ranks, in all and by stage."""
+    ranks, in all and by stage; and, if they were measured, those by stage on the clips held out."""
     if dist.is_initialized():
         dist.all_reduce(state.losses)
     sums, counts = state.losses.tolist()
@@ -249,6 +285,7 @@ def write_metrics(path: Path, state, lr: float, rate: float, first: bool) -> flo
     by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
     row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
     row |= {"clips_per_second": round(rate, 2), "seconds": round(state.seconds, 2), "skipped": state.skipped}
+    row |= {"held_out_by_stage": held_out} if held_out else {}
     if first:
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -73,21 +73,40 @@ def generator_for(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def choose_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def add_device(add: Callable) -> None:
+    """Gives a parser the option --device."""
+    device = "auto: an NVIDIA or AMD GPU (cuda) if there is one, else the CPU; Apple's mps was never tried"
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help=device)
 
 
-def start_processes() -> tuple[int, int, torch.device]:
+def device_type(name: str) -> str:
+    """ "cpu", "cuda" or "mps", as --device has it. Raises ValueError if there is none such."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, True):
+        raise ValueError(f"--device {name}: this torch, {torch.__version__}, finds none")
+    return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device that --device names, of several GPUs this process's. Raises ValueError if there is none such."""
+    kind = device_type(name)
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
     """(rank, number of processes, device), joined through torchrun's environment if it is there."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
+    kind = device_type(name)
+    if kind == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"process {local} of this machine finds {gpus} GPU(s): start no more processes than GPUs")
         torch.cuda.set_device(local)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return rank, world, choose_device()
+        if kind == "mps":
+            raise ValueError("--device mps works alone: start train.py without torchrun")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return rank, world, choose_device(name)
 
 
 def in_turn(rank: int, make: Callable):
@@ -122,6 +141,11 @@ def keep_memory() -> None:
 def is_out_of_memory(error: Exception) -> bool:
     """On a GPU or a CPU, whose allocator raises a RuntimeError like many others."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return "not enough memory" if is_out_of_memory(error) else (str(error) or repr(error)).splitlines()[0]
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

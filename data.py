@@ -9,8 +9,9 @@ import argparse
 import hashlib
 import json
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache, reduce
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from video import SUFFIXES, DataError, Source, find_sources, open_latent, read_images
+from video import NO_TIMES, SUFFIXES, DataError, Source, find_sources, import_av, open_latent, read_images
+
+HELD_OUT_SEED = 2**40  # of digits; --seed is below 2^63, and seldom this
 
 
 def _random(*seed: int) -> np.random.Generator:
@@ -104,15 +107,17 @@ class FolderClips(Dataset):
     """Random windows of the clips under a folder, searched recursively, (C, frames, H, W): animated GIF, WebP and
     APNG, folders of numbered stills, videos (with PyAV), or latents (C, T, H, W) in .npy and .pt files.
 
-    Pictures are RGB on white, or grey; cropped at their centre to the shape wanted and resized. Latents are cropped at
-    their centre and have no range. Every epoch goes through the clips in a new order. What cannot be used is counted in
-    `summary`; a file that turns out damaged past its header is named in a warning and passed over.
+    Frame j of a window is the picture that is on the screen half a period after `start + j * frame_stride` periods,
+    where a period is 1 / fps seconds, or by default what the file's pictures most often last (video.py). Pictures are
+    RGB on white, or grey; cropped at their centre to the shape wanted and resized. Latents are cropped at their centre
+    and have no range. Every epoch goes through the clips in a new order. What cannot be used is named in `summary` with
+    its reason; a file that turns out damaged or changed when it is read is named in a warning and passed over.
     Raises DataError if the folder does not exist, holds nothing usable or mixes pictures with latents.
     """
 
     folder: str | Path
     frames: int = 16
-    size: int | tuple[int, int] = 32  # one number for a square, or height and width
+    size: int | tuple[int, int] | None = 32  # one number for a square, or height and width; None: 32, or whole latents
     seed: int = 0
     labels: bool = False  # True: the folder's sub-folders are the classes
     frame_stride: int = 1  # frames of a clip from one frame of a window to the next
@@ -121,42 +126,72 @@ class FolderClips(Dataset):
     latent_scale: float = 1.0  # what latents are multiplied by
     index: Path | None = None  # a file that keeps what the headers said, so that the next start is quick
     cache_bytes: int = 2**30  # of decoded frames that are kept
+    fps: float | None = None  # the rate at which frames are counted; None: each file's own
+    from_start: bool = False  # True: all windows begin with their clip, whose first latent alone stands for one frame
+    held_out: float = 0.0  # the share of the clips, by file, that is kept for validation
+    validation: bool = False  # True: these are the clips that are kept, not the others
 
     def __post_init__(self):
         name, self.folder = self.folder, Path(self.folder)
         self.span = (self.frames - 1) * self.frame_stride + 1
-        self.cache, self.room, counts = {}, self.cache_bytes, Counter()
+        height_width(self.size or 1)  # raises what is no size
+        self.cache, self.room, self.passed_over = {}, self.cache_bytes, Counter()
         found = find_sources(self.folder, self.index, series=self.span > 1)
-        reasons = [self._reason_to_skip(source) for source in found]
-        self.sources = [source for source, reason in zip(found, reasons, strict=True) if reason is None]
-        for source, reason in zip(found, reasons, strict=True):
-            counts[reason] += len(source.files)
-        files, used = counts.total(), counts.pop(None, 0)
-        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
-        broken = ", ".join(str(source.files[0]) for source in found if source.kind == "broken")
-        skipped += f" ({broken})" if broken else ""
+        found = [source.at_rate(self.fps) if self.fps and source.unit else source for source in found]
+        moving = {source.files[0].parent for source in found if source.kind in ("video", "animation")}
+        self.sources, skipped = [], defaultdict(list)
+        for source in found:
+            reason = self._reason_to_skip(source, moving)
+            self.sources += [source] if reason is None else []
+            skipped[reason].extend(source.files)
+        skipped.pop(None, None)
+        if self.held_out:
+            self.sources = self._part(sorted(self.sources, key=lambda source: self._hash(source)))
+        whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items())]
+        files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
-        self.summary = f"{name}: {files} files found, {used} used, {clips}; skipped: {skipped}"
+        self.summary = f"{name}: {files} files found, {used} used, {clips}"
         if not self.sources:
-            raise DataError(f"{self.summary}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
+            why = f"skipped: {'; '.join(whys) or 'none'}"
+            raise DataError(f"{self.summary}; {why}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
         self._settle_channels()
+        self.summary += f" ({self._kinds()}); skipped: {'; '.join(whys) or 'none'}{self._warnings()}"
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]
         self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
 
-    def _reason_to_skip(self, source: Source) -> str | None:
+    def _reason_to_skip(self, source: Source, moving: set[Path]) -> str | None:
         if source.kind == "broken":
-            return "that cannot be decoded"
-        if source.frames == 1 and self.span > 1:
-            return "stills"
+            return f"that {source.note}"
+        if source.kind == "stills" and self.span > 1:
+            if source.frames == 1:
+                return "stills"
+            if source.files[0].parent in moving:
+                return "stills beside videos or animations"
+        if self.fps and not source.unit:
+            return NO_TIMES
         if source.frames < self.span:
             return f"shorter than {self.span} frames"
-        height, width = height_width(self.size)
-        if source.kind == "latent" and (source.height < height or source.width < width):
-            return f"latents smaller than {self.size}"
+        if source.kind == "latent" and self.size is not None:
+            height, width = height_width(self.size)
+            if source.height < height or source.width < width:
+                return f"latents smaller than {self.size}"
         if self.labels and self._class_name(source) is None:
             return "in no sub-folder, so without a label"
         return None
+
+    def _few(self, files: list[Path]) -> str:
+        """The names of the first three."""
+        return ", ".join(str(file.relative_to(self.folder)) for file in files[:3]) + ", ..." * (len(files) > 3)
+
+    def _hash(self, source: Source) -> bytes:
+        return hashlib.sha256(str(source.files[0].relative_to(self.folder)).encode()).digest()
+
+    def _part(self, sources: list[Source]) -> list[Source]:
+        """The clips that are held out, or the others, in the order of their names."""
+        count = max(1, round(self.held_out * len(sources)))
+        chosen = sources[:count] if self.validation else sources[count:]
+        return sorted(chosen, key=lambda source: source.files)
 
     def _settle_channels(self) -> None:
         kinds = {(source.kind == "latent", source.channels): source.files[0] for source in self.sources}
@@ -169,6 +204,42 @@ class FolderClips(Dataset):
         if not self.latent and self.latent_scale != 1:
             raise DataError(f"{self.folder} holds pictures, and a latent scale is for latents")
         self.channels = 1 if self.grayscale else self.channels
+        if self.size is None:
+            sizes = sorted({(source.height, source.width) for source in self.sources}) if self.latent else [(32, 32)]
+            if len(sizes) > 1:
+                raise DataError(f"{self.folder} holds latents of {sizes[0]} and {sizes[-1]}: --size crops them alike")
+            self.size = sizes[0] if sizes[0][0] != sizes[0][1] else sizes[0][0]
+
+    def _kinds(self) -> str:
+        """What the clips were understood to be, in words."""
+        counts = Counter(source.kind for source in self.sources)
+        names = {"video": "videos", "animation": "animations", "stills": "series of stills"}
+        if self.span == 1:
+            names["stills"] = "stills"
+        if not self.latent:
+            return ", ".join(f"{counts[kind]} {name}" for kind, name in names.items() if counts[kind])
+        frames = sorted({source.frames for source in self.sources})
+        lengths = " to ".join(map(str, dict.fromkeys((frames[0], frames[-1]))))
+        shape = f"{self.sources[0].height}x{self.sources[0].width}"
+        about = f"{lengths} frames of {shape}, standard deviation {self._deviation():.2g}"
+        return f"latents of {self.channels} channels, {about}"
+
+    def _deviation(self) -> float:
+        """Of up to eight files, once scaled."""
+        some = self.sources[:: max(1, len(self.sources) // 8)][:8]
+        deviations = [open_latent(source.files[0]).float().std() for source in some]
+        return torch.stack(deviations).mean().item() * self.latent_scale
+
+    def _warnings(self) -> str:
+        notes = defaultdict(list)
+        for source in self.sources:
+            if source.note:
+                notes[source.note].append(source.files[0])
+        warned = [f"{self._few(files)} {note}" for note, files in notes.items()]
+        if self.latent and not 0.5 < (deviation := self._deviation()) < 2:
+            scale = f"; --latent-scale {self.latent_scale / deviation:.3g} makes it 1" if deviation > 0 else ""
+            warned.append(f"the latents' standard deviation is {deviation:.2g}, far from noise's, which is 1{scale}")
+        return "".join(f"\nwarning: {text}" for text in warned)
 
     def _class_name(self, source: Source) -> str | None:
         """The sub-folder of the folder that the clip is in."""
@@ -184,14 +255,17 @@ class FolderClips(Dataset):
         fitted = ImageOps.fit(flat.convert(mode), (width, height), Image.Resampling.BOX)
         return np.asarray(fitted).reshape(height, width, self.channels)
 
-    def _pictures(self, source: Source, wanted: range) -> np.ndarray:
-        """(T, H, W, C) of bytes. While there is room, frames are kept and not decoded again in this process."""
+    def _pictures(self, source: Source, wanted: list[int]) -> np.ndarray:
+        """(T, H, W, C) of bytes. While there is room, pictures are kept and not decoded again in this process."""
         name = source.files[0]
         kept = before = self.cache.get(name, {})
         if not kept.keys() >= set(wanted):
-            read = range(wanted[-1] + 1) if source.kind == "pictures" else wanted  # an animation from its beginning on
-            images = zip(read, read_images(source, read), strict=True)
-            kept = before | {number: self._picture(image) for number, image in images if number not in before}
+            distinct = sorted(set(wanted))
+            read = list(range(distinct[-1] + 1)) if source.kind == "animation" else distinct  # from its beginning on
+            kept = dict(before)
+            for number, image in read_images(source, read):
+                if number not in kept:
+                    kept[number] = self._picture(image)
             cost = sum(frame.nbytes for number, frame in kept.items() if number not in before)
             if cost <= self.room:
                 self.cache[name] = kept
@@ -199,17 +273,20 @@ class FolderClips(Dataset):
         return np.stack([kept[number] for number in wanted])
 
     def _window(self, source: Source, start: int) -> Tensor:
-        """(C, T, H, W) from frame `start` on."""
+        """(C, T, H, W) from frame `start` on. Raises what `read_images` does."""
         wanted = range(start, start + self.span, self.frame_stride)
         if source.kind == "latent":
             height, width = height_width(self.size)
             y, x = (source.height - height) // 2, (source.width - width) // 2
-            latent = open_latent(source.files[0])[:, wanted.start : wanted.stop : wanted.step]
-            latent = latent[..., y : y + height, x : x + width].float() * self.latent_scale
+            latent = open_latent(source.files[0])
+            if latent.shape != (source.channels, source.frames, source.height, source.width):
+                raise DataError("has changed since the start")
+            latent = latent[:, wanted.start : wanted.stop : wanted.step, y : y + height, x : x + width]
+            latent = latent.float() * self.latent_scale
             if not latent.isfinite().all():
-                raise ValueError("NaN or infinite numbers in it")
+                raise DataError("holds NaN or infinite numbers")
             return latent
-        pictures = self._pictures(source, wanted)
+        pictures = self._pictures(source, source.pictures(wanted))
         return torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
@@ -218,22 +295,43 @@ class FolderClips(Dataset):
         for offset in range(len(self.sources)):  # a damaged file's turn goes to the next whole one
             source = self.sources[order[(position + offset) % len(self.sources)]]
             try:
-                window = self._window(source, int(random.integers(source.frames - self.span + 1)))
+                starts = 1 if self.from_start else source.frames - self.span + 1
+                window = self._window(source, int(random.integers(starts)))
             except Exception as error:
-                warnings.warn(f"{source.files[0]} cannot be decoded and is skipped: {error}", stacklevel=2)
+                self._pass_over(source.files[0], error)
                 continue
             window = window.flip(-1) if self.flip and random.integers(2) else window
             label = self.classes.index(self._class_name(source)) if self.labels else -1
             return window, label
         raise DataError(f"{self.folder}: not one file can be decoded")
 
+    def _pass_over(self, file: Path, error: Exception) -> None:
+        """Says so at the first, the tenth, the hundredth time."""
+        self.passed_over[file] += 1
+        times = self.passed_over[file]
+        if times in (1, 10, 100, 1000):
+            reason = str(error) if isinstance(error, DataError) else f"cannot be decoded: {error}"
+            warnings.warn(f"{file} is skipped ({times} times so far): it {reason}", stacklevel=3)
+
 
 def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
-    """What train.py's arguments ask for: the clips under `args.data`, or the moving digits. Raises DataError."""
+    """What train.py's arguments ask for: the clips under `args.data`, or the moving digits. Its attribute `judged_on`
+    is the clips that `args.held_out` keeps from it, of digits those of a seed of their own, or None. Raises
+    DataError."""
     if not args.data:
-        return MovingDigits(args.frames, args.size, args.digits, args.seed)
-    options = {name: getattr(args, name) for name in ("frame_stride", "flip", "grayscale", "latent_scale")}
-    return FolderClips(args.data, args.frames, args.size, args.seed, args.labels == "folder", index=index, **options)
+        shape = args.frames, args.size or 32, args.digits
+        dataset = MovingDigits(*shape, args.seed)
+        dataset.judged_on = MovingDigits(*shape, HELD_OUT_SEED) if args.held_out else None
+        return dataset
+    names = ("frame_stride", "flip", "grayscale", "latent_scale", "fps", "from_start", "held_out")
+    options = {name: getattr(args, name) for name in names} | {"labels": args.labels == "folder", "index": index}
+    dataset, held_out = FolderClips(args.data, args.frames, args.size, args.seed, **options), None
+    if args.held_out:
+        held_out = FolderClips(args.data, args.frames, args.size, 0, **options | {"flip": False}, validation=True)
+        dataset.classes = held_out.classes = tuple(sorted({*dataset.classes, *held_out.classes}))
+        dataset.summary += f"\nheld out: {len(held_out.sources)} clips"
+    dataset.judged_on = held_out
+    return dataset
 
 
 def to_images(clips: Tensor) -> np.ndarray:
@@ -253,14 +351,33 @@ def tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.Im
     return ImageOps.scale(Image.fromarray(picture), scale, Image.Resampling.NEAREST)
 
 
-def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale: int = 3, fps: int = 12) -> None:
-    """Clips (B, C, T, H, W) as one looping animated GIF, a grid of `columns` (default: about square).
-
-    Where nothing in the grid changes from one frame to the next, Pillow writes one frame of twice the duration."""
+def grid_frames(clips: Tensor, columns: int | None, scale: int) -> list[Image.Image]:
+    """Clips (B, C, T, H, W) as the frames of one picture, a grid of `columns` (default: about square)."""
     images = to_images(clips)
-    columns = columns or int(np.ceil(len(images) ** 0.5))
-    frames = [tile(frame, columns, scale) for frame in images.swapaxes(0, 1)]
-    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
+    return [tile(frame, columns or int(np.ceil(len(images) ** 0.5)), scale) for frame in images.swapaxes(0, 1)]
+
+
+def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale: int = 3, fps: float = 12) -> None:
+    """A grid of clips (B, C, T, H, W) as one looping animated GIF. Its frames last whole hundredths of a second, so
+    that they are as long as asked for on the average. Of equal frames in a row Pillow writes one that lasts longer."""
+    frames = grid_frames(clips, columns, scale)
+    ends = [round(100 * (number + 1) / fps) for number in range(len(frames))]
+    durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def save_video(clips: Tensor, path: Path, columns: int | None = None, scale: int = 3, fps: float = 12) -> None:
+    """The same as MP4, with PyAV: H.264 in 4:2:0, which plays everywhere. Raises DataError without PyAV."""
+    av, frames = import_av(path), grid_frames(clips, columns, scale)
+    with av.open(f"file:{path}", "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
+        stream.width, stream.height = (size + size % 2 for size in frames[0].size)  # 4:2:0 wants even numbers
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            even = Image.new("RGB", (stream.width, stream.height), frame.getpixel((0, 0)))
+            even.paste(frame)
+            container.mux(stream.encode(av.VideoFrame.from_image(even)))
+        container.mux(stream.encode(None))
 
 
 def save_strip(clips: Tensor, path: str | Path, scale: int = 2) -> None:

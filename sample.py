@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from checkpoint import FACTORS, Weights, find_weights, load_weights, run_name, w
 from cli import (
     SAMPLING,
     Parser,
+    add_device,
     choose_device,
     generator_for,
     is_out_of_memory,
@@ -20,12 +22,15 @@ from cli import (
     non_negative_int,
     positive_int,
     real_number,
+    reason,
     use_bf16,
 )
-from data import height_width, save_gif, save_latents, save_strip
+from data import height_width, save_gif, save_latents, save_strip, save_video
 from tpdiff import Pyramid, split_steps
+from video import import_av
 
-SUFFIXES = (".gif", ".png", ".npy")  # of what is written; the last for latents
+MOST_PIXELS = 2**24  # of a preview
+SUFFIXES = (".gif", ".png", ".npy", ".mp4")  # of what is written; .npy for latents
 
 
 def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool) -> Callable:
@@ -71,6 +76,28 @@ def generate(
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
 
 
+def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None:
+    """Writes step-N of a run: --sample-number clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they
+    are latents. The noises are the same every time, so that progress shows. `batch` clips at a time, as training takes,
+    and of large clips fewer than asked for: no more than 16 million pixels. What goes wrong is said on stderr, and
+    does not end the run."""
+    height, width = height_width(weights.size)
+    number = max(1, min(args.sample_number, MOST_PIXELS // (weights.frames * height * width)))
+    pyramid, labels, clips = weights.make_pyramid(), choose_labels(weights.classes, number), []
+    stem = args.out / f"step-{weights.step:07d}"
+    try:
+        for first in range(0, number, batch):
+            part = labels if labels is None else labels[first : first + batch]
+            options = {"precision": args.precision, "first": first}
+            clips.append(generate(weights, pyramid, part, min(batch, number - first), **options).cpu())
+        if weights.latent_scale is None:
+            save_gif(torch.cat(clips), stem.with_suffix(".gif"), min(5, number), scale=3 if width <= 64 else 1)
+        else:
+            save_latents(torch.cat(clips), stem.with_suffix(".npy"), weights.latent_scale)
+    except Exception as error:
+        print(f"step {weights.step}: no sample clips ({reason(error)}); the run goes on", file=sys.stderr)
+
+
 def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None = None) -> Tensor | None:
     """(B,) labels: the `names` in turn, or every class; None for a model without classes. Raises ValueError."""
     for name in names or ():
@@ -106,12 +133,15 @@ def make_parser() -> Parser:
     add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)
     add("--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
-    add("--out", type=Path, help="file name; .gif and .png are added [samples/MODE-STAGES-NNN]")
+    add_device(add)
+    add("--fps", type=real_number(1, 50), default=12, help="frames a second of the GIF or MP4")
+    out = "file name: .mp4 makes a video (with PyAV), else .gif and .png are added [samples/MODE-STAGES-NNN]"
+    add("--out", type=Path, help=out)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    device = choose_device()
+    device = choose_device(args.device)
     path = weight_file(args.checkpoint or find_weights(args.mode or "flow", args.stages or 3, args.pyramid or "time"))
     weights = load_weights(path, device)
     for flag in ("mode", "stages", "pyramid"):
@@ -126,8 +156,13 @@ def run(args: argparse.Namespace) -> None:
     counts = split_steps(steps, weights.stages, pyramid.lengths)
     out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out
     out = out or free_name(Path("samples") / run_name(weights.mode, weights.stages, weights.pyramid))
-    gif, strip, latents = (out.with_name(out.name + suffix) for suffix in SUFFIXES)
+    gif, strip, latents, video = (out.with_name(out.name + suffix) for suffix in SUFFIXES)
     files = [gif, strip] if weights.latent_scale is None else [latents]
+    if args.out and args.out.suffix == ".mp4":
+        if weights.latent_scale is not None:
+            raise ValueError(f"--out {args.out}: {path} makes latents, which are no pictures; use .npy and decode them")
+        import_av(video)  # says what to install
+        files = [video]
     for file in files:
         if file.exists():
             raise ValueError(f"--out {out}: {file} exists already; choose another name")
@@ -138,8 +173,10 @@ def run(args: argparse.Namespace) -> None:
     options = steps, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
     seconds = (time.perf_counter() - start) / args.number
-    if weights.latent_scale is None:
-        save_gif(clips, gif, columns=min(5, args.number))
+    if video in files:
+        save_video(clips, video, min(5, args.number), fps=args.fps)
+    elif gif in files:
+        save_gif(clips, gif, min(5, args.number), fps=args.fps)
         save_strip(clips, strip)
     else:
         save_latents(clips, latents, weights.latent_scale)

@@ -351,7 +351,7 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def _per_clip(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like).view(-1, *[1] * (like.ndim - 1))
+    return value.to(like.dtype).to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 def _checked(output: Tensor, x: Tensor, where: str) -> Tensor:

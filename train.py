@@ -29,20 +29,21 @@ from tqdm import tqdm
 
 import checkpoint as disk
 import cli
-from checkpoint import FACTORS, Weights, make_pyramid, run_name
+from checkpoint import FACTORS, make_pyramid, run_name
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
-from data import DataError, height_width, open_data, save_gif, save_latents
+from data import DataError, height_width, open_data
 from model import Captured, DiT, DiTConfig, make_optimizers
-from sample import choose_labels, generate
+from sample import save_preview
 from tpdiff import Generators, Pyramid, align, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
-FREE = ("steps", "out", "resume", "workers", "compile", "gradient_checkpointing")
+FREE = ("steps", "out", "resume", "workers", "device", "compile", "gradient_checkpointing", "sample_number")
 FREE += ("log_interval", "sample_interval", "save_interval", "keep_interval")
+HELD_OUT = 64  # clips that a loss is measured on
 MOST_SKIPPED = 10
 WORKERS_FOR_GPU = 4  # processes that draw digits and noise and align, for each GPU
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
-DATA_ONLY = ("labels", "frame_stride", "flip", "grayscale", "latent_scale")
+DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")
 
 
 def make_parser() -> cli.Parser:
@@ -61,6 +62,9 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of animations, numbered stills, videos or latents [moving digits, made on the fly]")
     add("--labels", choices=["folder"], help="folder: the names of --data's sub-folders are the classes [no labels]")
+    add("--fps", type=real_number(0.01, 1000), help="frames a second to count clips of --data at [each at its own]")
+    add("--from-start", action="store_true", help="windows begin with their clips, as latents of causal VAEs need it")
+    add("--held-out", type=real_number(0, 0.5), default=0.0, help="share of clips kept for a loss at every save")
     add("--frame-stride", type=positive_int, default=1, help="frames of --data from one frame of a clip to the next")
     add("--flip", action="store_true", help="mirror half of the clips of --data")
     add("--grayscale", action="store_true", help="one channel from --data instead of three")
@@ -68,8 +72,8 @@ def make_parser() -> cli.Parser:
     add("--latent-scale", type=scale, default=1.0, help="factor that brings latents to about unit size")
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip, any number")
-    size = "height and width in pixels, or one number for both; must divide by the patch (and by what --pyramid halves)"
-    add("--size", type=positive_int, nargs="+", action=cli.OneOrMore, default=32, help=size)
+    size = "height and width, or one number for both; must divide by the patch and by what --pyramid halves [32; of "
+    add("--size", type=positive_int, nargs="+", action=cli.OneOrMore, help=size + "latents all they have]")
     workers = f"processes that prepare clips and noise [{WORKERS_FOR_GPU} with a GPU; else 1, 0 for moving digits]"
     add("--workers", type=non_negative_int, help=workers)
     add = parser.add_argument_group("model").add_argument
@@ -78,15 +82,12 @@ def make_parser() -> cli.Parser:
     add("--width", type=positive_int, default=96, help="channels of a token")
     add("--depth", type=positive_int, default=4, help="blocks")
     add("--heads", type=positive_int, default=4, help="attention heads")
-    convolution = "a 3x3 convolution in each MLP, so that patches see their neighbours: for real clips"
-    add("--convolution", action="store_true", help=convolution)
+    add("--convolution", action="store_true", help="a 3x3 convolution in each MLP, so that patches see neighbours")
     add = parser.add_argument_group("optimization").add_argument
-    steps = "optimizer steps; a new number on --resume re-draws the learning rate's curve"
-    add("--steps", type=positive_int, default=3000, help=steps)
+    add("--steps", type=positive_int, default=3000, help="optimizer steps; --resume may change it, and so the rate")
     batch = "clips a process and micro-batch: one number, or one for each stage, noisiest first"
     add("--batch", type=positive_int, nargs="+", action=cli.OneOrMore, default=4, help=batch)
-    micro = "micro-batches whose gradients make one step; more than one turns CUDA graphs off"
-    add("--accumulate", type=positive_int, default=1, help=micro)
+    add("--accumulate", type=positive_int, default=1, help="micro-batches a step; above 1 there are no CUDA graphs")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up, on top of half a cosine to 0")
@@ -95,6 +96,7 @@ def make_parser() -> cli.Parser:
     add("--clip", type=real_number(0, 1e9), default=1.0, help="largest norm of the gradient; 0 does not clip")
     add("--label-dropout", type=real_number(0, 1), default=0.1, help="share of labels dropped, for guidance")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    cli.add_device(add)
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time: blocks run again in backward")
     add = parser.add_argument_group("run").add_argument
@@ -103,6 +105,7 @@ def make_parser() -> cli.Parser:
     add("--resume", action="store_true", help="continue the run in --out")
     add("--log-interval", type=positive_int, default=50, help="steps between rows of metrics.jsonl")
     add("--sample-interval", type=positive_int, default=800, help="steps between sample GIFs")
+    add("--sample-number", type=non_negative_int, default=10, help="clips of a sample GIF; 0: none are made")
     add("--save-interval", type=positive_int, default=400, help="steps between checkpoints")
     add("--keep-interval", type=non_negative_int, default=0, help="steps between weights-STEP.pt that stay; 0: none")
     return parser
@@ -111,19 +114,10 @@ def make_parser() -> cli.Parser:
 def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     """The arguments, and on --resume the checkpoint, whose arguments are then the defaults. Raises ValueError."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, checkpoint = parser.parse_args(argv), None
     out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid)
-    checkpoint = None
     if args.resume:
-        checkpoint = disk.load_checkpoint(out / "checkpoint.pt")
-        if checkpoint["args"].get("time_shift", 1.0) != 1 and checkpoint["args"]["stages"] > 1:
-            raise ValueError(f"{out} was trained with --time-shift, a shift of each stage that is no more: start anew")
-        parser.set_defaults(**{"shift": checkpoint["args"].pop("time_shift", 1.0)} | checkpoint["args"])
-        args = parser.parse_args(argv)
-        for name in vars(args).keys() - set(FREE):
-            was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
-            if was != now:
-                raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
+        args, checkpoint = disk.args_to_resume(parser, argv, out, FREE)
     elif (out / "checkpoint.pt").exists():
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
     idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")
@@ -138,10 +132,9 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {args.batch}")
     if args.stage_odds and (len(args.stage_odds) != args.stages or max(args.stage_odds) > 1000):
         raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
-    divisors = [args.patch * n ** (stages - 1) for n in FACTORS[args.pyramid][1:]]
-    if any(length % divisor for length, divisor in zip(height_width(args.size), divisors, strict=True)):
-        why = f"--patch {args.patch}, {stages} stages in {args.pyramid}"
-        raise ValueError(f"--size {args.size} must divide by {divisors}: {why}")
+    args.size = args.size if args.size or args.data else 32
+    if args.size:  # else as the data has it
+        disk.check_size(args)
     make_pyramid(args.mode, args.stages, args.pyramid, args.shift)  # refuses stages that the schedule has no noise for
     return args, checkpoint
 
@@ -165,6 +158,8 @@ class TrainingBatches(Dataset):
     def numbers(self, micro: int) -> range:
         """The sample numbers of a micro-batch: ranks take turns, and no number is left out."""
         sizes = batch_sizes(self.args)
+        if len(set(sizes)) == 1:
+            return range(first := (micro * self.world + self.rank) * sizes[0], first + sizes[0])
         while len(self.ends) <= micro + 1:  # how many samples all ranks have had after each micro-batch
             self.ends.append(self.ends[-1] + self.world * sizes[self.stage_of(len(self.ends) - 1)])
         size = sizes[self.stage_of(micro)]
@@ -297,22 +292,23 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
     return state
 
 
-def save_samples(state: State, pyramid: Pyramid, dataset: Dataset, args: Namespace) -> None:
-    """Ten clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they are latents; the same noises every
-    time, so that progress shows."""
-    head = args.mode, args.stages, args.frames, args.size, dataset.classes, state.step
-    weights = Weights(state.ema, *head, pyramid=args.pyramid, shift=args.shift)
-    labels = choose_labels(dataset.classes, 10)
+@torch.no_grad()
+def held_out_loss(state: State, pyramid: Pyramid, clips: Dataset | None, args: Namespace) -> list[float] | None:
+    """The EMA weights' loss at each stage, k = 0 first, on clips that training never sees, with the same noise and
+    times at every call: checkpoints can be compared by it, those of several runs too. None without such clips, or, as
+    is said then, if something goes wrong: it shall not cost the run."""
+    losses, device, fixed = [], state.losses.device, Namespace(**vars(args) | {"seed": 0, "label_dropout": 0.0})
     try:
-        clips = generate(weights, pyramid, labels, 10, precision=args.precision)
-    except ValueError as error:
-        print(f"step {state.step}: no samples, {error}", file=sys.stderr)
-        return
-    stem = args.out / f"step-{state.step:07d}"
-    if dataset.latent:
-        save_latents(clips, stem.with_suffix(".npy"), args.latent_scale)
-    else:
-        save_gif(clips, stem.with_suffix(".gif"), columns=5)
+        for k, size in enumerate(batch_sizes(args) if clips else ()):
+            batches, total, count = TrainingBatches(clips, fixed, 0, 1, k), 0.0, math.ceil(HELD_OUT / size)
+            for x0, noise, u, y in map(batches.__getitem__, range(count)):
+                x0, noise, y = (each if each is None else each.to(device) for each in (x0, noise, y))
+                total += training_loss(state.ema, pyramid, x0, noise, u, y, k, args).item()
+            losses.append(total / count)
+    except Exception as error:
+        print(f"step {state.step}: no held-out loss ({cli.reason(error)}); the run goes on", file=sys.stderr)
+        return None
+    return losses or None
 
 
 def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: Namespace) -> None:
@@ -357,13 +353,16 @@ def update_ema(state: State, decay: float) -> None:
 
 
 def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
-    """What `train` needs: (dataset, state, rank, world, device). Raises ValueError or OSError on bad input."""
-    rank, world, device = cli.start_processes()
+    """What `train` needs after `args`. Raises ValueError or OSError on bad input."""
+    rank, world, device = cli.start_processes(args.device)
     if checkpoint and checkpoint["world"] != world:
         raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
     dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
+    args.size = dataset.size
+    disk.check_size(args)
     if checkpoint and checkpoint["digest"] != dataset.digest:
-        raise ValueError(f"{args.data} holds other clips than when {args.out} began; --resume cannot go on with them")
+        advice = f"a new run with --init {args.out} and another --out can"
+        raise ValueError(f"{args.data} holds other clips than when {args.out} began: --resume cannot go on, {advice}")
     model = make_model(dataset, args)
     if args.init and not checkpoint:
         disk.start_from_file(model, dataset, args)
@@ -398,12 +397,13 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - mark
             state.seconds += seconds
-            loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first)
+            judged = held_out_loss(state, pyramid, dataset.judged_on, args) if save_due and first else None
+            loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first, judged)
             bar.set_postfix(loss="none" if loss is None else f"{loss:.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
-            if sample_due and first:
-                save_samples(state, pyramid, dataset, args)
             if save_due and first:
-                disk.save(state, dataset, args, world)
+                disk.save(state, dataset, args, world, judged)
+            if sample_due and first and args.sample_number:
+                save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
             mark, clips = time.perf_counter(), 0
         if end:
             break
@@ -421,28 +421,29 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
 
 def main(argv: list[str] | None = None) -> None:
     cli.keep_memory()
+    parser, started = make_parser(), False
     try:
         args, checkpoint = parse_args(argv)
         ready = set_up(args, checkpoint)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, ValueError | OSError) and not cli.is_out_of_memory(error):
-            raise
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        make_parser().error(NO_MEMORY if cli.is_out_of_memory(error) else str(error))
-    try:
+        started = True
         raise SystemExit(train(args, *ready))
     except DataError as error:  # from a loader's process it comes with that one's traceback in front
-        make_parser().error(str(error).strip().splitlines()[-1].removeprefix("video.DataError: "))
+        parser.error(str(error).strip().splitlines()[-1].removeprefix("video.DataError: "))
     except OSError as error:
-        make_parser().error(f"{error}; once that is mended, continue with --resume --out {args.out}")
-    except (RuntimeError, MemoryError) as error:
+        advice = f"; once that is mended, continue with --resume --out {args.out}" if started else ""
+        parser.error(f"{error}{advice}")
+    except (ValueError, RuntimeError, MemoryError) as error:
         if cli.is_out_of_memory(error):
-            make_parser().error(NO_MEMORY)
+            parser.error(NO_MEMORY)
+        if isinstance(error, ValueError) and not started:
+            parser.error(str(error))
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         ended = f"another process of the run has ended ({str(error).splitlines()[0]})"
         raise SystemExit(f"train.py: {ended}; continue with --resume --out {args.out}") from None
+    finally:
+        if dist.is_initialized() and not started:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

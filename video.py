@@ -1,16 +1,21 @@
-"""Files on disk become frames: animations, numbered stills, videos (with PyAV) and latents. Knows nothing of windows.
+"""Files on disk become frames, and the times at which they are shown: animations, numbered stills, videos (with PyAV)
+and latents. Knows nothing of windows.
 
 `find_sources` says which clips a folder holds, `read_images` and `open_latent` read them.
 """
 
 import json
+import math
 import os
 import re
-from collections import defaultdict
+import struct
+from bisect import bisect
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain, groupby
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 STILLS = (".png", ".jpg", ".jpeg")
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
+CUT_ANYWHERE = (".ts", ".mpg", ".mpeg")  # what is cut off from these does not show in their packets
 LATENTS = (".npy", ".pt")
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
+INDEX_FORMAT = 2  # of the file that keeps what the headers said; raised when old ones can no longer be read
+LATENT_CHANNELS = (4, 8, 12, 16, 24, 32, 48, 64, 128, 256)  # that VAEs have
+NO_TIMES = "that state no times, which --fps needs"
 
 
 class DataError(ValueError):
@@ -31,32 +40,70 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A clip on disk: one file, or numbered stills. What its header says; kind "broken" if it could not be read."""
+    """A clip on disk: one file, or numbered stills.
+
+    Picture i is on the screen from times[i] until the next one's time, and the last until `end`, in units of `unit`
+    seconds. Counted at a rate, with `period` units from one frame to the next, frame number j is the picture that is on
+    the screen at times[0] + (j + 1/2) period. Stills and latents state no times: their unit is 0, and they are one
+    period apart."""
 
     files: tuple[Path, ...]
-    kind: str  # "pictures", "stills", "video", "latent" or "broken"
-    frames: int = 0
+    kind: str  # "video", "animation", "stills", "latent", or "broken" if it could not be read
+    times: tuple[int, ...] = ()
+    end: int = 0
+    unit: Fraction = Fraction(0)
+    period: Fraction = Fraction(1)
     channels: int = 0
     height: int = 0
     width: int = 0
+    note: str = ""  # what a user should know of it; of a broken one, why
+    in_order: bool = False  # a video whose packets do not say when they are shown: it is decoded from its beginning
+    stamp: tuple[int, int] = (0, 0)  # time of change and size of the first file, by which a change is seen
+
+    @property
+    def frames(self) -> int:
+        return max(1, math.ceil((self.end - self.times[0]) / self.period - Fraction(1, 2))) if self.times else 0
+
+    def at_rate(self, fps: float) -> "Source":
+        """The same counted at `fps` frames a second."""
+        return replace(self, period=1 / (Fraction(fps).limit_denominator(10**6) * self.unit))
+
+    def pictures(self, numbers: range) -> list[int]:
+        """Which picture is on the screen at each of these frames."""
+        halves = (self.times[0] + (number + Fraction(1, 2)) * self.period for number in numbers)
+        return [bisect(self.times, time) - 1 for time in halves]
+
+
+def usual_distance(times: list[int]) -> Fraction:
+    """The most common distance from a time to the next (the least, of several). Those a tick from it are the same,
+    rounded to another side, and are averaged: thirtieths of a second are 33, 33 and 34 milliseconds. A tick is a unit,
+    or what all distances are multiples of: milliseconds stay milliseconds in a file that counts finer."""
+    distances = [after - before for before, after in pairwise(times)]
+    counts, grain = Counter(distances), math.gcd(*distances)
+    usual = min(counts, key=lambda distance: (-counts[distance], distance))
+    tick = grain if 4 * grain < usual else min(1, usual - 1)
+    alike = [distance for distance in distances if abs(distance - usual) <= tick]
+    return Fraction(sum(alike), len(alike))
 
 
 def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
-    """All clips under the folder but those beside the index. A file that has not changed since is not opened again."""
+    """All clips under the folder but those beside the index. A file that has not changed since is not opened again.
+
+    `series`: stills whose numbers run on are one clip; else each is a clip of one frame."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
-    known, rows = {}, {}
+    known, rows = {}, {"format": INDEX_FORMAT}
     with suppress(OSError, ValueError):  # there is none yet, or it is damaged: it will be written anew
         known = json.loads(index.read_text()) if index else {}
+    known = known if isinstance(known, dict) and known.get("format") == INDEX_FORMAT else {}
 
     def look(files: tuple[Path, ...]) -> Source:
-        name, status = str(files[0]), files[0].stat()
-        key = [status.st_mtime_ns, status.st_size, len(files)]
-        source = Source(files, *known[name][3:]) if name in known and known[name][:3] == key else _probe(files)
+        name, key = str(files[0]), [len(files), *_stamp(files[0])]
+        source = _from_row(files, known[name]) if name in known and known[name]["key"] == key else _probe(files)
         if source.kind == "video":
-            _import_av(files[0])  # also if the index knows the file
+            import_av(files[0])  # also if the index knows the file
         if source.kind != "broken":
-            rows[name] = [*key, source.kind, source.frames, source.channels, source.height, source.width]
+            rows[name] = {"key": key} | _to_row(source)
         return source
 
     sources, without = [], index.parent.resolve() if index else None
@@ -70,6 +117,22 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         aside.write_text(json.dumps(rows))
         os.replace(aside, index)
     return sources
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _to_row(source: Source) -> dict:
+    row = asdict(source)
+    del row["files"]
+    return row | {name: [row[name].numerator, row[name].denominator] for name in ("unit", "period")}
+
+
+def _from_row(files: tuple[Path, ...], row: dict) -> Source:
+    row = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name != "key"}
+    return Source(files, **row | {name: Fraction(*row[name]) for name in ("unit", "period")})
 
 
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
@@ -92,102 +155,216 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
 
 
 def _probe(files: tuple[Path, ...]) -> Source:
-    """Reads the header. Raises DataError if that needs a package which is missing."""
-    suffix = files[0].suffix.lower()
-    av = _import_av(files[0]) if suffix in VIDEOS else None
+    """Reads what a file says of itself. Raises DataError if that needs a package which is missing."""
+    path, suffix = files[0], files[0].suffix.lower()
+    av = import_av(path) if suffix in VIDEOS else None
     try:
+        stamp = _stamp(path)
         if suffix in LATENTS:
-            channels, frames, height, width = open_latent(files[0]).shape
-            return Source(files, "latent", frames, channels, height, width)
+            latent = open_latent(path)
+            channels, frames, height, width = latent.shape
+            looks = f"is of shape {tuple(latent.shape)}, which looks like (T, C, H, W): a latent is (C, T, H, W)"
+            note = looks if channels not in LATENT_CHANNELS and frames in LATENT_CHANNELS else ""
+            return Source(files, "latent", tuple(range(frames)), frames, channels=channels, height=height,
+                          width=width, note=note, stamp=stamp)  # fmt: skip
         if av:
-            with av.open(str(files[0])) as container:
-                stream = container.streams.video[0]
-                frames = stream.frames or _count_by_time(container, stream)
-                return Source(files, "video", frames, 3, stream.height, stream.width)
-        with Image.open(files[0]) as image:
-            frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
-            kind, frames = ("stills", len(files)) if frames == 1 < len(files) else ("pictures", frames)
-            return Source(files, kind, frames, 3, image.height, image.width)
-    except Exception:  # Pillow, FFmpeg and numpy raise many kinds for a damaged file
-        return Source(files, "broken")
+            return replace(_probe_video(av, path), stamp=stamp)
+        with Image.open(path) as image:
+            shape = {"channels": 3, "height": image.height, "width": image.width, "stamp": stamp}
+            durations = [] if image.format in ("JPEG", "MPO") else _durations(image, path)
+        if len(durations) < 2:
+            return Source(files, "stills", tuple(range(len(files))), len(files), **shape)
+        *times, end = np.cumsum([0, *durations]).round().astype(int).tolist()
+        in_hundredths = suffix == ".gif"
+        times, end = ([time // 10 for time in times], end // 10) if in_hundredths else (times, end)
+        unit = Fraction(1, 100 if in_hundredths else 1000)
+        return Source(files, "animation", tuple(times), end, unit, usual_distance(times), **shape)
+    except Exception as error:  # Pillow, FFmpeg, torch and numpy raise many kinds for a damaged file
+        reason = str(error).splitlines()[0] if isinstance(error, DataError) else "cannot be decoded"
+        return Source(files, "broken", note=reason)
 
 
-def _import_av(path: Path):
+def _durations(image: Image.Image, path: Path) -> list[float]:
+    """Milliseconds that each picture of an animation is shown. Up to 10 stand for 100, as all browsers have it."""
+    found, first = [], int(getattr(image, "default_image", False))  # a PNG's poster is not part of its animation
+    if image.format == "WEBP":  # Pillow would decode each picture to say how long it is shown
+        found = _webp_durations(path.read_bytes())
+    else:
+        for number in range(first, getattr(image, "n_frames", 1)):
+            try:
+                image.seek(number)
+            except Exception:  # cut off: what is there is a shorter clip
+                break
+            found.append(image.info.get("duration", 0))
+    return [duration if duration > 10 else 100 for duration in found]
+
+
+def _webp_durations(content: bytes) -> list[int]:
+    """Of the ANMF chunks of a WebP file's container: three bytes after its picture's place and size."""
+    found, place = [], 12
+    while place + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, place)
+        if name == b"ANMF" and place + 8 + size <= len(content):
+            found.append(int.from_bytes(content[place + 20 : place + 23], "little"))
+        place += 8 + size + size % 2
+    return found
+
+
+def import_av(path: Path):
+    """PyAV. Raises DataError if it is not installed."""
     try:
         import av
     except ImportError:
-        raise DataError(f"{path} is a video, which needs PyAV to read: pip install av") from None
+        raise DataError(f"{path} is a video, which needs PyAV: pip install av") from None
     return av
 
 
-def _count_by_time(container, stream) -> int:
-    """For a video whose header does not say how many frames it has: the time it lasts, at its average rate."""
-    times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-    return round((max(times) - min(times)) * stream.average_rate * stream.time_base) + 1
+def _open_video(av, path: Path):
+    return av.open(f"file:{path}")  # "file:", lest a name with a colon be taken for a protocol
+
+
+def _video_stream(container):
+    """The first that is no cover picture."""
+    streams = [stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic]
+    if not streams:
+        raise DataError("has no video in it")
+    return streams[0]
+
+
+def _decode(av, container, stream) -> Iterator:
+    """The stream's frames from here on, without those that cannot be decoded or that the decoder marks as corrupt."""
+    decoder, with_alpha = stream.codec_context, {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+    if decoder.name in with_alpha and stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own leave transparency out
+        decoder = av.CodecContext.create(with_alpha[decoder.name], "r")
+    for packet in container.demux(stream):
+        with suppress(av.FFmpegError):
+            yield from (frame for frame in decoder.decode(packet) if not frame.is_corrupt)
+
+
+def _probe_video(av, path: Path) -> Source:
+    """When a video's frames are shown: by its packets; or by decoding it, if they cannot tell or may have been cut."""
+    with _open_video(av, path) as container:
+        stream, packets, whole = _video_stream(container), [], path.suffix.lower() not in CUT_ANYWHERE
+        unit, delayed = stream.time_base, stream.codec_context.has_b_frames
+        for packet in container.demux(stream):
+            whole = whole and not packet.is_corrupt
+            if packet.size and not packet.is_discard:  # an edit list's: decoded, and not shown
+                packets.append((packet.pts, packet.duration or 0))
+        times = [pts for pts, _ in packets]
+        # A stream whose frames are shown in another order than stored, and whose times say otherwise, has wrong times.
+        in_order = None in times or len(set(times)) < len(times) or (delayed and times == sorted(times))
+    with _open_video(av, path) as container:
+        stream, frames = _video_stream(container), []
+        for frame in _decode(av, container, stream):
+            frames.append((frame.pts, frame.dts, frame.duration or 0))
+            if len(frames) == 1:
+                height, width = _upright(frame, stream.sample_aspect_ratio).size[::-1]
+                note = "is HDR, which is shown as if it were not" if frame.color_trc in (16, 18) else ""  # PQ and HLG
+                note = "is interlaced, and moving edges are combed" if frame.interlaced_frame else note
+            if whole and not in_order:
+                break
+        if not frames:
+            raise DataError("has no frame that can be decoded")
+        rate = stream.average_rate or stream.guessed_rate or 25
+    if in_order:
+        times, last = best_effort([frame[:2] for frame in frames], 1 / (rate * unit)), frames[-1][2]
+    else:
+        shown = {pts for pts, _, _ in frames}
+        packets = sorted(packet for packet in packets if (packet[0] >= frames[0][0] if whole else packet[0] in shown))
+        times, last = [pts for pts, _ in packets], packets[-1][1]
+    period = usual_distance(times) if len(times) > 1 else Fraction(max(1, last))
+    end = times[-1] + (last if last > 0 else math.ceil(period))
+    return Source((path,), "video", tuple(times), end, unit, period, 3, height, width, note, in_order)
+
+
+def best_effort(stamps: list[tuple[int | None, int | None]], period: Fraction) -> list[int]:
+    """Rising times of decoded frames from their (pts, dts), after FFmpeg's rule: of the two the one that has gone
+    backwards less often; and where neither moves on, one period after the frame before."""
+    times, faults, last = [], [0, 0], [-math.inf, -math.inf]
+    for pair in stamps:
+        for which, stamp in enumerate(pair):
+            if stamp is not None:
+                faults[which] += stamp <= last[which]
+                last[which] = stamp
+        pts, dts = pair
+        time = pts if pts is not None and (dts is None or faults[0] <= faults[1]) else dts
+        if times and (time is None or time <= times[-1]):
+            time = times[-1] + max(1, round(period))
+        times.append(0 if time is None else time)
+    return times
 
 
 def open_latent(path: Path) -> Tensor:
-    """(C, T, H, W) of real numbers, not yet read from the disk."""
+    """(C, T, H, W) of real numbers, not yet read from the disk. Raises DataError for anything else."""
     if path.suffix.lower() == ".pt":
-        latent = torch.load(path, map_location="cpu", weights_only=True, mmap=True).detach()
+        latent = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(latent, Tensor):
+            raise DataError(f"holds a {type(latent).__name__} and not one tensor, the latent")
+        latent = latent.detach()
     else:
         latent = torch.from_numpy(np.load(path, mmap_mode="c"))
-    if latent.ndim != 4 or latent.is_complex():
-        raise ValueError(f"a latent is real and (C, T, H, W), not {latent.dtype} and {tuple(latent.shape)}")
+    if not latent.is_floating_point():
+        raise DataError(f"holds {latent.dtype}, and latents are floating-point numbers".replace("torch.", ""))
+    if latent.ndim != 4 or 0 in latent.shape:
+        batch = ": take the batch's latents apart, a file each" if latent.ndim == 5 else ""
+        raise DataError(f"is of shape {tuple(latent.shape)}, and a latent is (C, T, H, W){batch}")
     return latent
 
 
-def read_images(source: Source, wanted: range) -> Iterator[Image.Image]:
-    """The frames of these numbers, in order. Raises what Pillow and FFmpeg raise for a damaged file."""
+def read_images(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.Image]]:
+    """The pictures of these numbers, which rise, with their number. Raises ValueError if the file is not the one that
+    was looked at any more, and what Pillow and FFmpeg raise for a damaged one."""
+    if _stamp(source.files[0]) != source.stamp:
+        raise DataError("has changed since the start")
     if source.kind == "video":
-        yield from _read_video(source.files[0], wanted)
+        yield from _read_video(source, wanted)
     elif source.kind == "stills":
         for number in wanted:
             with Image.open(source.files[number]) as image:
-                yield ImageOps.exif_transpose(image)
+                yield number, ImageOps.exif_transpose(image)
     else:
         with Image.open(source.files[0]) as image:
+            poster = int(getattr(image, "default_image", False))
             for number in wanted:
-                image.seek(number)
-                yield ImageOps.exif_transpose(image)
+                image.seek(number + poster)
+                yield number, ImageOps.exif_transpose(image)
 
 
-def _read_video(path: Path, wanted: range) -> Iterator[Image.Image]:
-    """Frame number j is what is on the screen at j / average_rate seconds, so all last equally long. Decodes from a key
-    frame before the first one wanted."""
-    av = _import_av(path)
-    for back in (0, 1, 10, np.inf):  # seconds: what follows a key frame may need frames before it, and be left out
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            rate, frames = stream.average_rate * stream.time_base, container.decode(stream)
-            shown = next(frames)
-            begin, target = shown.pts, wanted[0] / rate - back / stream.time_base
-            if target > 0:
-                try:
-                    container.seek(begin + int(target), stream=stream)
-                    shown = next(frames := container.decode(stream))
-                except (av.FFmpegError, StopIteration):
-                    continue
-            if round((shown.pts - begin) * rate) > wanted[0]:
-                continue
-            due = list(wanted)
-            for frame in chain(frames, [None]):
-                if frame:
-                    end = round((frame.pts - begin) * rate)
-                else:  # how long the last one lasts, files disagree
-                    end = round((shown.pts - begin) * rate) + max(2, round((shown.duration or 0) * rate)) + 1
-                while due and due[0] < end:
-                    yield _upright(shown, stream.sample_aspect_ratio)
-                    del due[0]
+def _read_video(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.Image]]:
+    """Decodes from a key frame before the first one wanted, or from the beginning."""
+    path, first, due = source.files[0], source.times[wanted[0]], list(wanted)
+    av = import_av(path)
+    # So many seconds before the first one wanted: what follows a key frame may need frames before it, and be left out.
+    for back in (math.inf,) if source.in_order else (0, 1, 10, math.inf):
+        with _open_video(av, path) as container, suppress(*() if back == math.inf else (av.FFmpegError,)):
+            stream, target = _video_stream(container), first - back / source.unit
+            if target > source.times[0]:
+                container.seek(int(target), stream=stream)
+            for number, frame in enumerate(_decode(av, container, stream)):
+                time = source.times[number] if source.in_order else frame.pts
+                if time == source.times[due[0]]:
+                    yield due.pop(0), _upright(frame, stream.sample_aspect_ratio)
+                elif time > source.times[due[0]]:
+                    break
                 if not due:
                     return
-                shown = frame
-            raise ValueError(f"ends at frame {end - 1}, before frame {due[0]}")
+        if len(due) < len(wanted):  # some were given out already
+            break
+    raise DataError(f"is damaged at {float(source.times[due[0]] * source.unit):.4g} s, picture {due[0]}")
 
 
 def _upright(frame, pixel_aspect) -> Image.Image:
-    """A video's frame as it is meant to be seen: with square pixels, and turned as a phone says it was held."""
-    image = frame.to_image()
+    """A video's frame as it is meant to be seen: transparent where it is, with square pixels, turned and mirrored as
+    the file says."""
+    alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+    image = Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA") if alpha else frame.to_image()
     if pixel_aspect and pixel_aspect != 1:
-        image = image.resize((round(image.width * pixel_aspect), image.height))
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+        image = image.resize((max(1, round(image.width * pixel_aspect)), image.height))
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":  # x' = a x + c y, y' = b x + d y, each 1, 0 or -1
+            a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
+            turned = a == 0
+            image = image.transpose(Image.Transpose.TRANSPOSE) if turned else image
+            image = ImageOps.mirror(image) if (c if turned else a) < 0 else image
+            image = ImageOps.flip(image) if (b if turned else d) < 0 else image
+    return image

@@ -229,7 +229,7 @@ def step_counts(cell: Cell, args: argparse.Namespace) -> list[int]:
 def full_rate_calls(cell: Cell, args: argparse.Namespace) -> float:
     """What a clip costs, in network calls at the full frame rate."""
     options = train_options(cell.run, args)
-    shape = (1, 1, options.frames, *height_width(options.size))
+    shape = (1, 1, options.frames, *height_width(options.size or 32))
     return sample.full_rate_steps(step_counts(cell, args), pyramid_of(cell.run, args), shape)
 
 

@@ -37,11 +37,12 @@ class Run:
     """A training run without its loop: the model, its batches of every stage, and one batch to sample from."""
 
     def __init__(self, args: argparse.Namespace, captured: bool = True):
-        if not isinstance(args.batch, int) or not isinstance(args.size, int):
-            raise ValueError("speed is measured with one number for --batch and one for --size")
         self.args, self.device = args, choose_device()
         self.bf16 = use_bf16(args.precision, self.device)
         self.data = open_data(args)
+        args.size = self.data.size
+        if not isinstance(args.batch, int) or not isinstance(args.size, int):
+            raise ValueError("speed is measured with one number for --batch and one for --size")
         model = train.make_model(self.data, args)
         if args.init:
             start_from_file(model, self.data, args)

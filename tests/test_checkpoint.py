@@ -124,7 +124,7 @@ def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsy
     error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--width", "64")
     assert "--width 32" in error and "64" in error
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "start_processes", lambda: (0, 2, torch.device("cpu")))
+        patch.setattr(cli, "start_processes", lambda device: (0, 2, torch.device("cpu")))
         assert "1 processes" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").write_bytes(before[: len(before) // 2])
     assert "not a whole checkpoint" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")

@@ -495,3 +495,15 @@ def test_largest_clip_is_found_to_a_tenth_or_a_multiple(divisor, most, monkeypat
     found, peak, too_many = map(int, re.findall(r"\d+", speed.largest_clip([], divisor, most + 0.5)))
     assert found == peak <= most < too_many <= max(found + divisor, 1.1 * found)
     assert found % divisor == too_many % divisor == 0
+
+
+def test_the_losses_of_runs_are_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    from experiments import figures
+
+    run_training(tmp_path / "run", "--steps", "6", "--save-interval", "2", "--held-out", "0.1")
+    figures.main([str(tmp_path / "run"), "--out", str(tmp_path / "losses.png")])
+    assert (tmp_path / "losses.png").stat().st_size > 10_000
+    assert figures.smooth((1.0, 2.0), 0.5) == [1.0, 1.5]
+    capsys.readouterr()
+    assert "metrics.jsonl" in fails_with_one_line(capsys, figures.main, tmp_path / "none")

@@ -22,6 +22,7 @@ from PIL import Image
 import sample
 import train
 from checkpoint import FORMAT, SHIPPED, find_weights, load_weights, make_pyramid
+from data import save_gif
 from tpdiff import Pyramid
 
 # ---- What the network says, and what a clip costs
@@ -257,3 +258,27 @@ def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monk
     assert message.format() in fails_with_one_line(capsys, sample.main, *words)
     assert not (tmp_path / "samples").exists() and not list(tmp_path.glob("*.gif"))
     assert (tmp_path / "taken.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize("fps", [12, 24.5])
+def test_out_mp4_writes_a_video_that_plays_everywhere(tmp_path, capsys, fps):
+    av = pytest.importorskip("av", reason="pip install av")
+    words = ["--checkpoint", ROOT / "weights" / "flow-1.pt", "--number", "2", "--steps", "1", "--fps", fps]
+    sample.main([str(word) for word in [*words, "--out", tmp_path / "a.mp4"]])
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream, frames = container.streams.video[0], list(container.decode(video=0))
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt, len(frames)) == ("h264", "yuv420p", 16)
+        assert float(stream.average_rate) == fps and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    capsys.readouterr()
+    assert "exists already" in fails_with_one_line(capsys, sample.main, *words, "--out", tmp_path / "a.mp4")
+
+
+def test_gifs_last_as_long_as_fps_says(tmp_path):
+    for fps in (12, 30):
+        save_gif(torch.rand(1, 1, 30, 4, 4), tmp_path / "a.gif", fps=fps)
+        with Image.open(tmp_path / "a.gif") as gif:
+            durations = []
+            for number in range(gif.n_frames):
+                gif.seek(number)
+                durations.append(gif.info["duration"])
+        assert sum(durations) == pytest.approx(30_000 / fps, abs=10) and max(durations) - min(durations) <= 10

@@ -596,3 +596,110 @@ def test_too_little_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
     words = ["--out", tmp_path / "clips"]
     assert "--number" in fails_with_one_line(capsys, sample.main, *words)
     assert not list(tmp_path.glob("clips*"))
+
+
+# ---- What is measured and shown on the way, and must not cost the run
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_best(tmp_path, monkeypatch):
+    words = ["--steps", "6", "--save-interval", "2", "--log-interval", "1", "--held-out", "0.1"]
+    found = iter([[3.0, 3, 3], [1.0, 2, 3], [4.0, 1, 3]])
+    measured = []
+    real = train.held_out_loss
+
+    def fake(state, pyramid, clips, args):
+        measured.append((real(state, pyramid, clips, args), real(state, pyramid, clips, args)))
+        return next(found)
+
+    monkeypatch.setattr(train, "held_out_loss", fake)
+    run_training(tmp_path / "run", *words)
+    rows = rows_of(tmp_path / "run")
+    assert [row.get("held_out_by_stage") for row in rows] == [None, [3, 3, 3], None, [1, 2, 3], None, [4, 1, 3]]
+    assert torch.load(tmp_path / "run" / "checkpoint-best.pt", weights_only=True)["step"] == 4
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["best"] == 2
+    assert all(once == again and len(once) == 3 for once, again in measured)  # the same noise and times every time
+    assert measured[0][0] != measured[-1][0]  # of other weights
+
+
+@pytest.mark.parametrize("names", [["a", "b"], []])
+def test_held_out_clips_are_a_folder_s_or_digits_of_another_seed(tmp_path, names, capsys):
+    for number, name in itertools.product(range(6), names):
+        (tmp_path / "clips" / name).mkdir(parents=True, exist_ok=True)
+        animation(tmp_path / "clips" / name / f"{number}.gif", 9)
+    words = ["--data", str(tmp_path / "clips"), "--labels", "folder"] if names else []
+    run_training(tmp_path / "run", "--steps", "2", "--held-out", "0.2", *words)
+    assert len(rows_of(tmp_path / "run")[-1]["held_out_by_stage"]) == 3
+    assert ("held out: 2 clips" in capsys.readouterr().out) == bool(names)
+    args = train.parse_args([*TINY, "--held-out", "0.2", "--out", str(tmp_path / "other"), *words])[0]
+    data = open_data(args)
+    assert data.judged_on.classes == data.classes
+    assert names or not torch.equal(data[0][0], data.judged_on[0][0])
+
+
+ERRORS = {"odd": RuntimeError("odd"), "not enough memory": torch.OutOfMemoryError("CUDA"), "NaN": ValueError("NaN")}
+
+
+@pytest.mark.parametrize("reason", ERRORS)
+def test_a_preview_or_held_out_loss_that_fails_is_said_and_does_not_cost_the_run(tmp_path, monkeypatch, capsys, reason):
+    def fail(*_, **__):
+        assert (tmp_path / "run" / "checkpoint.pt").exists()  # saved before
+        raise ERRORS[reason]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "generate", fail)
+        run_training(tmp_path / "run", "--steps", "2")
+    assert f"step 2: no sample clips ({reason}); the run goes on" in capsys.readouterr().err
+    monkeypatch.setattr(train, "training_loss", fail)
+    state, args, _ = small_state()
+    assert train.held_out_loss(state, Pyramid("flow"), MovingDigits(8, 16), args) is None
+    assert f"step 0: no held-out loss ({reason}); the run goes on" in capsys.readouterr().err
+
+
+def test_a_preview_is_bounded_in_pixels_and_can_be_turned_off(tmp_path, monkeypatch):
+    from PIL import Image
+
+    run_training(tmp_path / "off", "--steps", "1", "--sample-number", "0")
+    assert not list((tmp_path / "off").glob("*.gif"))
+    sizes, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *a, **o: sizes.append(a[3]) or generate(*a, **o))
+    monkeypatch.setattr(sample, "MOST_PIXELS", 5 * 8 * 16 * 16)
+    run_training(tmp_path / "few", "--steps", "1", "--sample-number", "7", "--batch", "2")
+    assert sizes == [2, 2, 1]  # five in all, as many at a time as training takes
+    with Image.open(tmp_path / "few" / "step-0000001.gif") as gif:
+        assert gif.size == ((5 * 18 + 2) * 3, 20 * 3)
+
+
+def test_devices_that_are_not_there_are_refused(tmp_path, capsys):
+    run_training(tmp_path / "run", "--steps", "1", "--device", "cpu")
+    capsys.readouterr()
+    for device in ("cuda", "mps"):
+        if choose_device().type != device:
+            for main in (train.main, sample.main):
+                words = ["--device", device, "--out", tmp_path / "other"]
+                assert f"--device {device}: this torch" in fails_with_one_line(capsys, main, *words)
+
+
+def test_a_folder_that_has_grown_is_refused_with_what_to_do(tmp_path, capsys):
+    animation(tmp_path / "clips" / "a.gif", 9)
+    run_training(tmp_path / "run", "--steps", "1", "--data", str(tmp_path / "clips"))
+    animation(tmp_path / "clips" / "b.gif", 9)
+    capsys.readouterr()
+    error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--steps", "2")
+    assert f"--init {tmp_path / 'run'} and another --out" in error
+
+
+def test_latents_are_trained_on_whole_where_no_size_is_given(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    torch.save(torch.randn(4, 9, 8, 16), tmp_path / "clips" / "a.pt")
+    small = [word for word in TINY if word not in ("--size", "16")]
+    words = [*small, "--data", str(tmp_path / "clips"), "--patch", "4", "--steps", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*words, "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 0 and load_weights(tmp_path / "run" / "weights.pt").size == (8, 16)
+    capsys.readouterr()
+    error = fails_with_one_line(capsys, train.main, *words, "--patch", "3", "--out", tmp_path / "other")
+    assert "--size (8, 16) must divide by [3, 3]" in error
