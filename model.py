@@ -8,6 +8,7 @@ video of the same shape comes out.
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class DiTConfig:
         for name in ("channels", "patch", "width", "depth", "heads", "stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        object.__setattr__(self, "factor", tuple(self.factor))  # a list could not be looked up by
         if self.classes < 0:
             raise ValueError(f"classes must be at least 0, not {self.classes}")
         if self.width % (4 * self.heads):
@@ -175,6 +177,25 @@ class Block(nn.Module):
         return torch.addcmul(x, gate, self.mlp(y))
 
 
+@lru_cache(maxsize=32)
+def positions_of(
+    config: DiTConfig, stage: int, frames: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a stage's positions come to: the patches' embedding (N, D), and the rotations' cosines and sines, of the
+    patches (1, N, 1, heads, d / 2, 2) and of the frames (T, 1, 1, heads, d / 2, 2). Kept: they took as long as the
+    model needs for a few frames."""
+    count, stride = config.width // config.heads // 2, tuple(n**stage for n in config.factor)
+    with torch.inference_mode(False):  # what is kept may later be needed where gradients are recorded
+        embedding = embed_angles(spatial_angles(rows, columns, config.width // 2, stride[1:], device)).to(dtype)
+        space = spatial_angles(rows, columns, count, stride[1:], device)[None]
+        time = angles(temporal_positions(frames, stride[0], device), count, LONGEST)[:, None]
+        turns = (torch.stack([angle.cos(), angle.sin()], dim=-1)[:, :, None, None] for angle in (space, time))
+        # A copy for every head: to broadcast over the inner dimensions takes longer than the product itself.
+        precise = torch.promote_types(dtype, torch.float32)
+        copies = (turn.to(precise).expand(-1, -1, 1, config.heads, -1, -1).contiguous() for turn in turns)
+        return embedding, *copies
+
+
 class DiT(nn.Module):
     """Predicts a video from a video, a time `t`, a stage and, if the config has classes, a label."""
 
@@ -210,20 +231,21 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def start_from(self, other: "DiT") -> None:
-        """Copies another model's weights. Temporal attention that `other` lacks stays the identity, and the embedding
-        of its one stage goes to all: so every frame comes out as the image model makes it.
+        """Copies another model's weights. Temporal attention and convolutions that `other` lacks stay the identity, and
+        the embedding of its one stage goes to all: so every frame comes out as the image model makes it.
 
         Raises ValueError if the models differ in anything else.
         """
         alone = other.config.stages == 1
         grown = {"temporal": not other.config.temporal, "stages": alone, "factor": alone}
+        grown["convolution"] = not other.config.convolution
         for name, given in asdict(other.config).items():
             wanted = getattr(self.config, name)
             if given != wanted and not grown.get(name):
                 raise ValueError(f"a model of {name} {wanted} cannot start from one of {name} {given}")
         weights = other.state_dict()
         weights["embed_stage.weight"] = weights["embed_stage.weight"].expand(self.config.stages, -1)
-        self.load_state_dict(weights, strict=self.config.temporal == other.config.temporal)
+        self.load_state_dict(weights, strict=False)
 
     def compile_blocks(self) -> None:
         """torch.compile, one graph a stage: all blocks share it. The model as a whole would compile every block anew,
@@ -235,16 +257,6 @@ class DiT(nn.Module):
     def null_label(self) -> int:
         """The label that means "no label": trained by dropping labels, used by classifier-free guidance."""
         return self.config.classes
-
-    def _rotations(self, T: int, rows: int, columns: int, stride: tuple, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the patches' angles (1, N, 1, heads, d / 2, 2) and of the frames', (T, 1, ...)."""
-        heads, count = self.config.heads, self.config.width // self.config.heads // 2
-        space = spatial_angles(rows, columns, count, stride[1:], like.device)[None]
-        time = angles(temporal_positions(T, stride[0], like.device), count, LONGEST)[:, None]
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        turns = (torch.stack([angle.cos(), angle.sin()], dim=-1).to(dtype) for angle in (space, time))
-        # A copy for every head: to broadcast over the inner dimensions takes longer than the product itself.
-        return tuple(turn[:, :, None, None].expand(-1, -1, 1, heads, -1, -1).contiguous() for turn in turns)
 
     def forward(self, x: Tensor, t: Tensor, stage: int, y: Tensor | None = None) -> Tensor:
         """x (B, C, T, H, W) as large as `stage` has it (1 / factor^stage of the full size), t (B,) in [0, 1],
@@ -269,11 +281,11 @@ class DiT(nn.Module):
             condition = condition + self.embed_label(y)
         condition = F.silu(condition)
 
-        rows, columns, stride = H // patch, W // patch, tuple(n**stage for n in self.config.factor)
+        rows, columns = H // patch, W // patch
         x = x.view(B, C, T, rows, patch, columns, patch).permute(0, 2, 3, 5, 1, 4, 6)
         x = self.embed_patch(x.reshape(B, T, rows * columns, -1))  # (B, T, N, D)
-        x = x + embed_angles(spatial_angles(rows, columns, self.config.width // 2, stride[1:], x.device)).to(x.dtype)
-        space, time = self._rotations(T, rows, columns, stride, x)
+        embedding, space, time = positions_of(self.config, stage, T, rows, columns, x.dtype, x.device)
+        x = x + embedding
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random

@@ -47,6 +47,15 @@ def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float,
     return predict
 
 
+def with_products_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, its matrices in bfloat16 once and for all: autocast would convert them at every call, for the same
+    clips."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.bfloat16()
+    return model
+
+
 def full_rate_steps(counts: list[int], pyramid: Pyramid, shape: Sequence[int], calls: int = 1) -> float:
     """Cost of a clip of `shape` (B, C, T, H, W) in network calls at the full rate: a call at stage k weighs as many
     tokens as `p.shape` says it has. `counts` are noisiest first."""
@@ -134,6 +143,7 @@ def make_parser() -> Parser:
     add("--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     add_device(add)
+    add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add("--fps", type=real_number(1, 50), default=12, help="frames a second of the GIF or MP4")
     out = "file name: .mp4 makes a video (with PyAV), else .gif and .png are added [samples/MODE-STAGES-NNN]"
     add("--out", type=Path, help=out)
@@ -148,6 +158,10 @@ def run(args: argparse.Namespace) -> None:
         asked, trained = getattr(args, flag), getattr(weights, flag)
         if asked not in (None, trained):
             raise ValueError(f"{path} was trained with --{flag} {trained}, not --{flag} {asked}")
+    if use_bf16(args.precision, device):
+        with_products_in_bf16(weights.model)
+    if args.compile:
+        weights.model.compile_blocks()
     labels = choose_labels(weights.classes, args.number, args.label)
     if labels is None and args.guidance != 1:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")

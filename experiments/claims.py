@@ -20,7 +20,7 @@ import torch
 
 import sample
 from checkpoint import Weights, make_pyramid
-from cli import Parser, choose_device, generator_for, keep_memory, positive_int, real_number
+from cli import Parser, choose_device, generator_for, keep_memory, positive_int, real_number, use_bf16
 from experiments.figures import draw_clips, draw_curves, pyplot
 from experiments.metrics import NO_MEMORY, add_scoring, real_clips, spread
 from experiments.report import markdown, one_sentence, provenance, write_json
@@ -83,6 +83,8 @@ def sampling_times(settings: dict, args: argparse.Namespace) -> dict:
     for name, (mode, stages, frames, batch) in settings.items():
         config = DiTConfig(width=args.width, depth=args.depth, stages=stages)
         model = DiT(config).to(choose_device()).eval()
+        if use_bf16("auto", choose_device()):
+            sample.with_products_in_bf16(model)
         weights = Weights(model, mode, stages, frames, 4 * math.isqrt(args.tokens), (), 0)
         functions[name] = partial(sample.generate, weights, weights.make_pyramid(), None, batch)
     return alternate(functions, args.repeats)

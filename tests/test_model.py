@@ -12,12 +12,14 @@ import model as network
 from model import (
     LONGEST,
     Attention,
+    Block,
     DiT,
     DiTConfig,
     Muon,
     angles,
     attention,
     fused_attention,
+    positions_of,
     rotate,
     spatial_angles,
     spatial_positions,
@@ -35,13 +37,26 @@ def test_model_keeps_the_shape_at_every_stage_and_its_first_output_is_zero(T, H,
             assert bool(out.abs().max() > 0) == live
 
 
+def of_stage(stage: int, *counts: int, **options) -> tuple:
+    """`positions_of` a small model."""
+    return positions_of(small_model(**options).config, stage, *counts, torch.float32, torch.device("cpu"))
+
+
+def test_positions_are_kept_for_training_though_sampling_asked_first():
+    positions_of.cache_clear()
+    model, x = small_model(), torch.randn(1, 1, 4, 8, 8)
+    with torch.inference_mode():
+        model(x, torch.tensor([0.5]), 1)
+    model(x, torch.tensor([0.5]), 1).square().sum().backward()
+    assert positions_of.cache_info().misses == 1 and model.embed_patch.weight.grad.abs().sum() > 0
+
+
 def test_same_instant_has_the_same_temporal_position_at_every_rate():
-    full, model = temporal_positions(21, 1), small_model()
-    rotation = model._rotations(21, 2, 2, (1, 1, 1), torch.zeros(1))[1]
+    full, (_, _, rotation) = temporal_positions(21, 1), of_stage(0, 21, 2, 2)
     assert torch.equal(full, torch.arange(21))
     for stride, frames in ((2, 11), (3, 7), (4, 6), (8, 3)):
         assert torch.equal(temporal_positions(frames, stride), full[::stride])
-        slower = model._rotations(frames, 2, 2, (stride, 1, 1), torch.zeros(1))[1]
+        slower = of_stage(1, frames, 2, 2, factor=(stride, 1, 1))[2]
         assert torch.equal(slower, rotation[::stride]) and slower.shape[0] == frames
     assert not torch.equal(temporal_positions(4, 2), full[:4])
 
@@ -58,7 +73,7 @@ def test_rows_and_columns_each_have_the_stride_of_their_axis():
     y, x = spatial_angles(2, 3, 8, (2, 4)).view(2, 3, 8).split(4, dim=2)
     torch.testing.assert_close(y, angles(rows, 4, LONGEST)[:, None].expand(2, 3, 4))
     torch.testing.assert_close(x, angles(columns, 4, LONGEST)[None].expand(2, 3, 4))
-    space, time = small_model()._rotations(5, 2, 3, (3, 2, 4), torch.zeros(1))  # two heads of 16 channels
+    _, space, time = of_stage(1, 5, 2, 3, factor=(3, 2, 4))  # two heads of 16 channels
     angle = torch.cat([y, x], dim=2).flatten(0, 1)
     torch.testing.assert_close(space[0, :, 0, 1], torch.stack([angle.cos(), angle.sin()], dim=-1))
     angle = angles(3 * torch.arange(5), 8, LONGEST)
@@ -149,11 +164,34 @@ def test_model_starts_only_from_one_that_fits():
         small_model(stages=3).start_from(small_model(stages=2))
 
 
-@pytest.mark.parametrize("tokens", [7, 40])  # short rows go another way
-def test_attention_on_cpu_is_scaled_dot_product_attention(tokens):
-    q, k, v = torch.randn(3, 2, 4, tokens, 8)
-    reference = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attention(q, k, v), reference)
+@pytest.mark.parametrize("dtype, longest", [(torch.float32, 64), (torch.bfloat16, 128)])
+@pytest.mark.parametrize("tokens", [7, 40, 64, 65, 128, 129])  # short rows go another way, and long ones
+def test_attention_on_cpu_is_scaled_dot_product_attention(tokens, dtype, longest, monkeypatch):
+    q, k, v = torch.randn(3, 2, 4, tokens, 8, dtype=dtype)
+    reference, fused = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float()), []
+    monkeypatch.setattr(network, "fused_attention", lambda *qkv: fused.extend(qkv) or fused_attention(*qkv))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = attention(q, k, v)
+    assert y.dtype == dtype and bool(fused) == (tokens > longest)
+    torch.testing.assert_close(y.float(), reference, **{} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02})
+    assert all(part.dtype == torch.float32 for part in fused)  # in which the fused kernel is fast
+
+
+def test_a_convolution_adds_a_patch_s_neighbours_to_what_the_mlp_takes_and_at_first_nothing():
+    new, plain = small_model(live=False, convolution=True), small_model()
+    new.start_from(plain)
+    x, t = torch.randn(1, 1, 2, 16, 16), torch.tensor([0.5])
+    torch.testing.assert_close(new(x, t, 0), plain(x, t, 0))
+    block, x = Block(8, 1, temporal=False, convolution=True), torch.randn(2, 3, 12, 8)  # of 3 rows of 4 patches
+    block.mlp = torch.nn.Identity()
+    for parameter in (*block.condition.parameters(), *block.neighbours.parameters()):
+        torch.nn.init.zeros_(parameter)
+    block.condition.bias.data[-8:] = 1  # the MLP's gate is open, the attention's is shut
+    block.neighbours.weight.data[:, 0, 1, 2] = 1  # what stands on the right
+    y = block(x, torch.zeros(2, 8), torch.zeros(1, 12, 1, 1, 4, 2), torch.zeros(3, 1, 1, 1, 4, 2), 3) - x
+    normal = torch.nn.functional.layer_norm(x, (8,)).unflatten(2, (3, 4))
+    right = torch.nn.functional.pad(normal[:, :, :, 1:], (0, 0, 0, 1))
+    torch.testing.assert_close(y, (normal + right).flatten(2, 3))
 
 
 @pytest.mark.parametrize("dim", [1, 2])  # over frames, over patches
