@@ -99,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over (..., heads, tokens, d): written out for few tokens, else by torch's fused
     kernel, whose memory grows with the tokens and not with their square.
 
-    The number of tokens alone decides, so that a run can be repeated. `python -m experiments.speed attention` measured
+    The number of tokens alone decides, so that a run can be repeated. `python -m experiments.sizes attention` measured
     it: on an H100 writing out pays up to 16 tokens. On a CPU it pays up to 64 in fp32 and up to 128 in bf16, which the
     fused kernel works in 3 to 15 times as slowly as in fp32.
     """
@@ -109,8 +109,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return fused_attention(q, k, v)
         with torch.autocast("cpu", enabled=False):
             return fused_attention(q.float(), k.float(), v.float()).to(v.dtype)
+    return written_attention(q, k, v)
+
+
+def written_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same as two products and a softmax, which holds all scores."""
     scores = q * q.shape[-1] ** -0.5 @ k.mT
-    if on_cpu and scores.shape[-1] * scores.element_size() < 64:  # torch's softmax is scalar on rows below a vector
+    if q.device.type == "cpu" and scores.shape[-1] * scores.element_size() < 64:  # below a vector softmax is scalar
         return scores.movedim(-1, 0).softmax(dim=0).movedim(0, -1) @ v
     return scores.softmax(dim=-1) @ v
 

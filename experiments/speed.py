@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample
 import train
 from checkpoint import make_pyramid, start_from_file
-from cli import Parser, choose_device, generator_for, keep_memory, non_negative_int, positive_int, use_bf16
+from cli import Parser, choose_device, generator_for, keep_memory, positive_int, use_bf16
 from data import open_data
 from experiments.peers import count_parameters, make_peers
-from experiments.report import ROOT, Table, file_to_write, markdown, one_sentence, processor, provenance, write_json
+from experiments.report import Table, file_to_write, markdown, one_sentence, processor, provenance, write_json
 from experiments.timing import alternate, in_milliseconds, synchronize
 from tpdiff import align
 
@@ -250,68 +250,12 @@ def compare_alignment(repeats: int) -> Table:
     return header.split(", "), rows
 
 
-def measured_apart(options: list[str], k: int) -> float:
-    """Peak MiB of two training steps at stage k, over what the process held before them, in a process of its own."""
-    words = [sys.executable, "-m", "experiments.speed", "peak", "--stage", str(k), *options]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
-    return float(done.stdout.split()[-1])
-
-
-def bench_peak(args: argparse.Namespace, k: int) -> None:
-    """Prints what `measured_apart` asks for, of this process."""
-    run = Run(args, captured=False)  # graphs hold the memory of all stages at once
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    before = peak_bytes()
-    for _ in range(2):
-        run.training_step(k)
-    print((peak_bytes() - before) / 2**20)
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held: of the GPU, else of the machine (Linux; getrusage counts a parent's)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
 def bench_parts(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
     """How a step's time splits, what the pyramid adds to it, and alignment beside torchcfm's."""
     yield split_step(args, repeats)
     yield split_sampling(args, repeats)
     yield wait_for_data(args)
     yield compare_alignment(repeats)
-
-
-def bench_memory(args: argparse.Namespace, repeats: int, limit: float = 8192.0) -> Iterator[Table]:
-    """Peak memory by stage, with and without --gradient-checkpointing, and the longest clip that `limit` MiB hold."""
-    rows, steps = [], {}
-    for name, flag in (("plain", []), ("--gradient-checkpointing", ["--gradient-checkpointing"])):
-        peaks = [f"{measured_apart([*args.options, *flag], k):.0f}" for k in range(args.stages)]
-        longest = largest_clip([*args.options, *flag, "--batch", "1"], 2 ** (args.stages - 1), limit)
-        rows.append([name, *peaks, longest])
-        args.gradient_checkpointing = bool(flag)
-        steps[name] = partial(Run(args).training_step, 0)
-    for row, values in zip(rows, alternate(steps, max(3, repeats // 5)).values(), strict=True):
-        row.insert(-1, in_milliseconds(values))
-    frames = f"frames of {args.size}x{args.size} in {limit / 1024:.0f} GiB"
-    yield ["peak MiB of training at", *(f"stage {k}" for k in range(args.stages)), "ms at stage 0", frames], rows
-
-
-def largest_clip(options: list[str], divisor: int, limit: float) -> str:
-    """The most frames, within 10%, that one clip can have in `limit` MiB at the full rate, the worst stage."""
-    fit, too_many, peak, frames = 0, math.inf, 0.0, max(64, divisor)
-    while too_many - fit > max(divisor, fit / 10):
-        needs = measured_apart([*options, "--frames", str(frames)], 0)
-        if needs < limit:
-            fit, peak = frames, needs
-        else:
-            too_many = frames
-        frames = 2 * fit if too_many == math.inf else (fit + too_many) // 2 // divisor * divisor
-    return f"{fit} ({peak:.0f} MiB; {too_many} do not)"
 
 
 def bench_processes(args: argparse.Namespace, repeats: int, interval: int = 30) -> Iterator[Table]:
@@ -354,7 +298,6 @@ MEASURES = {
     "step": (bench_step, "training and sampling step by stage, as a share of the matrix-product rate"),
     "peers": (bench_peers, "forward plus backward beside other video models"),
     "parts": (bench_parts, "how a step's time splits, what the pyramid adds to it, alignment beside torchcfm's"),
-    "memory": (bench_memory, "peak memory by stage, with and without --gradient-checkpointing"),
     "processes": (bench_processes, "one process on two threads against two on one each, joined and apart"),
 }
 
@@ -366,8 +309,6 @@ def make_parser() -> Parser:
         add = commands.add_parser(name, help=purpose, description=f"{purpose}. Any option of train.py may follow.")
         add.add_argument("--repeats", type=positive_int, default=25, help="times that each thing is timed")
         add.add_argument("--json", type=file_to_write, help="file to write the tables to as well")
-    peak = commands.add_parser("peak")  # what `memory` starts
-    peak.add_argument("--stage", type=non_negative_int, default=0)
     return parser
 
 
@@ -377,8 +318,6 @@ def main(argv: list[str] | None = None) -> None:
     keep_memory()
     with one_sentence(parser, train.NO_MEMORY):
         args = train.parse_args(["--out", tempfile.gettempdir() + "/nothing", *options])[0]
-        if ours.what == "peak":
-            return bench_peak(args, ours.stage)
         args.options, tables = options, []
         precision = "bf16" if use_bf16(args.precision, choose_device()) else "fp32"
         words = [ours.what, "--repeats", str(ours.repeats), *options]
