@@ -99,12 +99,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over (..., heads, tokens, d): written out for few tokens, else by torch's fused
     kernel, whose memory grows with the tokens and not with their square.
 
-    The number of tokens alone decides, so that a run can be repeated. `python -m experiments.sizes attention` measured
-    it: on an H100 writing out pays up to 16 tokens. On a CPU it pays up to 64 in fp32 and up to 128 in bf16, which the
-    fused kernel works in 3 to 15 times as slowly as in fp32.
+    The number of tokens decides, and no timing, so that a run can be repeated. `python -m experiments.sizes attention`
+    measured it: on an H100 writing out pays up to 16 tokens. On a CPU it pays where gradients are wanted, up to 64 in
+    fp32 and 128 in bf16, in which the fused kernel is 2 to 10 times as slow as in fp32.
     """
     tokens, on_cpu, is_bf16 = q.shape[-2], q.device.type == "cpu", q.dtype == torch.bfloat16
-    if tokens > ((128 if is_bf16 else 64) if on_cpu else 16):
+    most = (128 if is_bf16 else 64) * torch.is_grad_enabled() if on_cpu else 16
+    if tokens > most:
         if not (on_cpu and is_bf16):
             return fused_attention(q, k, v)
         with torch.autocast("cpu", enabled=False):

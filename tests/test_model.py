@@ -173,6 +173,8 @@ def test_attention_on_cpu_is_scaled_dot_product_attention(tokens, dtype, longest
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         y = attention(q, k, v)
     assert y.dtype == dtype and bool(fused) == (tokens > longest)
+    with torch.no_grad():
+        assert torch.equal(attention(q, k, v), attention(q, k, v)) and fused
     torch.testing.assert_close(y.float(), reference, **{} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02})
     assert all(part.dtype == torch.float32 for part in fused)  # in which the fused kernel is fast
 
