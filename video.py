@@ -54,7 +54,7 @@ class Source:
     unit: Fraction = Fraction(0)
     period: Fraction = Fraction(1)
     channels: int = 0
-    height: int = 0
+    height: int = 0  # as stored
     width: int = 0
     note: str = ""  # what a user should know of it; of a broken one, why
     in_order: bool = False  # a video whose packets do not say when they are shown: it is decoded from its beginning
@@ -233,48 +233,57 @@ def _video_stream(container):
 
 def _decode(av, container, stream) -> Iterator:
     """The stream's frames from here on, without those that cannot be decoded or that the decoder marks as corrupt."""
-    decoder, with_alpha = stream.codec_context, {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-    if decoder.name in with_alpha and stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own leave transparency out
-        decoder = av.CodecContext.create(with_alpha[decoder.name], "r")
+    decoder = _decoder(av, stream)
     for packet in container.demux(stream):
-        with suppress(av.FFmpegError):
-            yield from (frame for frame in decoder.decode(packet) if not frame.is_corrupt)
+        yield from _frames_of(av, decoder, packet)
+
+
+def _decoder(av, stream):
+    """FFmpeg's own decoders of VP8 and VP9 leave transparency out."""
+    with_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if with_alpha and stream.metadata.get("alpha_mode") == "1":
+        return av.CodecContext.create(with_alpha, "r")
+    return stream.codec_context
+
+
+def _frames_of(av, decoder, packet) -> list:
+    with suppress(av.FFmpegError):
+        return [frame for frame in decoder.decode(packet) if not frame.is_corrupt]
+    return []
 
 
 def _probe_video(av, path: Path) -> Source:
     """When a video's frames are shown: by its packets; or by decoding it, if they cannot tell or may have been cut."""
+    packets, frames, whole = [], [], path.suffix.lower() not in CUT_ANYWHERE
     with _open_video(av, path) as container:
-        stream, packets, whole = _video_stream(container), [], path.suffix.lower() not in CUT_ANYWHERE
-        unit, delayed = stream.time_base, stream.codec_context.has_b_frames
+        stream = _video_stream(container)
+        decoder, unit, delayed = _decoder(av, stream), stream.time_base, stream.codec_context.has_b_frames
+        rate = stream.average_rate or stream.guessed_rate or 25
         for packet in container.demux(stream):
             whole = whole and not packet.is_corrupt
             if packet.size and not packet.is_discard:  # an edit list's: decoded, and not shown
                 packets.append((packet.pts, packet.duration or 0))
-        times = [pts for pts, _ in packets]
-        # A stream whose frames are shown in another order than stored, and whose times say otherwise, has wrong times.
-        in_order = None in times or len(set(times)) < len(times) or (delayed and times == sorted(times))
-    with _open_video(av, path) as container:
-        stream, frames = _video_stream(container), []
-        for frame in _decode(av, container, stream):
-            frames.append((frame.pts, frame.dts, frame.duration or 0))
-            if len(frames) == 1:
-                height, width = _upright(frame, stream.sample_aspect_ratio).size[::-1]
-                note = "is HDR, which is shown as if it were not" if frame.color_trc in (16, 18) else ""  # PQ and HLG
-                note = "is interlaced, and moving edges are combed" if frame.interlaced_frame else note
-            if whole and not in_order:
-                break
-        if not frames:
-            raise DataError("has no frame that can be decoded")
-        rate = stream.average_rate or stream.guessed_rate or 25
+            frames = frames or _frames_of(av, decoder, packet)
+    if not frames:
+        raise DataError("has no frame that can be decoded")
+    first, times = frames[0], [pts for pts, _ in packets]
+    note = "is HDR, which is shown as if it were not" if first.color_trc in (16, 18) else ""  # PQ and HLG
+    note = "is interlaced, and moving edges are combed" if first.interlaced_frame else note
+    # A stream whose frames are shown in another order than stored, and whose times say otherwise, has wrong times.
+    in_order = None in times or len(set(times)) < len(times) or (delayed and times == sorted(times))
+    if in_order or not whole:
+        with _open_video(av, path) as container:
+            decoded = _decode(av, container, _video_stream(container))
+            stamps = [(frame.pts, frame.dts, frame.duration or 0) for frame in decoded]
     if in_order:
-        times, last = best_effort([frame[:2] for frame in frames], 1 / (rate * unit)), frames[-1][2]
+        times, last = best_effort([stamp[:2] for stamp in stamps], 1 / (rate * unit)), stamps[-1][2]
     else:
-        shown = {pts for pts, _, _ in frames}
-        packets = sorted(packet for packet in packets if (packet[0] >= frames[0][0] if whole else packet[0] in shown))
+        shown = set(times) if whole else {pts for pts, _, _ in stamps}
+        packets = sorted(packet for packet in packets if packet[0] in shown and packet[0] >= first.pts)
         times, last = [pts for pts, _ in packets], packets[-1][1]
     period = usual_distance(times) if len(times) > 1 else Fraction(max(1, last))
     end = times[-1] + (last if last > 0 else math.ceil(period))
-    return Source((path,), "video", tuple(times), end, unit, period, 3, height, width, note, in_order)
+    return Source((path,), "video", tuple(times), end, unit, period, 3, first.height, first.width, note, in_order)
 
 
 def best_effort(stamps: list[tuple[int | None, int | None]], period: Fraction) -> list[int]:

@@ -294,7 +294,7 @@ def test_videos_are_seen_with_square_pixels(tmp_path):
     write_video(tmp_path / "a.mp4", aspect=2)
     (source,) = video.find_sources(tmp_path, None)
     ((_, image),) = video.read_images(source, [0])
-    assert image.size == (128, 64) and (source.height, source.width) == (64, 128)
+    assert image.size == (128, 64)
 
 
 TRANSPARENT = [
