@@ -299,8 +299,19 @@ def stages(args: argparse.Namespace) -> list:
     return [(FRONT, numbers), (FRONT, draws), (header, from_ends)]
 
 
-CLAIMS = {f.__name__: f for f in (latency, training, alignment, renoising, early, sampling, stages, growth)}
-SCORED = (training, alignment, renoising, early, sampling, stages)  # the others time untrained networks
+def pyramids(args: argparse.Namespace) -> list:
+    """Four systems in about equal training time: vanilla, and the pyramid in time, in space, and in both. Thirty Euler
+    steps and nine."""
+    runs = [f"{mode}-{system}{seed}" for mode in ("flow", "ddim") for system in SYSTEMS for seed in ("", "-seed-2")]
+    cells = {run: [Cell(run, steps) for steps in (30, 9)] for run in runs}
+    pictures = {run: clips_of(cells[run][1], args, args.seeds[0], 8)[:4] for run in runs if "seed" not in run}
+    draw_clips(pictures, len(SYSTEMS), args.out / "pyramids.png")
+    return [(FRONT, [front_row(cell, args) for each in cells.values() for cell in each])]
+
+
+SYSTEMS = ("1", "3", "3-space", "3-space-time")
+CLAIMS = {f.__name__: f for f in (latency, training, alignment, renoising, early, sampling, stages, growth, pyramids)}
+SCORED = (training, alignment, renoising, early, sampling, stages, pyramids)  # the others time untrained networks
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
