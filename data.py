@@ -262,14 +262,12 @@ class FolderClips(Dataset):
         if not kept.keys() >= set(wanted):
             distinct = sorted(set(wanted))
             read = list(range(distinct[-1] + 1)) if source.kind == "animation" else distinct  # from its beginning on
-            kept = dict(before)
-            for number, image in read_images(source, read):
-                if number not in kept:
-                    kept[number] = self._picture(image)
-            cost = sum(frame.nbytes for number, frame in kept.items() if number not in before)
-            if cost <= self.room:
+            new = {number: self._picture(image) for number, image in read_images(source, read) if number not in before}
+            together = np.stack(list(new.values()))  # small arrays that stay would keep the heap from being used again
+            kept = before | dict(zip(new, together, strict=True))
+            if together.nbytes <= self.room:
                 self.cache[name] = kept
-                self.room -= cost
+                self.room -= together.nbytes
         return np.stack([kept[number] for number in wanted])
 
     def _window(self, source: Source, start: int) -> Tensor:
