@@ -17,7 +17,8 @@ import os
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -45,9 +46,9 @@ def make_pyramid(mode: str, stages: int, pyramid: str = "time", shift: float = 1
 
 
 def check_size(args: Namespace) -> None:
-    """Raises ValueError if height and width do not divide into patches at every stage."""
+    """Raises ValueError if height and width, where they are known yet, do not divide into patches at every stage."""
     divisors = [args.patch * n ** (args.stages - 1) for n in FACTORS[args.pyramid][1:]]
-    if any(length % divisor for length, divisor in zip(height_width(args.size), divisors, strict=True)):
+    if any(length % divisor for length, divisor in zip(height_width(args.size or divisors), divisors, strict=True)):
         why = f"--patch {args.patch}, {args.stages} stages in {args.pyramid}"
         raise ValueError(f"--size {args.size} must divide by {divisors}: {why}")
 
@@ -262,6 +263,19 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
     write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
     if state.best < best:
         keep_as(newest, "checkpoint-best.pt")
+
+
+@contextmanager
+def saved_if_it_fails(state, dataset: Dataset, args: Namespace, world: int, first: bool) -> Iterator[None]:
+    """Around a training step: if it raises, because clips or a loader's process are gone or memory is short, the steps
+    before it are saved. On rank 0, and not if there was none since the last save."""
+    try:
+        yield
+    except Exception as error:
+        if first and state.step > 0:
+            save(state, dataset, args, world)
+            print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
+        raise error
 
 
 def start_metrics(path: Path, step: int) -> None:

@@ -133,8 +133,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     if args.stage_odds and (len(args.stage_odds) != args.stages or max(args.stage_odds) > 1000):
         raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
     args.size = args.size if args.size or args.data else 32
-    if args.size:  # else as the data has it
-        disk.check_size(args)
+    disk.check_size(args)
     make_pyramid(args.mode, args.stages, args.pyramid, args.shift)  # refuses stages that the schedule has no noise for
     return args, checkpoint
 
@@ -252,8 +251,7 @@ def fast_form(model: DiT, args: Namespace, device: torch.device) -> torch.nn.Mod
 
 def learning_rate(step: int, args: Namespace) -> float:
     """Half a cosine from args.lr down to 0, times a linear warm-up."""
-    warmup = min(1.0, (step + 1) / (args.warmup + 1))
-    return args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
+    return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * (1 + math.cos(math.pi * step / args.steps)) / 2
 
 
 @dataclass
@@ -386,7 +384,8 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
     mark, clips = time.perf_counter(), 0
     while state.step < args.steps:
         k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
-        optimize(state, model, pyramid, batches, k, args)
+        with disk.saved_if_it_fails(state, dataset, args, world, first):
+            optimize(state, model, pyramid, batches, k, args)
         bar.update()
         clips += batch_sizes(args)[k] * args.accumulate * world
         end = stop.agreed() or state.step == args.steps

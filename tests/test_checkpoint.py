@@ -30,6 +30,7 @@ import cli
 import sample
 import train
 from checkpoint import find_weights, keep_as, load_checkpoint, load_weights, start_metrics
+from data import DataError
 from experiments import metrics
 
 # ---- Resuming
@@ -370,3 +371,21 @@ def test_names_in_data_and_weights_are_never_paths(tmp_path, monkeypatch):
             sample.main(["--checkpoint", name, "--number", "1", "--steps", "3"])
     assert sorted(path.name for path in Path("samples").iterdir()) == ["flow-3-000.gif", "flow-3-000.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a loader's process was killed"), DataError("gone"), MemoryError()])
+def test_a_step_that_fails_does_not_lose_those_before_it(tmp_path, capsys, monkeypatch, error):
+    whole = run_training(tmp_path / "whole", "--steps", "6")
+    optimize = train.optimize
+
+    def fail(state, *rest):
+        if state.step == 4:
+            raise error
+        optimize(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "optimize", fail)
+        with pytest.raises((SystemExit, RuntimeError)):
+            train.main([*TINY, "--out", str(tmp_path / "run"), "--steps", "6"])
+    assert "step 4: saved, as the next step failed" in capsys.readouterr().err
+    assert_same_weights(run_training(tmp_path / "run", "--resume"), whole)
