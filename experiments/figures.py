@@ -8,11 +8,15 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from cli import Parser
-from data import tile, to_images
+from checkpoint import SHIPPED, load_weights
+from cli import SAMPLING, Parser, generator_for, non_negative_int
+from data import height_width, tile, to_images
 from experiments.report import file_to_write, one_sentence
+from sample import make_predict
+from tpdiff import Pyramid, randn
 
 
 def pyplot():
@@ -100,13 +104,70 @@ def smooth(values: tuple[float, ...], decay: float = 0.8) -> list[float]:
     return found
 
 
+def draw_windows(path: Path, stages: int = 3) -> None:
+    """The times that each stage works on, from t = 1 to 0, its frame rate, and the jumps of renoising between them."""
+    figure, rows = pyplot().subplots(2, 1, figsize=(7, 4), sharex=True, layout="constrained")
+    for axes, mode in zip(rows, ("flow", "ddim"), strict=True):
+        pyramid = Pyramid(mode, stages)
+        for stage in pyramid:
+            height, name = stages - stage.index, f"stage {stage.index}"
+            rate = "full frame rate" if stage.index == 0 else f"1/{stage.stride[0]} of the frames"
+            axes.barh(height, stage.t_start - stage.t_end, left=stage.t_end, height=0.5, color=f"C{stage.index}")
+            axes.text(
+                (stage.t_start + stage.t_end) / 2, height, f"{name}, {rate}", ha="center", va="center", fontsize=8
+            )
+            if stage.index > 0:
+                following, arrow = pyramid[stage.index - 1], {"arrowstyle": "->", "color": "black"}
+                axes.annotate("", (following.t_start, height + 0.7), (stage.t_end, height + 0.3), arrowprops=arrow)
+        axes.set(title=f"{mode}: every stage starts a little noisier than the one before it ended", yticks=[])
+        axes.set_ylim(0.4, stages + 0.6)
+    rows[1].set(xlim=(1, 0), xlabel="noise time t: sampling runs from 1, noise, to 0, data; arrows are renoising")
+    figure.savefig(path, dpi=120)
+
+
+def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
+    """A clip of the model on its way through the stages: each at its start, halfway and at its end. Frames stand at
+    the time at which they are shown."""
+    weights = load_weights(checkpoint)
+    pyramid, shown = weights.make_pyramid(), []
+
+    def keep(x, t, k):
+        shown.append((k, t[0].item(), x[0]))
+
+    shape, steps = (1, weights.model.config.channels, weights.frames, *height_width(weights.size)), 10
+    noise = randn(pyramid.shape(shape, len(pyramid) - 1), [generator_for(0, SAMPLING, 3)])
+    predict = make_predict(weights.model, torch.tensor([label]), 2.0, bf16=False)
+    keep(noise, torch.ones(1), len(pyramid) - 1)
+    pyramid.sample(predict, shape, [steps] * len(pyramid), "ab2", [generator_for(0, SAMPLING, 3)], callback=keep)
+    moments = [shown[k * (steps + 1) + step] for k in range(len(pyramid)) for step in (0, steps // 2, steps)]
+    figure, grid = pyplot().subplots(len(moments), weights.frames, figsize=(10, 6), layout="constrained")
+    for row, (k, t, clip) in zip(grid, moments, strict=True):
+        row[0].set_ylabel(f"stage {k}\nt = {t:.2f}", rotation=0, ha="right", va="center", fontsize=9)
+        for axes in row:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        for number, frame in enumerate(to_images(clip[None])[0]):
+            row[number * pyramid[k].stride[0]].imshow(frame)
+    figure.suptitle("A clip grows from 4 frames to 8 and 16 while its noise is removed")
+    figure.savefig(path, dpi=100)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="experiments.figures", description="Draw the losses of runs of train.py.")
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
-    parser.add_argument("--out", type=file_to_write, default=Path("losses.png"), help="PNG to write")
+    parser = Parser(prog="experiments.figures", description=__doc__)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    adds = {name: commands.add_parser(name).add_argument for name in ("losses", "windows", "stages")}
+    adds["losses"]("runs", type=Path, nargs="+", help="folders of runs")
+    adds["stages"]("--checkpoint", type=Path, default=SHIPPED / "flow-3.pt", help="weights of three stages")
+    adds["stages"]("--label", type=non_negative_int, default=3, help="number of the class to sample")
+    for name, add in adds.items():
+        add("--out", type=file_to_write, default=Path(f"{name}.png"), help="PNG to write")
     args = parser.parse_args(argv)
     with one_sentence(parser, "not enough memory"):
-        draw_losses(args.runs, args.out)
+        if args.what == "losses":
+            draw_losses(args.runs, args.out)
+        elif args.what == "windows":
+            draw_windows(args.out)
+        else:
+            draw_stages(args.out, args.checkpoint, args.label)
     print(f"wrote {args.out}")
 
 

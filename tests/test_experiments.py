@@ -502,8 +502,17 @@ def test_the_losses_of_runs_are_drawn(tmp_path, capsys):
     from experiments import figures
 
     run_training(tmp_path / "run", "--steps", "6", "--save-interval", "2", "--held-out", "0.1")
-    figures.main([str(tmp_path / "run"), "--out", str(tmp_path / "losses.png")])
+    figures.main(["losses", str(tmp_path / "run"), "--out", str(tmp_path / "losses.png")])
     assert (tmp_path / "losses.png").stat().st_size > 10_000
     assert figures.smooth((1.0, 2.0), 0.5) == [1.0, 1.5]
     capsys.readouterr()
-    assert "metrics.jsonl" in fails_with_one_line(capsys, figures.main, tmp_path / "none")
+    assert "metrics.jsonl" in fails_with_one_line(capsys, figures.main, "losses", tmp_path / "none")
+
+
+@pytest.mark.parametrize("what", ["windows", "stages"])
+def test_the_pages_pictures_are_drawn(tmp_path, what):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    from experiments import figures
+
+    figures.main([what, "--out", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").stat().st_size > 10_000
