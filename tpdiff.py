@@ -25,7 +25,7 @@ from scipy.interpolate import make_interp_spline
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 

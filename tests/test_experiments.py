@@ -516,3 +516,35 @@ def test_the_pages_pictures_are_drawn(tmp_path, what):
 
     figures.main([what, "--out", str(tmp_path / "a.png")])
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(tmp_path):
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    from experiments import emoji
+
+    def webp(count: int) -> bytes:
+        pictures = [Image.new("RGBA", (256, 256), (number, 0, 0, 255 if number else 0)) for number in range(count)]
+        content = io.BytesIO()
+        pictures[0].save(content, "WEBP", save_all=True, append_images=pictures[1:], duration=42, lossless=True)
+        return content.getvalue()
+
+    files = {"1f300.webp": webp(72), "1f468-1f3fb.webp": webp(70), "1f301.webp": webp(60), "README.md": b""}
+    package = io.BytesIO()
+    with tarfile.open(fileobj=package, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/assets/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert emoji.write_clips(package.getvalue(), tmp_path) == 2  # one is too short
+    path = tmp_path / emoji.part_of("1f300") / "1f300" / "1f300.webp"
+    with Image.open(path) as clip:
+        assert clip.size == (64, 64) and clip.n_frames == 36 and clip.convert("RGB").getpixel((9, 9)) == (255,) * 3
+        clip.seek(5)
+        assert clip.convert("RGB").getpixel((9, 9)) == (10, 0, 0)
+    assert (tmp_path / "train" / "1f468" / "1f468-1f3fb.webp").exists()
+    parts = [emoji.part_of(f"1f{number:03x}") for number in range(0x300, 0x700)]
+    assert 0.8 < parts.count("train") / 1024 < 0.9 and 0.07 < parts.count("held-out") / 1024 < 0.13
