@@ -10,21 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import cli
 from checkpoint import FACTORS, Weights, find_weights, load_weights, run_name, weight_file
-from cli import (
-    SAMPLING,
-    Parser,
-    add_device,
-    choose_device,
-    generator_for,
-    is_out_of_memory,
-    keep_memory,
-    non_negative_int,
-    positive_int,
-    real_number,
-    reason,
-    use_bf16,
-)
+from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
 from data import height_width, save_gif, save_latents, save_strip, save_video
 from tpdiff import Pyramid, split_steps
 from video import import_av
@@ -79,7 +67,7 @@ def generate(
     """`number` clips (B, C, T, H, W) from number `first` on. Clip i's noise depends on `seed` and i alone."""
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, *height_width(weights.size))
-    generators = [generator_for(seed, SAMPLING, index) for index in range(first, first + number)]
+    generators = [generator_for(seed, cli.SAMPLING, index) for index in range(first, first + number)]
     labels = labels if labels is None else labels.to(device)
     predict = make_predict(weights.model, labels, guidance, use_bf16(precision, device))
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
@@ -104,7 +92,7 @@ def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None
         else:
             save_latents(torch.cat(clips), stem.with_suffix(".npy"), weights.latent_scale)
     except Exception as error:
-        print(f"step {weights.step}: no sample clips ({reason(error)}); the run goes on", file=sys.stderr)
+        print(f"step {weights.step}: no sample clips ({cli.reason(error)}); the run goes on", file=sys.stderr)
 
 
 def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None = None) -> Tensor | None:
@@ -126,8 +114,8 @@ def free_name(stem: Path) -> Path:
     raise ValueError(f"{stem.parent} is full")
 
 
-def make_parser() -> Parser:
-    parser = Parser(prog="sample.py", description="Sample clips from trained weights, as a GIF and a PNG strip.")
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(prog="sample.py", description="Sample clips from trained weights, as a GIF and a PNG strip.")
     add = parser.add_argument
     add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
     add("--stages", type=positive_int, help="stages; 1 is vanilla [the checkpoint's, else 3]")
@@ -142,7 +130,7 @@ def make_parser() -> Parser:
     add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)
     add("--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
-    add_device(add)
+    cli.add_device(add)
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add("--fps", type=real_number(1, 50), default=12, help="frames a second of the GIF or MP4")
     out = "file name: .mp4 makes a video (with PyAV), else .gif and .png are added [samples/MODE-STAGES-NNN]"
@@ -151,7 +139,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = choose_device(args.device)
+    device = cli.choose_device(args.device)
     path = weight_file(args.checkpoint or find_weights(args.mode or "flow", args.stages or 3, args.pyramid or "time"))
     weights = load_weights(path, device)
     for flag in ("mode", "stages", "pyramid"):
@@ -202,13 +190,13 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    keep_memory()
+    cli.keep_memory()
     try:
         run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not cli.is_out_of_memory(error):
             raise
         parser.error("not enough memory for so many clips at once: sample fewer with --number")
 
