@@ -2,8 +2,8 @@
 
   python -m experiments.emoji --out data/emoji64
 
-Each clip is 64x64 on white, every second picture, at 12 a second; stills and clips of less than 32 pictures are left
-out. About 550 MB are downloaded, and nothing is kept of them but the clips. They go into three folders, `train`,
+Each clip is 64x64 on white, every second picture, at 12 a second; stills and clips of less than 16 pictures then are
+left out. About 550 MB are downloaded, and nothing is kept of them but the clips. They go into three folders, `train`,
 `settings` (to choose settings on) and `held-out`, and there into one for each first code point, which is a clip's
 label. A first code point is in one of the three alone, as names that begin alike are variants of one clip.
 """
@@ -70,11 +70,11 @@ def write_clips(package: bytes, out: Path) -> int:
             path = out / part_of(code_point) / code_point / name
             if not path.exists():
                 first, *rest = every_second_picture(archive.extractfile(member).read())
-                if len(rest) < 31:
+                if len(rest) < 15:
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
                 aside = path.with_suffix(".tmp")  # so that a stopped command leaves no half clip
-                first.save(aside, "WEBP", save_all=True, append_images=rest, duration=83, loop=0, lossless=True)
+                first.save(aside, "WEBP", save_all=True, append_images=rest, duration=83, quality=90, method=2)
                 aside.replace(path)
             count += 1
     return count

@@ -532,7 +532,7 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
         pictures[0].save(content, "WEBP", save_all=True, append_images=pictures[1:], duration=42, lossless=True)
         return content.getvalue()
 
-    files = {"1f300.webp": webp(72), "1f468-1f3fb.webp": webp(70), "1f301.webp": webp(60), "README.md": b""}
+    files = {"1f300.webp": webp(72), "1f468-1f3fb.webp": webp(70), "1f301.webp": webp(30), "README.md": b""}
     package = io.BytesIO()
     with tarfile.open(fileobj=package, mode="w:gz") as archive:
         for name, content in files.items():
@@ -544,7 +544,7 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
     with Image.open(path) as clip:
         assert clip.size == (64, 64) and clip.n_frames == 36 and clip.convert("RGB").getpixel((9, 9)) == (255,) * 3
         clip.seek(5)
-        assert clip.convert("RGB").getpixel((9, 9)) == (10, 0, 0)
+        assert clip.convert("RGB").getpixel((9, 9)) == pytest.approx((10, 0, 0), abs=4)
     assert (tmp_path / "train" / "1f468" / "1f468-1f3fb.webp").exists()
     parts = [emoji.part_of(f"1f{number:03x}") for number in range(0x300, 0x700)]
     assert 0.8 < parts.count("train") / 1024 < 0.9 and 0.07 < parts.count("held-out") / 1024 < 0.13
