@@ -19,12 +19,12 @@ PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
 def library(name: str = "diffusers") -> ModuleType:
-    """The package. Raises ValueError that says what to install."""
+    """The package, or a module of it. Raises ValueError that says what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        missing = error.name or name
-        raise ValueError(f"{missing} is missing: pip install {' '.join(PACKAGES)} sentencepiece ftfy av") from None
+        packages = " ".join(PACKAGES).replace("diffusers", "diffusers==0.42.1")
+        raise ValueError(f"{error.name or name} is missing: pip install {packages} sentencepiece ftfy av") from None
 
 
 def check_packages() -> None:
@@ -49,8 +49,7 @@ def cogvideox_schedule(model: str) -> dict:
 
 
 def animatediff_schedule(model: str) -> dict:
-    """The motion modules were trained on linear betas, whatever schedule the image model has (pages of
-    AnimateDiffPipeline)."""
+    """Motion modules were trained on linear betas, unlike their image models (the page of AnimateDiffPipeline)."""
     return ddim_schedule(library().DDIMScheduler.from_pretrained(model, subfolder="scheduler", beta_schedule="linear"))
 
 
@@ -59,10 +58,10 @@ def ddim_schedule(scheduler) -> dict:
     return {"mode": "ddim", "alphas_cumprod": scheduler.alphas_cumprod, "prediction": target}
 
 
-# ---- Positions: `network.stride` (time, height, width) is that of the stage it works for. Element i of a stage is
-# element i * stride of the clip and gets its position, which the network's own code computes for the whole clip.
-# (In space a stage's element is a block's mean. Its first position stands for the block: rotary attention sees
-# differences alone, in which block centres differ by the same.)
+# ---- Positions: `network.stride` (time, height, width) is that of the stage it works for. Element i of a stage has the
+# position of element i * stride of the clip, as the network's own code computes it for the whole clip. (In space it is
+# a block's mean, and the block's first position stands for its centre: to rotary attention, which sees differences
+# alone, they are the same.)
 
 
 def strided(positions: Tensor, grid: Sequence[int], stride: Sequence[int]) -> Tensor:
@@ -127,7 +126,7 @@ def tell_animatediff(network: Module) -> None:
     pixel is)."""
     for module in network.modules():
         if type(module).__name__ == "SinusoidalPositionalEmbedding":
-            module.forward = lambda x, table=module.pe: x + table[:, :: network.stride[0]][:, : x.shape[1]]
+            module.forward = lambda x, own=module: x + own.pe[:, :: network.stride[0]][:, : x.shape[1]]
 
 
 # ---- Calls: x (B, C, T, H, W), the step (B,) of the family's own counting, and the prompts (B, tokens, channels)
@@ -186,8 +185,7 @@ COGVIDEOX = Family(  # cogvideox_transformer_3d.py, pipeline_cogvideox.py, autoe
 )  # fmt: skip
 ANIMATEDIFF = Family(  # unet_motion_model.py, pipeline_animatediff.py, autoencoder_kl.py
     "AnimateDiffPipeline", "UNetMotionModel", "unet", "AutoencoderKL", animatediff_schedule, tell_animatediff,
-    call_animatediff,
-    lora=(*ATTENTION, "ff.net.0.proj", "ff.net.2"),  # BasicTransformerBlock, of images and of motion
+    call_animatediff, lora=(*ATTENTION, "ff.net.0.proj", "ff.net.2"),  # BasicTransformerBlock: pictures' and motion's
     compression=lambda vae: (1, 2 ** (len(vae.block_out_channels) - 1)), patch=1,
     prompt={"num_images_per_prompt": 1}, frames=16, size=(512, 512), guidance=7.5, fps=8,
     most_frames=lambda config: config.motion_max_seq_length,

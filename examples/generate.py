@@ -43,6 +43,8 @@ def family_of(model: str, motion_adapter: str | None = None) -> Family:
         raise ValueError(
             f"{model} makes images: give --motion-adapter, such as guoyww/animatediff-motion-adapter-v1-5-3"
         )
+    if motion_adapter and FAMILIES[name].folder != "unet":
+        raise ValueError(f"{model} is a {name} and takes no --motion-adapter")
     return FAMILIES[name]
 
 
@@ -191,18 +193,18 @@ def make_parser() -> cli.Parser:
 
 def settle(args: Namespace) -> tuple[Namespace, Family]:
     """The arguments, what is not given being the run's, or else the model's. Raises ValueError."""
-    run = {"stages": 1, "pyramid": "time", "shift": None, "lora": None}
+    saved = {"stages": 1, "pyramid": "time", "shift": None, "lora": None}
     if args.lora:
         if not (args.lora / "run.json").exists():
             raise ValueError(f"--lora {args.lora} holds no run.json: it is not a folder that finetune.py made")
-        run = json.loads((args.lora / "run.json").read_text())
+        saved = json.loads((args.lora / "run.json").read_text())
         for name in ("stages", "pyramid", "shift"):
-            if getattr(args, name) not in (None, run[name]):
-                raise ValueError(f"{args.lora} was trained with --{name} {run[name]}, not {getattr(args, name)}")
-    args.rank = run["lora"]
+            if getattr(args, name) not in (None, saved[name]):
+                raise ValueError(f"{args.lora} was trained with --{name} {saved[name]}, not {getattr(args, name)}")
+    args.rank = saved["lora"]
     for name in ("model", "motion_adapter", "stages", "pyramid", "shift", "frames", "size", "fps"):
         if getattr(args, name) is None:
-            setattr(args, name, run.get(name))
+            setattr(args, name, saved.get(name))
     if not args.model:
         raise ValueError("--model or --lora is needed")
     family = family_of(args.model, args.motion_adapter)

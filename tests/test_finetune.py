@@ -100,6 +100,23 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, saved, clip_folder, tmp_
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_network_that_is_sampled_is_the_one_that_was_trained(name, saved, clip_folder, tmp_path):
+    after = finetuned(run_options(saved, name, clip_folder, tmp_path / "run", "--steps", "2"))["weights"]
+    words = ["--lora", str(tmp_path / "run"), "--prompt", "cat", "--out", "cat.gif"]
+    args, family = generate.settle(generate.make_parser().parse_args(words))
+    _, trained, p, model, prompt = prepared(saved, name, lora=4)
+    sampled = generate.load_finetuned(family, args, torch.float32)
+    x, outputs = torch.randn(1, 4, 3, 4, 4), []
+    with torch.no_grad():
+        outputs.append(model(x, torch.tensor([0.5]), 1, prompt))
+        trained.load_state_dict(after, strict=False)
+        outputs.append(model(x, torch.tensor([0.5]), 1, prompt))
+        outputs.append(generate.make_model(family, sampled, p)(x, torch.tensor([0.5]), 1, prompt))
+    torch.testing.assert_close(outputs[2], outputs[1])
+    assert (outputs[1] - outputs[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_all_weights_are_finetuned_in_bf16_and_sampled(name, saved, clip_folder, tmp_path):
     options = ["--lora", "0", "--precision", "bf16", "--steps", "1", "--stages", "2", "--batch", "1", "--lr", "1e-3"]
     after = finetuned(run_options(saved, name, clip_folder, tmp_path / "run", *options))["weights"]
@@ -113,7 +130,7 @@ def test_all_weights_are_finetuned_in_bf16_and_sampled(name, saved, clip_folder,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_in_float32_works_beside_weights_in_bf16(name, saved, clip_folder, tmp_path):
-    options = ["--precision", "bf16", "--steps", "2", "--align", "nearest", "--accumulate", "2"]
+    options = "--precision bf16 --steps 2 --align nearest --accumulate 2 --pyramid space-time --size 64 64".split()
     after = finetuned(run_options(saved, name, clip_folder, tmp_path / "run", *options))["weights"]
     assert {weight.dtype for weight in after.values()} == {torch.float32}
     assert all(weight.any() for key, weight in after.items() if "lora_B" in key)  # they begin as zeros
@@ -240,6 +257,15 @@ def test_positions_at_a_stage_are_those_of_the_frames_shown(name, pyramid, saved
         for whole, part in zip(full_rate, at_stage, strict=True):
             whole = whole.reshape(*grid, -1)[::t, ::h, ::w].flatten(0, 2)
             torch.testing.assert_close(part.reshape(whole.shape), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_a_network_is_given_is_on_its_device(name, saved):
+    _, network, p, model, prompt = prepared(saved, name)
+    network.to("meta")  # in place of a GPU
+    for k in range(len(p)):
+        x = torch.zeros(p.shape((1, 4, 9, 4, 4), k), device="meta")
+        assert model(x, torch.ones(1, device="meta"), k, prompt).device.type == "meta"
 
 
 def test_a_flow_model_that_is_right_at_the_full_rate_is_right_of_still_clips_at_every_stage(saved):
