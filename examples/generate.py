@@ -208,9 +208,9 @@ def settle(args: Namespace) -> tuple[Namespace, Family]:
     if not args.model:
         raise ValueError("--model or --lora is needed")
     family = family_of(args.model, args.motion_adapter)
-    for name in ("frames", "size", "fps", "guidance"):
-        if not getattr(args, name):
-            setattr(args, name, getattr(family, name))
+    for name in ("frames", "size", "fps"):  # a run's fps of 0 is each file's own
+        setattr(args, name, getattr(args, name) or getattr(family, name))
+    args.guidance = family.guidance if args.guidance is None else args.guidance
     args.size = height_width(args.size if isinstance(args.size, int) else tuple(args.size))
     return args, family
 
@@ -261,6 +261,7 @@ def run(args: Namespace) -> None:
     vae = vae.to(device)
     if args.tiling:
         vae.enable_tiling()
+        vae.enable_slicing()
     clips = torch.cat([decode(vae, latent).cpu() for latent in latents])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save = save_video if args.out.suffix == ".mp4" else save_gif
