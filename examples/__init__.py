@@ -1,0 +1,1 @@
+"""Other people's models on the pyramid, through the libraries they come with."""
