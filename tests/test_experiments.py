@@ -488,15 +488,6 @@ def test_benchmark_compiles_the_network_that_it_samples_with_and_counts_it_as_it
     assert compiled.forward_flops(0) == plain.forward_flops(0) > 0 and counter.frame_count == 1
 
 
-@pytest.mark.parametrize("divisor", [1, 4, 8, 64, 128])
-@pytest.mark.parametrize("most", [20, 70, 500])
-def test_largest_clip_is_found_to_a_tenth_or_a_multiple(divisor, most, monkeypatch):
-    monkeypatch.setattr(speed, "measured_apart", lambda options, k: float(options[-1]))
-    found, peak, too_many = map(int, re.findall(r"\d+", speed.largest_clip([], divisor, most + 0.5)))
-    assert found == peak <= most < too_many <= max(found + divisor, 1.1 * found)
-    assert found % divisor == too_many % divisor == 0
-
-
 def test_the_losses_of_runs_are_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     from experiments import figures
@@ -548,3 +539,16 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
     assert (tmp_path / "train" / "1f468" / "1f468-1f3fb.webp").exists()
     parts = [emoji.part_of(f"1f{number:03x}") for number in range(0x300, 0x700)]
     assert 0.8 < parts.count("train") / 1024 < 0.9 and 0.07 < parts.count("held-out") / 1024 < 0.13
+
+
+def test_attention_and_training_are_measured_by_size(tmp_path, monkeypatch):
+    from experiments import sizes
+
+    for what in ("attention", "training"):
+        words = ["--smoke", "--repeats", "1", "--json", str(tmp_path / f"{what}.json")]
+        sizes.main([what, *words, *(["--width", "16", "--depth", "1", "--heads", "2"] if what == "training" else [])])
+    content = json.loads((tmp_path / "training.json").read_text())
+    ((header, rows),) = content["tables"]
+    assert [row[2] for row in rows] == ["vanilla", "time", "space-time"] and len(header) == len(rows[0]) == 7
+    assert all(0 <= float(row[3]) < 2 and float(row[4]) > 0 for row in rows)
+    assert len(json.loads((tmp_path / "attention.json").read_text())["tables"]) == 2
