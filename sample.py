@@ -81,16 +81,18 @@ def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None
     height, width = height_width(weights.size)
     number = max(1, min(args.sample_number, MOST_PIXELS // (weights.frames * height * width)))
     pyramid, labels, clips = weights.make_pyramid(), choose_labels(weights.classes, number), []
-    stem = args.out / f"step-{weights.step:07d}"
+    suffix = ".gif" if weights.latent_scale is None else ".npy"
+    path, aside = args.out / f"step-{weights.step:07d}{suffix}", args.out / f"unfinished{suffix}"
     try:
         for first in range(0, number, batch):
             part = labels if labels is None else labels[first : first + batch]
             options = {"precision": args.precision, "first": first}
             clips.append(generate(weights, pyramid, part, min(batch, number - first), **options).cpu())
         if weights.latent_scale is None:
-            save_gif(torch.cat(clips), stem.with_suffix(".gif"), min(5, number), scale=3 if width <= 64 else 1)
+            save_gif(torch.cat(clips), aside, min(5, number), scale=3 if width <= 64 else 1)
         else:
-            save_latents(torch.cat(clips), stem.with_suffix(".npy"), weights.latent_scale)
+            save_latents(torch.cat(clips), aside, weights.latent_scale)
+        aside.replace(path)
     except Exception as error:
         print(f"step {weights.step}: no sample clips ({cli.reason(error)}); the run goes on", file=sys.stderr)
 
