@@ -325,7 +325,12 @@ def train(args: Namespace, family: Family, accelerator) -> int:
     mark, begun = time.perf_counter(), state.step
     while state.step < args.steps:
         batches = draw_batches(args.out / "cache", count, pyramid, state.step, accelerator, args)
-        optimize(state, called, model, pyramid, batches, accelerator, args)
+        try:
+            optimize(state, called, model, pyramid, batches, accelerator, args)
+        except Exception:
+            if first and state.step > 0:  # the steps before the one that failed
+                save(state, args, accelerator.num_processes)
+            raise
         bar.update()
         stopped = accelerator.reduce(torch.tensor(float(stop.signal > 0), device=device)).item() > 0
         end = stopped or state.step == args.steps

@@ -376,10 +376,15 @@ def test_a_run_is_resumed_as_it_was_and_sampled_as_it_was(saved, clip_folder, tm
     assert "no run.json" in fails_with_one_line(capsys, generate.main, *sampling, "--lora", tmp_path)
     assert ".mp4 or .gif" in fails_with_one_line(capsys, generate.main, *sampling[:3], tmp_path / "a.avi")
 
-    def too_large(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    optimize = finetune.optimize
+
+    def too_large(state, *rest):
+        if state.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        optimize(state, *rest)
 
     monkeypatch.setattr(finetune, "optimize", too_large)
     with pytest.raises(SystemExit) as stopped:
         finetune.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3", "--device", "cpu"])
     assert stopped.value.code == 2 and "not enough memory: a smaller --size" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2  # what was done is saved
