@@ -35,6 +35,33 @@ def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float,
     return predict
 
 
+def replayed(predict: Callable) -> Callable:
+    """`predict` for a GPU: a stage's first call is made as it is, the second is recorded as a CUDA graph, which that
+    and all further ones of the same shape replay. A small model's kernels are over before Python has launched the next;
+    for a large one the recording costs less than a call."""
+    graphs, warm, pool = {}, set(), torch.cuda.graph_pool_handle()  # graphs that take turns share their memory
+
+    @torch.no_grad()
+    def call(x: Tensor, t: Tensor, k: int) -> Tensor:
+        key = k, x.shape
+        if key not in warm:
+            warm.add(key)
+            return predict(x, t, k)
+        if key not in graphs:
+            graph, inputs = torch.cuda.CUDAGraph(), (x.clone(), t.clone())
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # a loader's thread may pin memory
+                output = predict(*inputs, k)
+            graphs[key] = graph, inputs, output
+        graph, inputs, output = graphs[key]
+        for kept, given in zip(inputs, (x, t), strict=True):
+            kept.copy_(given)
+        graph.replay()
+        return output.clone()
+
+    return call
+
+
 def with_products_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
     """The model, its matrices in bfloat16 once and for all: autocast would convert them at every call, for the same
     clips."""
@@ -70,6 +97,7 @@ def generate(
     generators = [generator_for(seed, cli.SAMPLING, index) for index in range(first, first + number)]
     labels = labels if labels is None else labels.to(device)
     predict = make_predict(weights.model, labels, guidance, use_bf16(precision, device))
+    predict = replayed(predict) if device.type == "cuda" else predict
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
 
 

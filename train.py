@@ -165,7 +165,7 @@ class TrainingBatches(Dataset):
         return range(first := self.ends[micro] + self.rank * size, first + size)
 
     def __getitem__(self, micro: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Clips (B, C, T, H, W), noise at the stage's rate, u (B,), and labels (B,) or None."""
+        """What `draw` returns, of this micro-batch."""
         numbers, k = self.numbers(micro), self.stage_of(micro)
         clips, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
         classes = len(self.dataset.classes)
@@ -182,9 +182,9 @@ def make_batches(
     batches = TrainingBatches(dataset, args, rank, world, stage)
     micros = range(start * args.accumulate, args.steps * args.accumulate)
     options = {"num_workers": workers, "worker_init_fn": _leave_process_group, "pin_memory": gpu}
-    for x0, noise, u, y in DataLoader(batches, batch_size=None, sampler=micros, **options):
-        x0, noise, y = (each if each is None else each.to(device, non_blocking=True) for each in (x0, noise, y))
-        yield x0, noise, u, y
+    for *inputs, u, y in DataLoader(batches, batch_size=None, sampler=micros, **options):
+        *inputs, y = (each if each is None else each.to(device, non_blocking=True) for each in (*inputs, y))
+        yield *inputs, u, y
 
 
 def _leave_process_group(_worker: int) -> None:
@@ -210,23 +210,23 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Ten
 def draw(
     x0: Tensor, labels: Tensor, classes: int, pyramid: Pyramid, k: int, numbers: Sequence[int], args: Namespace
 ) -> tuple:
-    """Clips with their noise at stage k, their place u in it, and their labels: `classes` where one is dropped, None
-    where the data has none (-1). Sample n's draws come from a generator of its own."""
+    """The end points of clips `x0` (B, C, T, H, W) and their noise at stage k, as large as the stage has them, places
+    u (B,) between these, and labels (B,): `classes` where one is dropped, None where the data has none (-1). Sample n's
+    draws come from a generator of its own."""
     generators = [generator_for(args.seed, cli.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     noise = draw_noise(pyramid.down(x0, k), generators, args)
     y = labels.where(dropout >= args.label_dropout, classes) if classes else None
-    return x0, noise, u, y
+    return *pyramid.endpoints(x0, noise, k), u, y  # Eq. 7-8
 
 
 def training_loss(
-    model: torch.nn.Module, pyramid: Pyramid, x0: Tensor, noise: Tensor, u: Tensor, y: Tensor | None, k: int, args
+    model: torch.nn.Module, pyramid: Pyramid, x_start: Tensor, x_end: Tensor, u: Tensor, y: Tensor | None, k: int, args
 ) -> Tensor:
-    """Algorithm 2 for one batch at stage k and its aligned noise: end points, a point between them, the squared error
-    of what the network says there. `u` on the CPU."""
-    x_start, x_end = pyramid.endpoints(x0, noise, k)  # Eq. 7-8
+    """The rest of Algorithm 2 for one batch at stage k: a point between its end points, the squared error of what the
+    network says there. `u` on the CPU."""
     x_t, target, t = pyramid.interpolate(x_start, x_end, k, u)  # Eq. 10-13
-    with torch.autocast(x0.device.type, torch.bfloat16, enabled=use_bf16(args.precision, x0.device)):
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=use_bf16(args.precision, x_t.device)):
         output = model(x_t, t, k, y)
     return (output - target).square().mean()
 
@@ -299,9 +299,9 @@ def held_out_loss(state: State, pyramid: Pyramid, clips: Dataset | None, args: N
     try:
         for k, size in enumerate(batch_sizes(args) if clips else ()):
             batches, total, count = TrainingBatches(clips, fixed, 0, 1, k), 0.0, math.ceil(HELD_OUT / size)
-            for x0, noise, u, y in map(batches.__getitem__, range(count)):
-                x0, noise, y = (each if each is None else each.to(device) for each in (x0, noise, y))
-                total += training_loss(state.ema, pyramid, x0, noise, u, y, k, args).item()
+            for x_start, x_end, u, y in map(batches.__getitem__, range(count)):
+                x_start, x_end, y = (each if each is None else each.to(device) for each in (x_start, x_end, y))
+                total += training_loss(state.ema, pyramid, x_start, x_end, u, y, k, args).item()
             losses.append(total / count)
     except Exception as error:
         print(f"step {state.step}: no held-out loss ({cli.reason(error)}); the run goes on", file=sys.stderr)
@@ -314,10 +314,10 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
     stay as they are. Raises SystemExit after MOST_SKIPPED such steps in a row."""
     losses = torch.zeros((), device=state.losses.device)
     for micro in range(args.accumulate):
-        x0, noise, u, y = next(batches)
+        x_start, x_end, u, y = next(batches)
         last = micro == args.accumulate - 1
         with nullcontext() if last or model is state.model else model.no_sync():
-            loss = training_loss(model, pyramid, x0, noise, u, y, k, args)
+            loss = training_loss(model, pyramid, x_start, x_end, u, y, k, args)
             (loss / args.accumulate).backward()
         losses += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)

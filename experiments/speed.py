@@ -163,19 +163,19 @@ def split_step(args: argparse.Namespace, repeats: int) -> Table:
     run, sums, losses = Run(args), {}, []
     pyramid, generators = run.pyramid, [torch.Generator() for _ in range(args.batch)]
 
-    def interpolate(x0, noise, u, _, k):  # what Algorithm 2 adds to a step, beside alignment and network
-        pyramid.interpolate(*pyramid.endpoints(x0, noise, k), k, u)
+    def interpolate(x_start, x_end, u, _, k):  # what Algorithm 2 adds to a step, beside what the loader does
+        pyramid.interpolate(x_start, x_end, k, u)
 
     beside = ("of ", "loader") if run.device.type == "cuda" else ("of ",)
     for k in range(args.stages):
-        x0, noise, u, y = next(run.batches[k])
-        x0_stage = pyramid.down(x0, k).cpu()
-        batch = x0, noise, u, y, k
+        x0 = run.x0.cpu()
+        x0_stage, batch = pyramid.down(x0, k), (*next(run.batches[k]), k)
         parts = {"loader: clips": lambda: [run.data[number] for number in range(args.batch)]}
         parts |= {"loader: noise": partial(train.draw_noise, x0_stage, generators, args)}
         if args.align == "assignment":
             parts |= {"of noise: alignment": partial(align, x0_stage, torch.randn_like(x0_stage))}
-        parts |= {"of forward: end points, interpolation": partial(interpolate, *batch)}
+        parts |= {"loader: end points": partial(pyramid.endpoints, x0, torch.randn_like(x0_stage), k)}
+        parts |= {"of forward: interpolation": partial(interpolate, *batch)}
         parts |= {"forward": lambda batch=batch: losses.append(train.training_loss(run.model, pyramid, *batch, args))}
         parts |= {"backward": lambda: losses.pop().backward()}
         parts["clip"] = lambda: nn.utils.clip_grad_norm_(run.state.model.parameters(), args.clip or math.inf)

@@ -36,6 +36,17 @@ def test_guidance_is_the_line_through_both_predictions():
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_replayed_calls_say_what_the_model_says_at_every_stage_and_shape(guidance):
+    model, y = small_model(classes=3).cuda(), torch.tensor([0, 2], device="cuda")
+    plain = sample.make_predict(model, y, guidance, False)
+    replayed = sample.replayed(plain)
+    for k, frames in [(2, 2), (2, 2), (2, 2), (1, 4), (0, 8), (1, 4), (0, 8), (0, 8), (2, 2), (1, 4), (0, 6), (0, 6)]:
+        x, t = torch.randn(2, 1, frames, 8, 8, device="cuda"), torch.rand(2, device="cuda")
+        torch.testing.assert_close(replayed(x, t, k), plain(x, t, k), rtol=1e-4, atol=1e-5)
+
+
 @both_modes
 @pytest.mark.parametrize("stages", [1, 3])
 def test_the_network_says_the_velocity(mode, stages):

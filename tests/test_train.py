@@ -182,13 +182,13 @@ def test_two_ranks_take_the_numbers_of_one_with_the_doubled_batch_at_every_stage
 
 
 @pytest.mark.parametrize("pyramid", ["time", "space", "space-time"])
-def test_a_batch_is_as_large_as_its_stage_asks_and_its_noise_is_of_the_stage_s_shape(pyramid):
+def test_a_batch_is_as_large_as_its_stage_asks_and_its_end_points_are_of_the_stage_s_shape(pyramid):
     options = ["--pyramid", pyramid, *BY_STAGE, "--patch", "4", "--frames", "13", "--size", "16", "32"]
     for k, (count, frames, divisor) in enumerate([(2, 13, 1), (4, 7, 2), (8, 4, 4)]):
-        x0, noise, u, y = next(small_state(*options, stage=k)[2])
+        x_start, x_end, u, y = next(small_state(*options, stage=k)[2])
         rows, columns = (16, 32) if pyramid == "time" else (16 // divisor, 32 // divisor)
-        assert x0.shape == (count, 1, 13, 16, 32) and u.shape == y.shape == (count,)
-        assert noise.shape == (count, 1, 13 if pyramid == "space" else frames, rows, columns)
+        assert u.shape == y.shape == (count,)
+        assert x_start.shape == x_end.shape == (count, 1, 13 if pyramid == "space" else frames, rows, columns)
 
 
 @pytest.mark.parametrize("pyramid", ["time", "space-time"])
