@@ -285,7 +285,7 @@ class FolderClips(Dataset):
                 raise DataError("holds NaN or infinite numbers")
             return latent
         pictures = self._pictures(source, source.pictures(wanted))
-        return torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
+        return torch.from_numpy(pictures).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         epoch, position = divmod(number, len(self.sources))

@@ -291,20 +291,20 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
 
 
 @torch.no_grad()
-def held_out_loss(state: State, pyramid: Pyramid, clips: Dataset | None, args: Namespace) -> list[float] | None:
-    """The EMA weights' loss at each stage, k = 0 first, on clips that training never sees, with the same noise and
+def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args: Namespace) -> list[float] | None:
+    """The EMA model's loss at each stage, k = 0 first, on clips that training never sees, with the same noise and
     times at every call: checkpoints can be compared by it, those of several runs too. None without such clips, or, as
     is said then, if something goes wrong: it shall not cost the run."""
-    losses, device, fixed = [], state.losses.device, Namespace(**vars(args) | {"seed": 0, "label_dropout": 0.0})
+    losses, device, fixed = [], model.unembed.weight.device, Namespace(**vars(args) | {"seed": 0, "label_dropout": 0.0})
     try:
         for k, size in enumerate(batch_sizes(args) if clips else ()):
             batches, total, count = TrainingBatches(clips, fixed, 0, 1, k), 0.0, math.ceil(HELD_OUT / size)
             for x_start, x_end, u, y in map(batches.__getitem__, range(count)):
                 x_start, x_end, y = (each if each is None else each.to(device) for each in (x_start, x_end, y))
-                total += training_loss(state.ema, pyramid, x_start, x_end, u, y, k, args).item()
+                total += training_loss(model, pyramid, x_start, x_end, u, y, k, args).item()
             losses.append(total / count)
     except Exception as error:
-        print(f"step {state.step}: no held-out loss ({cli.reason(error)}); the run goes on", file=sys.stderr)
+        print(f"no held-out loss this time ({cli.reason(error)})", file=sys.stderr)
         return None
     return losses or None
 
@@ -396,7 +396,7 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - mark
             state.seconds += seconds
-            judged = held_out_loss(state, pyramid, dataset.judged_on, args) if save_due and first else None
+            judged = held_out_loss(state.ema, pyramid, dataset.judged_on, args) if save_due and first else None
             loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first, judged)
             bar.set_postfix(loss="none" if loss is None else f"{loss:.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
             if save_due and first:

@@ -70,7 +70,8 @@ class Source:
 
     def pictures(self, numbers: range) -> list[int]:
         """Which picture is on the screen at each of these frames."""
-        halves = (self.times[0] + (number + Fraction(1, 2)) * self.period for number in numbers)
+        above, below = self.period.as_integer_ratio()  # times are whole numbers, so whole numbers do
+        halves = (self.times[0] + (2 * number + 1) * above // (2 * below) for number in numbers)
         return [bisect(self.times, time) - 1 for time in halves]
 
 

@@ -1,0 +1,257 @@
+"""Four systems on real clips in equal training time: vanilla diffusion, and pyramids in time, in space and in both.
+
+  python -m experiments.emoji                                         the clips
+  python -m experiments.real train --seconds 7200                     the runs, each with as much time
+  python -m experiments.real scores                                   their held-out losses and distances
+  python -m experiments.real distance                                 what the distance says of damaged real clips
+
+All systems have the same model, optimizer and data. A batch is larger at a smaller stage, so that all steps take about
+as long. Runs and their kept weights stay, and a stopped run is continued. The distance is that of `picture_features`.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sample
+import train
+from checkpoint import Weights, load_weights
+from cli import Parser, choose_device, keep_memory, non_negative_int, positive_int, real_number
+from data import FolderClips
+from experiments.claims import time_to
+from experiments.figures import draw_clips, draw_curves
+from experiments.metrics import add_command, distances_to, load_efficientnet, picture_features, real_clips, spread
+from experiments.report import markdown, one_sentence, provenance, write_json
+from tpdiff import split_steps
+
+SYSTEMS = {
+    "vanilla": "--stages 1 --batch 16",
+    "time": "--batch 64 32 16",
+    "space": "--pyramid space --batch 128 64 16 --stage-odds 2 1 1",
+    "space-time": "--pyramid space-time --batch 128 64 16 --stage-odds 2 1 1",
+}
+COMMON = "--labels folder --size 64 --width 192 --depth 6 --heads 6 --convolution --warmup 200 --ema 0.999"
+COMMON += " --sample-number 0"
+SHARES = (25, 50, 75, 100)  # percent of a run after which its weights are kept
+STEPS = (3, 6, 9, 15, 30)
+NO_MEMORY = "not enough memory: a smaller --batch needs less"
+
+
+def train_words(system: str, seed: int, args: argparse.Namespace) -> list[str]:
+    """Options of train.py, all but those that depend on the time."""
+    words = [*COMMON.split(), *SYSTEMS[system].split(), "--seed", str(seed), "--data", str(args.data / "train")]
+    return words + shlex.split(args.options)
+
+
+def seconds_a_step(system: str, args: argparse.Namespace) -> float:
+    """Of a short run of its own, without its first third, in which clips are read for the first time."""
+    steps = 3 * args.trial
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--steps", str(steps), "--log-interval", str(args.trial), "--out", folder + "/run"]
+        run_train([*train_words(system, 0, args), *words])
+        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    return (rows[-1]["seconds"] - rows[0]["seconds"]) / (rows[-1]["step"] - rows[0]["step"])
+
+
+def run_train(words: list[str]) -> None:
+    child = subprocess.run([sys.executable, train.__file__, *words])
+    if child.returncode:
+        raise SystemExit(f"train.py ended with {child.returncode}; the same command goes on from its checkpoint")
+
+
+def train_systems(args: argparse.Namespace) -> None:
+    """Train every system of --systems with every seed of --training-seeds for --seconds. All seeds of a system have as
+    many steps as its first."""
+    for seed in args.training_seeds:
+        for system in args.systems:
+            folder = args.runs / f"{system}-seed-{seed}"
+            note = folder / "options.txt"
+            if not note.exists():
+                others = [shlex.split(other.read_text()) for other in args.runs.glob(f"{system}-seed-*/options.txt")]
+                if others:
+                    steps = train.make_parser().parse_args(others[0]).steps
+                else:
+                    steps = max(len(SHARES), int(args.seconds / seconds_a_step(system, args)))
+                    steps -= steps % len(SHARES)
+                folder.mkdir(parents=True, exist_ok=True)
+                words = [*train_words(system, seed, args), "--steps", str(steps)]
+                note.write_text(shlex.join([*words, "--keep-interval", str(steps // len(SHARES))]) + "\n")
+            words = shlex.split(note.read_text())
+            options = train.make_parser().parse_args(words)
+            if not (folder / f"weights-{options.steps}.pt").exists():
+                resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+                run_train([*words, "--out", str(folder), *resume])
+
+
+def sampled(weights: Weights, labels: Tensor, args: argparse.Namespace, steps: int, solver: str = "euler") -> Tensor:
+    """A clip (C, T, H, W) for each of the labels; its noise depends on its number alone."""
+    clips, pyramid = [], weights.make_pyramid()
+    for numbers in torch.arange(len(labels)).split(args.batch):
+        part, first = labels[numbers], numbers[0].item()
+        clips.append(sample.generate(weights, pyramid, part, len(part), steps, solver, seed=args.seed, first=first))
+    return torch.cat(clips)
+
+
+def scores(args: argparse.Namespace) -> None:
+    """Held-out loss and distance of every run over its training time, and the distance over the cost of sampling."""
+    device, made_by = choose_device(), args.made_by
+    held_out = FolderClips(args.data / "held-out", 16, 64)
+    seen = FolderClips(args.data / "train", 16, 64, labels=True)
+    print(held_out.summary)
+    labels = torch.tensor([seen[number][1] for number in range(args.number)])
+    real = real_clips(0, min(args.reference, 4 * len(held_out.sources)), held_out).to(device)
+    distance = distances_to(real, {"distance": partial(picture_features, load_efficientnet().to(device))})
+    rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
+    for folder in sorted(args.runs.iterdir()):
+        options = train.make_parser().parse_args(shlex.split((folder / "options.txt").read_text()))
+        system, seed = folder.name.split("-seed-")
+        seconds = {row["step"]: row["seconds"] for row in map(json.loads, (folder / "metrics.jsonl").open())}
+        found, judged = [], None
+        for share in SHARES:
+            step = options.steps * share // 100
+            weights = load_weights(folder / f"weights-{step}.pt", device)
+            found.append(distance(sampled(weights, labels, args, args.steps)))
+            curves.setdefault(folder.name.replace("-seed-", ", seed "), []).append(
+                (seconds[step], [found[-1]["distance"]])
+            )
+            judged = train.held_out_loss(weights.model, weights.make_pyramid(), held_out, options) or []
+            print(folder.name, step, f"{seconds[step]:.0f} s", found[-1], judged, flush=True)
+        distances = [f"{each['distance']:.0f}" for each in found]
+        losses = ", ".join(f"{loss:.4f}" for loss in judged)
+        rows.append([folder.name, options.steps, f"{seconds[options.steps]:.0f}", *distances, losses])
+        ends.setdefault(system, []).append(curves[folder.name.replace("-seed-", ", seed ")])
+        if seed == "1":
+            pictures[system] = sampled(weights, labels[:8], args, 30).cpu()
+            for solver in ("euler", "ab2"):
+                for steps in STEPS:
+                    one = distance(sampled(weights, labels, args, steps, solver))["distance"]
+                    counts = split_steps(steps, weights.stages)
+                    calls = sample.full_rate_steps(counts, weights.make_pyramid(), (1, 3, 16, 64, 64))
+                    front.append([system, "-".join(map(str, counts)), solver, f"{calls:.3g}", f"{one:.0f}"])
+                    costs.setdefault(f"{system}, {solver}", []).append((calls, [one]))
+    train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
+    floor = distance(train_clips)["distance"]
+    rows.append(["real training clips", "", "", "", "", "", f"{floor:.0f}", ""])
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_curves(curves, "seconds of training", "distance to held-out clips", args.out / "real-training.png")
+    draw_curves(costs, "full-rate network calls", "distance to held-out clips", args.out / "real-sampling.png")
+    draw_clips(pictures | {"real": train_clips[:8].cpu()}, len(pictures) + 1, args.out / "real-clips.png")
+    header = ["run", "steps", "seconds", *(f"distance at {share}%" for share in SHARES), "held-out loss by stage"]
+    tables = [(header, rows), (["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
+    print("\n".join(markdown(*table) for table in tables))
+    write_json(args.out / "real.json", made_by | {"tables": tables})
+
+
+def gains(ends: dict[str, list]) -> tuple[list, list]:
+    """Each pyramid beside vanilla, the means over the seeds: the distance after all the time, and how much of it the
+    pyramid needs to reach vanilla's."""
+    curves = {}
+    for system, runs in ends.items():
+        times = [mean(run[index][0] for run in runs) for index in range(len(SHARES))]
+        curves[system] = [(time, [run[index][1][0] for run in runs]) for index, time in enumerate(times)]
+    time, values = curves.get("vanilla", [(1.0, [1.0])])[-1]
+    rows = []
+    for system, curve in curves.items():
+        reached = time_to(mean(values), curve)
+        at_most = "at most " if reached == curve[0][0] else ""
+        share = "not reached" if reached is None else f"{at_most}{reached / time:.2f}"
+        rows.append([system, spread(curve[-1][1]), f"{mean(curve[-1][1]) / mean(values):.2f}", share])
+    return ["system", "distance at the end", "of vanilla's", "of the time to vanilla's last distance"], rows
+
+
+def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:
+    """Ways to damage clips (B, C, T, H, W), and how strongly."""
+
+    def blurred(clips: Tensor, size: int) -> Tensor:
+        frames = clips.transpose(1, 2).flatten(0, 1)
+        small = F.interpolate(frames, scale_factor=1 / size, mode="area")
+        return F.interpolate(small, frames.shape[-2:], mode="bilinear").unflatten(0, (len(clips), -1)).transpose(1, 2)
+
+    def scattered(clips: Tensor, share: float) -> Tensor:  # patches of 4x4 swap with others up to two away
+        clips, patches = clips.clone(), clips.shape[-1] // 4
+        for clip in clips:
+            for y in range(patches):
+                for x in range(patches):
+                    if torch.rand((), generator=generator) < share:
+                        step = torch.randint(-2, 3, (2,), generator=generator)
+                        row, column = (torch.tensor([y, x]) + step).clamp(0, patches - 1).tolist()
+                        one, other = clip[..., 4 * y :, 4 * x :], clip[..., 4 * row :, 4 * column :]
+                        one, other = one[..., :4, :4], other[..., :4, :4]
+                        one[:], other[:] = other.clone(), one.clone()
+        return clips
+
+    def noisy(clips: Tensor, deviation: float) -> Tensor:
+        return (clips + deviation * torch.randn(clips.shape, generator=generator)).clamp(-1, 1)
+
+    def frozen(clips: Tensor, share: float) -> Tensor:
+        return torch.cat(
+            [clips[:, :, :1].expand_as(clips)[: round(share * len(clips))], clips[round(share * len(clips)) :]]
+        )
+
+    kinds = {"blurred, pixels": (blurred, (2, 4, 8)), "patches scattered, share": (scattered, (0.1, 0.3, 1.0))}
+    return kinds | {"noise, deviation": (noisy, (0.05, 0.1, 0.2)), "frozen, share of clips": (frozen, (0.3, 0.6, 1.0))}
+
+
+def validate(args: argparse.Namespace) -> None:
+    """The distance of damaged real clips from others of the same kind. It must grow with every damage's strength."""
+    data = FolderClips(args.data / "settings", 16, 64)
+    distance = distances_to(
+        real_clips(0, args.number, data), {"distance": partial(picture_features, load_efficientnet())}
+    )
+    clips, rows = real_clips(args.number, args.number, data), []
+    rows.append(["none", "", f"{distance(clips)['distance']:.1f}"])
+    for name, (damage, strengths) in damages(torch.Generator().manual_seed(0)).items():
+        for strength in strengths:
+            rows.append([name, strength, f"{distance(damage(clips, strength))['distance']:.1f}"])
+    table = ["damage", "strength", "distance"], rows
+    print(markdown(*table))
+    write_json(args.out / "distance.json", args.made_by | {"tables": [table]})
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="experiments.real", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = add_command(commands, "train", train_systems)
+    add("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
+    add("--trial", type=positive_int, default=20, help="a third of the steps by which a system's pace is measured")
+    add("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
+    add("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
+    add("--options", default="", help="further options of train.py for all runs, as one word: --options '--compile'")
+    adds = [add]
+    for name, function in (("scores", scores), ("distance", validate)):
+        adds.append(add := add_command(commands, name, function))
+        add("--number", type=positive_int, default=192, help="clips that are sampled, or damaged")
+        add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables and pictures")
+    adds[1]("--reference", type=positive_int, default=400, help="held-out clips, at most four windows a clip")
+    adds[1]("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
+    adds[1]("--steps", type=positive_int, default=30, help="Euler steps of the distance over training time")
+    adds[1]("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
+    for add in adds:
+        add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
+    for add in adds[:2]:
+        add("--runs", type=Path, default=Path("runs/real"), help="folder of the runs")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    keep_memory()
+    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    args.made_by = provenance("experiments.real", words)
+    with one_sentence(parser, NO_MEMORY):
+        args.function(args)
+
+
+if __name__ == "__main__":
+    main()
