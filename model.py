@@ -328,6 +328,8 @@ class Captured(nn.Module):
     def __init__(self, model: DiT, inputs: list[tuple[Tensor, ...]], bf16: bool):
         super().__init__()
         self.at_stage, pool = [], torch.cuda.graph_pool_handle()
+        # torch 2.10 and later warn in a long paragraph that graphs are recorded on a stream of their own, as is meant
+        getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
         for k, batch in enumerate(inputs):
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 self.at_stage.append(torch.cuda.make_graphed_callables(AtStage(model, k), batch, pool=pool))

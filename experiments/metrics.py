@@ -159,14 +159,14 @@ def reference_features(count: int) -> Tensor:
     return load_judge().features(real_clips(0, count))
 
 
-def picture_features(network: nn.Module, clip: Tensor) -> Tensor:
-    """(336,) of a clip's frames at 128x128, by the 11th of an image network's 16 blocks: each of its 112 channels' mean
-    over the clip, deviation over a frame, and mean size of the change from a frame to the next. The network's end, made
-    to tell things apart, finds all early samples about equally far from real clips (`experiments.real distance`)."""
+def picture_features(network: nn.Module, clip: Tensor, blocks: int = 11) -> Tensor:
+    """(3 D,) of a clip's frames at 128x128, after the first `blocks` of an image network's 16: each of the D channels'
+    mean over the clip, deviation over a frame, and mean size of the change from a frame to the next. Why the middle of
+    the network, where D is 112: `experiments.real distance`."""
     frames = clip.expand(3, -1, -1, -1).transpose(0, 1)
     seen = F.interpolate(frames, (128, 128), mode="bilinear", antialias=True)
     seen = network._swish(network._bn0(network._conv_stem(seen)))
-    for block in network._blocks[:11]:
+    for block in network._blocks[:blocks]:
         seen = block(seen)
     change = seen.diff(dim=0).abs().mean((0, 2, 3))
     return torch.cat([seen.mean((0, 2, 3)), seen.std((2, 3)).mean(0), change])

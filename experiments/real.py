@@ -55,13 +55,13 @@ def train_words(system: str, seed: int, args: argparse.Namespace) -> list[str]:
 
 
 def seconds_a_step(system: str, args: argparse.Namespace) -> float:
-    """Of a short run of its own, without its first third, in which clips are read for the first time."""
+    """Of the last third of a short run of its own: in the first two clips are read for the first time."""
     steps = 3 * args.trial
     with tempfile.TemporaryDirectory() as folder:
         words = ["--steps", str(steps), "--log-interval", str(args.trial), "--out", folder + "/run"]
         run_train([*train_words(system, 0, args), *words])
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    return (rows[-1]["seconds"] - rows[0]["seconds"]) / (rows[-1]["step"] - rows[0]["step"])
+    return (rows[-1]["seconds"] - rows[-2]["seconds"]) / (rows[-1]["step"] - rows[-2]["step"])
 
 
 def run_train(words: list[str]) -> None:
@@ -204,17 +204,33 @@ def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """The distance of damaged real clips from others of the same kind. It must grow with every damage's strength."""
-    data = FolderClips(args.data / "settings", 16, 64)
-    distance = distances_to(
-        real_clips(0, args.number, data), {"distance": partial(picture_features, load_efficientnet())}
-    )
+    """How far damaged real clips are from others of the same kind, by several distances, and samples of --checkpoint
+    too. A good distance grows with every damage and falls as a model gets better."""
+    data, network = FolderClips(args.data / "settings", 16, 64), load_efficientnet()
+    features = {f"block {n} of 16": partial(picture_features, network, blocks=n) for n in (5, 11, 16)}
+    features["16x16 pixels"] = lambda clip: F.adaptive_avg_pool2d(clip.transpose(0, 1), 16).mean(0).flatten()
+    distances = distances_to(real_clips(0, args.number, data), features)
     clips, rows = real_clips(args.number, args.number, data), []
-    rows.append(["none", "", f"{distance(clips)['distance']:.1f}"])
+
+    def add(name: str, strength, clips: Tensor) -> None:
+        found = distances(clips)
+        rows.append([name, strength, *(f"{found[kind]:.3g}" for kind in features)])
+        print(rows[-1], flush=True)
+
+    add("none", "", clips)
     for name, (damage, strengths) in damages(torch.Generator().manual_seed(0)).items():
         for strength in strengths:
-            rows.append([name, strength, f"{distance(damage(clips, strength))['distance']:.1f}"])
-    table = ["damage", "strength", "distance"], rows
+            add(name, strength, damage(clips, strength))
+    seen = FolderClips(args.data / "train", 16, 64, labels=True)
+    names = [seen.classes[seen[number][1]] for number in range(args.number)]
+    add("clips of the training split", "", torch.stack([seen[number][0] for number in range(args.number)]))
+    for path in args.checkpoint:
+        weights = load_weights(path, choose_device())
+        labels = torch.tensor([weights.classes.index(name) for name in names])
+        add(
+            f"samples of {path}", f"{weights.step} steps", sampled(weights, labels, args, args.steps, args.solver).cpu()
+        )
+    table = ["damage", "strength", *features], rows
     print(markdown(*table))
     write_json(args.out / "distance.json", args.made_by | {"tables": [table]})
 
@@ -233,10 +249,12 @@ def make_parser() -> Parser:
         adds.append(add := add_command(commands, name, function))
         add("--number", type=positive_int, default=192, help="clips that are sampled, or damaged")
         add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables and pictures")
+        add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
+        add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")
+        add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
     adds[1]("--reference", type=positive_int, default=400, help="held-out clips, at most four windows a clip")
-    adds[1]("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
-    adds[1]("--steps", type=positive_int, default=30, help="Euler steps of the distance over training time")
-    adds[1]("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
+    adds[2]("--checkpoint", type=Path, nargs="*", default=[], help="weights whose samples are compared too")
+    adds[2]("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
     for add in adds:
         add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
     for add in adds[:2]:

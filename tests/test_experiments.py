@@ -19,7 +19,7 @@ import sample
 import train
 from checkpoint import SHIPPED, load_weights
 from data import bounce
-from experiments import claims, metrics, report, runs, speed
+from experiments import asked, claims, metrics, real, report, runs, speed
 from experiments.timing import in_milliseconds
 from model import Block, DiT, DiTConfig
 from tpdiff import Pyramid, downsample
@@ -121,8 +121,9 @@ def test_efficientnet_distance_grows_with_damage_of_every_kind(damage, strengths
 class FewChannels(torch.nn.Module):
     """In place of an image network."""
 
-    def extract_features(self, frames: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.avg_pool2d(frames, 32)
+    def __init__(self):
+        super().__init__()
+        self._conv_stem, self._bn0, self._swish, self._blocks = nn.AvgPool2d(32), nn.Identity(), nn.Identity(), []
 
 
 def test_quality_of_a_run_on_real_clips_beside_held_out_ones(tmp_path, capsys, monkeypatch):
@@ -552,3 +553,89 @@ def test_attention_and_training_are_measured_by_size(tmp_path, monkeypatch):
     assert [row[2] for row in rows] == ["vanilla", "time", "space-time"] and len(header) == len(rows[0]) == 7
     assert all(0 <= float(row[3]) < 2 and float(row[4]) > 0 for row in rows)
     assert len(json.loads((tmp_path / "attention.json").read_text())["tables"]) == 2
+
+
+# ---- real.py: four systems on real clips
+
+
+def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for part, greens in (("train", (0, 250)), ("held-out", (100, 150)), ("settings", (50, 200))):
+        for green in greens:
+            animation(tmp_path / part / f"{green}" / "clip.webp", 18, (16, 16), green=green)
+    monkeypatch.setattr(real, "load_efficientnet", FewChannels)
+    there = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    tiny = "--width 8 --depth 1 --heads 2 --batch 2 --workers 0 --warmup 1"
+    words = ["train", *there, "--trial", "1", "--seconds", "1", "--systems", "vanilla", "space-time", "--options", tiny]
+    real.main(words)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/weights-*.pt")}
+    assert len(files) == 4 * 2 * 2  # kept weights, systems, seeds
+    steps = [train.make_parser().parse_args(f.read_text().split()).steps for f in tmp_path.glob("runs/vanilla*/*.txt")]
+    assert len(set(steps)) == 1
+    real.main(words)  # nothing is left to do
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    few = ["--number", "2", "--steps", "3", "--out", str(tmp_path / "out")]
+    real.main(["scores", *there, *few, "--reference", "4"])
+    trained, cost, gains = json.loads((tmp_path / "out" / "real.json").read_text())["tables"]
+    assert [row[0] for row in trained[1]][:2] == ["space-time-seed-1", "space-time-seed-2"] and len(trained[1]) == 5
+    assert len(cost[1]) == 2 * 2 * len(real.STEPS) and [row[2] for row in gains[1]][1] == "1.00"
+    assert len(list((tmp_path / "out").glob("real-*.png"))) == 3
+    weights = str(next(tmp_path.glob("runs/vanilla-seed-1/weights.pt")))
+    real.main(["distance", "--data", str(tmp_path), *few, "--checkpoint", weights])
+    ((_, rows),) = json.loads((tmp_path / "out" / "distance.json").read_text())["tables"]
+    assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
+
+
+def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
+    vanilla = [
+        [(25, [8.0]), (50, [4.0]), (75, [2.0]), (100, [1.5])],
+        [(25, [8.0]), (50, [4.0]), (75, [2.0]), (100, [0.5])],
+    ]
+    fast, slow = [
+        [(n, [v]) for n, v in zip((25, 50, 75, 100), vs, strict=True)] for vs in ((4, 1, 0.5, 0.25), (9, 8, 7, 6))
+    ]
+    _, rows = real.gains({"vanilla": vanilla, "fast": [fast], "slow": [slow]})
+    assert [row[2] for row in rows] == ["1.00", "0.25", "6.00"]
+    assert [row[3] for row in rows] == ["1.00", "0.50", "not reached"]
+
+
+def test_every_damage_changes_clips_more_the_stronger_it_is():
+    clips = metrics.real_clips(0, 10).expand(-1, 3, -1, -1, -1)
+    for damage, strengths in real.damages(seeded()).values():
+        changes = [(damage(clips, strength) - clips).square().mean().item() for strength in strengths]
+        assert 0 < changes[0] < changes[1] < changes[2], damage.__name__
+
+
+# ---- asked.py
+
+
+def test_frames_that_are_doubled_or_frozen_count_as_alike():
+    clips = metrics.real_clips(0, 20)
+    limit = clips.diff(dim=2).square().mean((1, 3, 4)).median().item() / 10
+    doubled = clips[:, :, ::2].repeat_interleave(2, dim=2)
+    assert max(asked.share_alike(clips, limit)) < 0.05
+    assert asked.share_alike(doubled, limit)[0] == 1 and asked.share_alike(doubled, limit)[1] < 0.05
+    assert asked.share_alike(clips[:, :, :1].expand_as(clips), limit) == (1, 1)
+
+
+def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypatch):
+    clip = metrics.real_clips(3, 1)[:, :, ::4].repeat_interleave(4, dim=2)  # the same at every rate
+
+    def knowing(model, labels, guidance, bf16):
+        return lambda x, t, k: (x - clip[:, :, :: 2**k]) / t.view(-1, 1, 1, 1, 1)
+
+    monkeypatch.setattr(sample, "make_predict", knowing)
+    weights = load_weights(SHIPPED / "flow-1.pt")
+    for shift in (1, 3):
+        made = asked.coarse_to_fine(weights, shift, 9, 2, 0, 3)
+        torch.testing.assert_close(made, clip.expand_as(made), rtol=1e-3, atol=1e-3)
+
+
+def test_each_question_is_answered_by_a_table_and_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    for number, name in enumerate(("longer", "alike", "rival")):
+        words = [name, "--smoke", "--runs", tmp_path / "runs", "--out", tmp_path]
+        asked.main([str(word) for word in words])
+        ((header, rows),) = json.loads((tmp_path / f"{name}.json").read_text())["tables"]
+        assert (tmp_path / f"{name}.png").exists() and len(rows) == (14, 37, 40)[number]
+        assert all(len(row) == len(header) for row in rows)
