@@ -22,10 +22,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults."""
+    """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults and ends
+    with an example: `epilog`, or the bare command."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, **options)
+        example = {"epilog": f"example: python -m {options['prog']}"} | options
+        super().__init__(formatter_class=HelpFormatter, **example)
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)

@@ -145,7 +145,9 @@ def free_name(stem: Path) -> Path:
 
 
 def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="sample.py", description="Sample clips from trained weights, as a GIF and a PNG strip.")
+    example = "example: python sample.py --stages 3 --label 7 --guidance 2"
+    about = {"description": "Sample clips from trained weights, as a GIF and a PNG strip.", "epilog": example}
+    parser = cli.Parser(prog="sample.py", **about)
     add = parser.add_argument
     add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
     add("--stages", type=positive_int, help="stages; 1 is vanilla [the checkpoint's, else 3]")

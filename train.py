@@ -47,7 +47,8 @@ DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale",
 
 
 def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="train.py", description="Train a video diffusion model on the temporal pyramid.")
+    about = {"description": "Train a video diffusion model on the temporal pyramid."}
+    parser = cli.Parser(prog="train.py", **about, epilog="example: python train.py --mode flow --out runs/mine")
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
@@ -210,9 +211,8 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Ten
 def draw(
     x0: Tensor, labels: Tensor, classes: int, pyramid: Pyramid, k: int, numbers: Sequence[int], args: Namespace
 ) -> tuple:
-    """The end points of clips `x0` (B, C, T, H, W) and their noise at stage k, as large as the stage has them, places
-    u (B,) between these, and labels (B,): `classes` where one is dropped, None where the data has none (-1). Sample n's
-    draws come from a generator of its own."""
+    """The end points of clips `x0` (B, C, T, H, W) at stage k, places u (B,) between them, and labels (B,): `classes`
+    where one is dropped, None where the data has none (-1). Sample n's draws come from a generator of its own."""
     generators = [generator_for(args.seed, cli.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     noise = draw_noise(pyramid.down(x0, k), generators, args)

@@ -1,6 +1,6 @@
 """Figures: curves with their spread, clips side by side, and the losses of runs of train.py:
 
-python -m experiments.figures runs/flow-3 runs/flow-1 --out losses.png
+python -m experiments.figures losses runs/flow-3 runs/flow-1 --out losses.png
 """
 
 import json
@@ -154,7 +154,9 @@ def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="experiments.figures", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    adds = {name: commands.add_parser(name).add_argument for name in ("losses", "windows", "stages")}
+    runs = {"losses": {"epilog": "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"}}
+    adds = {name: commands.add_parser(name, **runs.get(name, {})) for name in ("losses", "windows", "stages")}
+    adds = {name: command.add_argument for name, command in adds.items()}
     adds["losses"]("runs", type=Path, nargs="+", help="folders of runs")
     adds["stages"]("--checkpoint", type=Path, default=SHIPPED / "flow-3.pt", help="weights of three stages")
     adds["stages"]("--label", type=non_negative_int, default=3, help="number of the class to sample")

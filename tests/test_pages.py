@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,20 @@ def test_every_line_of_code_on_the_companion_s_pages_is_in_the_code():
         file, lines = (first[2:], rest) if first.startswith("# ") else ("tpdiff.py", block)
         assert lines in (ROOT / file).read_text(), block
     assert len(blocks) > 12
+
+
+def test_every_help_ends_with_an_example_of_the_command_that_asks_for_it():
+    commands = {name: import_module(name).make_parser for name in ("train", "sample")}
+    for path in (ROOT / "experiments").glob("*.py"):
+        if "def make_parser" in path.read_text():
+            commands[f"-m experiments.{path.stem}"] = import_module(f"experiments.{path.stem}").make_parser
+    assert len(commands) >= 8
+    for name, make in commands.items():
+        made = make()
+        parser = made[0] if isinstance(made, tuple) else made
+        chosen = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        for each in (parser, *(chosen[0].values() if chosen else ())):
+            assert f"example: python {name}" in each.format_help().splitlines()[-1], (name, each.prog)
 
 
 def test_every_method_of_the_pyramid_that_the_pages_name_exists():
