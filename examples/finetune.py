@@ -36,7 +36,7 @@ from data import DataError, FolderClips, height_width
 from examples import generate as models
 from examples.families import Family, check_packages, library
 from tpdiff import Pyramid
-from train import draw_noise, draw_stage
+from train import MOST_SKIPPED, draw_noise, draw_stage
 
 ORDER = 3  # what a generator is for, beside cli.SAMPLING and so on
 UNSAVED = ("out", "resume", "device")
@@ -253,6 +253,7 @@ class State:
     step: int = 0
     seconds: float = 0.0
     skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
 
 
 def make_state(args: Namespace, network: Module, accelerator) -> State:
@@ -282,7 +283,8 @@ def save(state: State, args: Namespace, world: int) -> None:
 
 
 def optimize(state: State, called: Module, model: Callable, pyramid: Pyramid, batches: Iterator, accelerator, args):
-    """One optimizer step. If its gradient is NaN or infinite, the weights stay as they are."""
+    """One optimizer step. If its gradient is NaN or infinite, the weights stay as they are. Raises SystemExit after
+    MOST_SKIPPED such steps in a row."""
     k, bf16 = draw_stage(state.step, args), models.use_bf16(args.precision, accelerator.device)
     total = torch.zeros((), device=accelerator.device)
     for micro, batch in enumerate(batches):
@@ -300,10 +302,15 @@ def optimize(state: State, called: Module, model: Callable, pyramid: Pyramid, ba
         state.optimizer.step()
         state.losses[0, k] += total
         state.losses[1, k] += args.accumulate
+        state.skipped_in_a_row = 0
     else:
         state.skipped += 1
+        state.skipped_in_a_row += 1
     state.optimizer.zero_grad()
     state.step += 1
+    if state.skipped_in_a_row == MOST_SKIPPED:
+        advice = f"try a lower --lr in a new run; what was saved in {args.out} is from before"
+        raise SystemExit(f"finetune: the gradient was NaN or infinite {MOST_SKIPPED} steps in a row: {advice}")
 
 
 def learning_rate(step: int, args: Namespace) -> float:

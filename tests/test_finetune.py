@@ -1,6 +1,7 @@
 """Other people's models, finetuned and sampled by examples/: small random ones of the real classes, saved as theirs."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -388,3 +389,23 @@ def test_a_run_is_resumed_as_it_was_and_sampled_as_it_was(saved, clip_folder, tm
         finetune.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3", "--device", "cpu"])
     assert stopped.value.code == 2 and "not enough memory: a smaller --size" in capsys.readouterr().err
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2  # what was done is saved
+
+
+def test_a_run_whose_gradients_stay_broken_ends_with_a_sentence_and_a_few_do_not_count(
+    saved, clip_folder, tmp_path, monkeypatch
+):
+    loss = finetune.training_loss
+
+    def broken(model, pyramid, k, x0, *rest):
+        return loss(model, pyramid, k, x0 * math.nan, *rest)
+
+    options = run_options(saved, "wan", clip_folder, tmp_path / "run", "--steps", "40", "--save-interval", "2")
+    monkeypatch.setattr(finetune, "training_loss", broken)
+    with pytest.raises(SystemExit, match="NaN or infinite 10 steps in a row: try a lower --lr"):
+        finetune.main(options)
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 8 and kept["skipped"] == 8
+    monkeypatch.setattr(finetune, "training_loss", loss)
+    content = finetuned(["--resume", "--out", str(tmp_path / "run"), "--steps", "12"])
+    assert content["skipped"] == 8
+    assert all(weight.isfinite().all() for weight in content["weights"].values())

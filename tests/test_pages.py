@@ -1,5 +1,6 @@
 """What the pages promise, and how the files of the core know of each other."""
 
+import argparse
 import ast
 import re
 import sys
@@ -107,8 +108,8 @@ def test_every_help_ends_with_an_example_of_the_command_that_asks_for_it():
     for name, make in commands.items():
         made = make()
         parser = made[0] if isinstance(made, tuple) else made
-        chosen = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
-        for each in (parser, *(chosen[0].values() if chosen else ())):
+        commands_of = [action.choices.values() for action in parser._actions if action.nargs == argparse.PARSER]
+        for each in (parser, *(commands_of[0] if commands_of else ())):
             assert f"example: python {name}" in each.format_help().splitlines()[-1], (name, each.prog)
 
 
