@@ -23,11 +23,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults and ends
-    with an example: `epilog`, or the bare command."""
+    with an example: `epilog`, or the bare command, or its first sub-command."""
 
     def __init__(self, **options):
-        example = {"epilog": f"example: python -m {options['prog']}"} | options
-        super().__init__(formatter_class=HelpFormatter, **example)
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def format_help(self) -> str:
+        first = [next(iter(action.choices)) for action in self._actions if action.nargs == argparse.PARSER]
+        self.epilog = self.epilog or f"example: python -m {' '.join([self.prog, *first])}"
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,21 +37,21 @@ def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float,
 
 
 def replayed(predict: Callable) -> Callable:
-    """`predict` for a GPU: a stage's first call is made as it is, the second is recorded as a CUDA graph, which that
-    and all further ones of the same shape replay. A small model's kernels are over before Python has launched the next;
-    for a large one the recording costs less than a call."""
-    graphs, warm, pool = {}, set(), torch.cuda.graph_pool_handle()  # graphs that take turns share their memory
+    """`predict` for a GPU, for one call of `Pyramid.sample`. Of each stage and shape the first two calls are made as
+    usual, the third is recorded as a CUDA graph, and from then on the graph is replayed. A small model's kernels are
+    over before Python has launched the next; for a large one the recording costs less than a call."""
+    graphs, calls, pool = {}, Counter(), torch.cuda.graph_pool_handle()  # graphs that take turns share their memory
 
     @torch.no_grad()
     def call(x: Tensor, t: Tensor, k: int) -> Tensor:
         key = k, x.shape
-        if key not in warm:
-            warm.add(key)
+        calls[key] += 1
+        if calls[key] < 3:
             return predict(x, t, k)
         if key not in graphs:
-            graph, inputs = torch.cuda.CUDAGraph(), (x.clone(), t.clone())
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # a loader's thread may pin memory
+            graph, inputs, own = torch.cuda.CUDAGraph(), (x.clone(), t.clone()), torch.cuda.current_stream()
+            # thread_local: a loader's thread may pin memory. The streams: this one also after a failure
+            with torch.cuda.stream(own), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                 output = predict(*inputs, k)
             graphs[key] = graph, inputs, output
         graph, inputs, output = graphs[key]
@@ -59,7 +60,11 @@ def replayed(predict: Callable) -> Callable:
         graph.replay()
         return output.clone()
 
-    return call
+    def on_its_device(x: Tensor, t: Tensor, k: int) -> Tensor:
+        with torch.cuda.device(x.device):
+            return call(x, t, k)
+
+    return on_its_device
 
 
 def with_products_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
@@ -129,7 +134,8 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
     """(B,) labels: the `names` in turn, or every class; None for a model without classes. Raises ValueError."""
     for name in names or ():
         if name not in classes:
-            known = f"its labels are {', '.join(classes)}" if classes else "it was trained without labels"
+            few = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
+            known = f"its labels are {few}" if classes else "it was trained without labels"
             raise ValueError(f"--label {name} is unknown to the model: {known}")
     chosen = torch.tensor([classes.index(name) for name in names or classes])
     return chosen[torch.arange(number) % len(chosen)] if classes else None

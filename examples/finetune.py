@@ -309,7 +309,10 @@ def optimize(state: State, called: Module, model: Callable, pyramid: Pyramid, ba
     state.optimizer.zero_grad()
     state.step += 1
     if state.skipped_in_a_row == MOST_SKIPPED:
-        advice = f"try a lower --lr in a new run; what was saved in {args.out} is from before"
+        path = args.out / "checkpoint.pt"
+        advice = (
+            f"try a lower --lr in a new run; {f'the last checkpoint is {path}' if path.exists() else 'none is saved'}"
+        )
         raise SystemExit(f"finetune: the gradient was NaN or infinite {MOST_SKIPPED} steps in a row: {advice}")
 
 

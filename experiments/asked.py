@@ -23,7 +23,7 @@ import sample
 from checkpoint import Weights, load_weights, make_pyramid
 from cli import SAMPLING, Parser, choose_device, generator_for, keep_memory, use_bf16
 from data import MovingDigits
-from experiments.figures import draw_curves
+from experiments.figures import draw_curves, pyplot
 from experiments.metrics import (
     NO_MEMORY,
     REAL,
@@ -44,6 +44,7 @@ from tpdiff import randn, split_steps, upsample
 
 SYSTEMS = {"vanilla": "flow-1", "time": "flow-3", "space-time": "flow-3-space-time"}
 SMOKE = {"number": 6, "reference": 40, "seeds": [0, 1], "batch": 6}
+SMOKE |= {"runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
 
 
 def weights_of(run: str, args: argparse.Namespace) -> Weights:
@@ -64,6 +65,11 @@ def scored(clips: Tensor, reference: int) -> dict[str, float]:
     return {"judge_distance": distance} | digit_scores(judge, clips)
 
 
+def others(data: MovingDigits, reference: int, seed: int, number: int) -> Tensor:
+    """Real clips that are not among the first `reference`."""
+    return real_clips(reference + seed * number, number, data)
+
+
 def longer(args: argparse.Namespace) -> list:
     """Clips of 32 frames by models trained on 16, beside clips of 16: the pyramids and vanilla, nine Euler steps."""
     rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
@@ -71,10 +77,7 @@ def longer(args: argparse.Namespace) -> list:
         if system == "real":
             if seed:
                 continue
-            data = MovingDigits(frames, seed=REAL.seed)
-            make = partial(
-                lambda seed, number, data: real_clips(args.reference + seed * number, number, data), data=data
-            )
+            make = partial(others, MovingDigits(frames, seed=REAL.seed), args.reference)
         else:
             weights = replace(weights_of(SYSTEMS[system] + seed, args), frames=frames)
             make = partial(sample_clips, weights, weights.make_pyramid(), 9, "euler", args.batch)
@@ -144,7 +147,7 @@ def coarse_to_fine(weights: Weights, shift: float, steps: int, batch: int, seed:
 
 def rival(args: argparse.Namespace) -> list:
     """The training-free rival: vanilla's own weights sampled from coarse to fine, beside vanilla and the time pyramid
-    that was trained, at the same cost."""
+    that was trained, over the cost of sampling."""
     rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
     shape, pyramid = (1, 1, 16, 32, 32), make_pyramid("flow", 3)
     for seed, steps in product(("", "-seed-2"), (6, 9, 15, 30)):
@@ -171,7 +174,8 @@ def rival(args: argparse.Namespace) -> list:
     ]
 
 
-def make_parser() -> Parser:
+def make_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and those of its sub-commands by name."""
     parser = Parser(prog="experiments.asked", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in (("longer", longer), ("alike", alike), ("rival", rival)):
@@ -179,17 +183,19 @@ def make_parser() -> Parser:
         add_scoring(add)
         add("--runs", type=Path, default=Path("runs/evaluate"), help="where the runs are that it trains")
         add("--out", type=Path, default=Path(__file__).parent / "results", help="where its numbers and figure go")
-        add("--smoke", action="store_true", help="few clips of tiny runs")
-    return parser
+        add("--smoke", action="store_true", help="few clips of tiny runs; in runs/smoke, and results in there")
+    return parser, commands.choices
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
+    (parser, commands), words = make_parser(), sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
     if args.smoke:
-        vars(args).update(SMOKE)
+        commands[args.command].set_defaults(**SMOKE)
+        args = parser.parse_args(words)
     made_by = provenance("experiments.asked", words) | {"number": args.number, "seeds": args.seeds}
     with one_sentence(parser, NO_MEMORY):
+        pyplot()  # says what to install, if anything
         args.out.mkdir(parents=True, exist_ok=True)
         tables = args.function(args)
         print("\n".join(markdown(*table) for table in tables))

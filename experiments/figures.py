@@ -3,6 +3,7 @@
 python -m experiments.figures losses runs/flow-3 runs/flow-1 --out losses.png
 """
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def draw_curves(
     """Curves of (x, values), both axes logarithmic: the values' centre, their mean over seeds or the median of
     quartiles, and their range as a band. What names have before their first comma has one colour."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
-    dashes = {name.split(", ")[0]: iter(("-", "--", ":")) for name in curves}
+    dashes = {name.split(", ")[0]: itertools.cycle(("-", "--", ":")) for name in curves}
     colours = {name: f"C{number}" for number, name in enumerate(dashes)}
     for name, points in curves.items():
         x, values = zip(*sorted(points), strict=True)
@@ -152,7 +153,8 @@ def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="experiments.figures", description=__doc__)
+    example = "example: python -m experiments.figures stages"
+    parser = Parser(prog="experiments.figures", description=__doc__, epilog=example)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     runs = {"losses": {"epilog": "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"}}
     adds = {name: commands.add_parser(name, **runs.get(name, {})) for name in ("losses", "windows", "stages")}

@@ -5,14 +5,15 @@
   python -m experiments.real scores                                   their held-out losses and distances
   python -m experiments.real distance                                 what the distance says of damaged real clips
 
-All systems have the same model, optimizer and data. A batch is larger at a smaller stage, so that all steps take about
-as long. Runs and their kept weights stay, and a stopped run is continued. The distance is that of `picture_features`.
+All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to 128 clips. The pyramids
+in space train their smallest and cheapest stage twice as often as the others. Runs and their kept weights stay, and a
+stopped run is continued. The distance is that of `picture_features`.
 """
 
 import argparse
+import itertools
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,13 +27,14 @@ from torch import Tensor
 
 import sample
 import train
-from checkpoint import Weights, load_weights
-from cli import Parser, choose_device, keep_memory, non_negative_int, positive_int, real_number
+from checkpoint import Weights, load_weights, weight_file
+from cli import Parser, choose_device, keep_memory, non_negative_int, positive_int, real_number, whole_number
 from data import FolderClips
 from experiments.claims import time_to
-from experiments.figures import draw_clips, draw_curves
+from experiments.figures import draw_clips, draw_curves, pyplot
 from experiments.metrics import add_command, distances_to, load_efficientnet, picture_features, real_clips, spread
 from experiments.report import markdown, one_sentence, provenance, write_json
+from experiments.runs import run_train
 from tpdiff import split_steps
 
 SYSTEMS = {
@@ -55,43 +57,41 @@ def train_words(system: str, seed: int, args: argparse.Namespace) -> list[str]:
 
 
 def seconds_a_step(system: str, args: argparse.Namespace) -> float:
-    """Of the last third of a short run of its own: in the first two clips are read for the first time."""
+    """Over the last two thirds of a trial run; in the first caches are cold."""
     steps = 3 * args.trial
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--steps", str(steps), "--log-interval", str(args.trial), "--out", folder + "/run"]
-        run_train([*train_words(system, 0, args), *words])
+        words = ["--steps", str(steps), "--log-interval", str(args.trial)]
+        run_train([*train_words(system, 0, args), *words], Path(folder, "run"))
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    return (rows[-1]["seconds"] - rows[-2]["seconds"]) / (rows[-1]["step"] - rows[-2]["step"])
-
-
-def run_train(words: list[str]) -> None:
-    child = subprocess.run([sys.executable, train.__file__, *words])
-    if child.returncode:
-        raise SystemExit(f"train.py ended with {child.returncode}; the same command goes on from its checkpoint")
+    return (rows[-1]["seconds"] - rows[0]["seconds"]) / (rows[-1]["step"] - rows[0]["step"])
 
 
 def train_systems(args: argparse.Namespace) -> None:
     """Train every system of --systems with every seed of --training-seeds for --seconds. All seeds of a system have as
-    many steps as its first."""
-    for seed in args.training_seeds:
-        for system in args.systems:
-            folder = args.runs / f"{system}-seed-{seed}"
-            note = folder / "options.txt"
-            if not note.exists():
-                others = [shlex.split(other.read_text()) for other in args.runs.glob(f"{system}-seed-*/options.txt")]
-                if others:
-                    steps = train.make_parser().parse_args(others[0]).steps
-                else:
-                    steps = max(len(SHARES), int(args.seconds / seconds_a_step(system, args)))
-                    steps -= steps % len(SHARES)
-                folder.mkdir(parents=True, exist_ok=True)
-                words = [*train_words(system, seed, args), "--steps", str(steps)]
-                note.write_text(shlex.join([*words, "--keep-interval", str(steps // len(SHARES))]) + "\n")
-            words = shlex.split(note.read_text())
-            options = train.make_parser().parse_args(words)
-            if not (folder / f"weights-{options.steps}.pt").exists():
-                resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
-                run_train([*words, "--out", str(folder), *resume])
+    many steps as its first. What a run took is said where it is 5% off."""
+    for seed, system in itertools.product(args.training_seeds, args.systems):
+        folder = args.runs / f"{system}-seed-{seed}"
+        note, words = folder / "options.txt", train_words(system, seed, args)
+        begun = {path: shlex.split(path.read_text()) for path in sorted(args.runs.glob(f"{system}-seed-*/options.txt"))}
+        for path, old in begun.items():
+            number = path.parent.name.rpartition("-")[2]
+            if old[: len(words)] != train_words(system, int(number), args):
+                raise ValueError(f"{path.parent} was begun with other options: move it away")
+        if note in begun:
+            words = begun[note]
+        else:
+            others = list(begun.values())
+            steps = train.make_parser().parse_args(others[0]).steps if others else 0
+            steps = steps or max(len(SHARES), int(args.seconds / seconds_a_step(system, args)))
+            steps -= steps % len(SHARES)
+            words += ["--steps", str(steps), "--keep-interval", str(steps // len(SHARES))]
+            folder.mkdir(parents=True, exist_ok=True)
+            note.write_text(shlex.join(words) + "\n")
+        if not (folder / f"weights-{train.make_parser().parse_args(words).steps}.pt").exists():
+            run_train(words, folder)
+        took = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+        if abs(took / args.seconds - 1) > 0.05:
+            print(f"{folder.name} trained for {took:.0f} s, not {args.seconds:.0f}", file=sys.stderr)
 
 
 def sampled(weights: Weights, labels: Tensor, args: argparse.Namespace, steps: int, solver: str = "euler") -> Tensor:
@@ -103,71 +103,89 @@ def sampled(weights: Weights, labels: Tensor, args: argparse.Namespace, steps: i
     return torch.cat(clips)
 
 
+def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
+    """The folders of runs that are done, and their options. Raises ValueError if there are none or clips differ."""
+    runs = {}
+    for note in sorted(folder.glob("*-seed-*/options.txt")):
+        options = train.make_parser().parse_args(shlex.split(note.read_text()))
+        kept = [note.parent / f"weights-{options.steps * share // 100}.pt" for share in SHARES]
+        if all(path.exists() for path in kept):
+            runs[note.parent] = options
+        else:
+            print(f"{note.parent} is passed over: it is not done", file=sys.stderr)
+    if not runs:
+        raise ValueError(f"{folder} holds no finished runs: python -m experiments.real train makes them")
+    if len({(options.frames, options.size) for options in runs.values()}) > 1:
+        raise ValueError(f"the runs in {folder} make clips of different frames or sizes")
+    return runs
+
+
 def scores(args: argparse.Namespace) -> None:
-    """Held-out loss and distance of every run over its training time, and the distance over the cost of sampling."""
-    device, made_by = choose_device(), args.made_by
-    held_out = FolderClips(args.data / "held-out", 16, 64)
-    seen = FolderClips(args.data / "train", 16, 64, labels=True)
-    print(held_out.summary)
+    """Distance of every run to held-out clips over its training time, its held-out loss at the end, and the distance
+    over the cost of sampling. Clips are sampled with the labels of training clips. The loss is without labels, on at
+    least 64 clips; stages of different systems have different targets, so compare it between seeds only."""
+    pyplot()  # says what to install, if anything
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs, device = finished_runs(args.runs), choose_device()
+    shape = next((options.frames, options.size) for options in runs.values())
+    held_out = FolderClips(args.data / "held-out", *shape)
+    seen = FolderClips(args.data / "train", *shape, labels=True)
     labels = torch.tensor([seen[number][1] for number in range(args.number)])
     real = real_clips(0, min(args.reference, 4 * len(held_out.sources)), held_out).to(device)
     distance = distances_to(real, {"distance": partial(picture_features, load_efficientnet().to(device))})
     rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
-    for folder in sorted(args.runs.iterdir()):
-        options = train.make_parser().parse_args(shlex.split((folder / "options.txt").read_text()))
+    for folder, options in runs.items():
         system, seed = folder.name.split("-seed-")
         seconds = {row["step"]: row["seconds"] for row in map(json.loads, (folder / "metrics.jsonl").open())}
-        found, judged = [], None
+        curve = curves[f"{system}, seed {seed}"] = []
+        ends.setdefault(system, []).append(curve)
         for share in SHARES:
             step = options.steps * share // 100
             weights = load_weights(folder / f"weights-{step}.pt", device)
-            found.append(distance(sampled(weights, labels, args, args.steps)))
-            curves.setdefault(folder.name.replace("-seed-", ", seed "), []).append(
-                (seconds[step], [found[-1]["distance"]])
-            )
-            judged = train.held_out_loss(weights.model, weights.make_pyramid(), held_out, options) or []
-            print(folder.name, step, f"{seconds[step]:.0f} s", found[-1], judged, flush=True)
-        distances = [f"{each['distance']:.0f}" for each in found]
-        losses = ", ".join(f"{loss:.4f}" for loss in judged)
-        rows.append([folder.name, options.steps, f"{seconds[options.steps]:.0f}", *distances, losses])
-        ends.setdefault(system, []).append(curves[folder.name.replace("-seed-", ", seed ")])
-        if seed == "1":
+            curve.append((seconds[step], [distance(sampled(weights, labels, args, args.steps))["distance"]]))
+            print(folder.name, step, curve[-1], flush=True)
+        pyramid = weights.make_pyramid()
+        losses = train.held_out_loss(weights.model, pyramid, held_out, options) or []
+        distances = [f"{values[0]:.0f}" for _, values in curve]
+        losses = ", ".join(f"{loss:.4f}" for loss in losses)
+        rows.append([folder.name, options.steps, f"{curve[-1][0]:.0f}", *distances, losses])
+        if system not in pictures:
             pictures[system] = sampled(weights, labels[:8], args, 30).cpu()
-            for solver in ("euler", "ab2"):
-                for steps in STEPS:
-                    one = distance(sampled(weights, labels, args, steps, solver))["distance"]
-                    counts = split_steps(steps, weights.stages)
-                    calls = sample.full_rate_steps(counts, weights.make_pyramid(), (1, 3, 16, 64, 64))
-                    front.append([system, "-".join(map(str, counts)), solver, f"{calls:.3g}", f"{one:.0f}"])
-                    costs.setdefault(f"{system}, {solver}", []).append((calls, [one]))
+            for solver, steps in itertools.product(("euler", "ab2"), STEPS):
+                one = distance(sampled(weights, labels, args, steps, solver))["distance"]
+                counts = split_steps(steps, weights.stages, pyramid.lengths)
+                calls = sample.full_rate_steps(counts, pyramid, (1, *real.shape[1:]))
+                front.append([system, "-".join(map(str, counts)), solver, f"{calls:.3g}", f"{one:.0f}"])
+                costs.setdefault(f"{system}, {solver}", []).append((calls, [one]))
     train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
     floor = distance(train_clips)["distance"]
     rows.append(["real training clips", "", "", "", "", "", f"{floor:.0f}", ""])
-    args.out.mkdir(parents=True, exist_ok=True)
+    header = ["run", "steps", "seconds", *(f"distance at {share}%" for share in SHARES)]
+    tables = [([*header, "held-out loss by stage (between seeds only)"], rows)]
+    tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
+    print("\n".join(markdown(*table) for table in tables))
+    write_json(args.out / "real.json", args.made_by | {"tables": tables})
     draw_curves(curves, "seconds of training", "distance to held-out clips", args.out / "real-training.png")
     draw_curves(costs, "full-rate network calls", "distance to held-out clips", args.out / "real-sampling.png")
     draw_clips(pictures | {"real": train_clips[:8].cpu()}, len(pictures) + 1, args.out / "real-clips.png")
-    header = ["run", "steps", "seconds", *(f"distance at {share}%" for share in SHARES), "held-out loss by stage"]
-    tables = [(header, rows), (["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
-    print("\n".join(markdown(*table) for table in tables))
-    write_json(args.out / "real.json", made_by | {"tables": tables})
 
 
 def gains(ends: dict[str, list]) -> tuple[list, list]:
     """Each pyramid beside vanilla, the means over the seeds: the distance after all the time, and how much of it the
-    pyramid needs to reach vanilla's."""
-    curves = {}
+    pyramid needs to reach vanilla's. Nothing without vanilla."""
+    header, curves = ["system", "distance at the end", "of vanilla's", "of the time to vanilla's last distance"], {}
+    if "vanilla" not in ends:
+        return header, []
     for system, runs in ends.items():
         times = [mean(run[index][0] for run in runs) for index in range(len(SHARES))]
         curves[system] = [(time, [run[index][1][0] for run in runs]) for index, time in enumerate(times)]
-    time, values = curves.get("vanilla", [(1.0, [1.0])])[-1]
-    rows = []
+    (time, values), rows = curves["vanilla"][-1], []
     for system, curve in curves.items():
         reached = time_to(mean(values), curve)
         at_most = "at most " if reached == curve[0][0] else ""
         share = "not reached" if reached is None else f"{at_most}{reached / time:.2f}"
         rows.append([system, spread(curve[-1][1]), f"{mean(curve[-1][1]) / mean(values):.2f}", share])
-    return ["system", "distance at the end", "of vanilla's", "of the time to vanilla's last distance"], rows
+    return header, rows
 
 
 def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:
@@ -195,22 +213,26 @@ def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:
         return (clips + deviation * torch.randn(clips.shape, generator=generator)).clamp(-1, 1)
 
     def frozen(clips: Tensor, share: float) -> Tensor:
-        return torch.cat(
-            [clips[:, :, :1].expand_as(clips)[: round(share * len(clips))], clips[round(share * len(clips)) :]]
-        )
+        count = round(share * len(clips))
+        return torch.cat([clips[:count, :, :1].expand_as(clips[:count]), clips[count:]])
 
     kinds = {"blurred, pixels": (blurred, (2, 4, 8)), "patches scattered, share": (scattered, (0.1, 0.3, 1.0))}
     return kinds | {"noise, deviation": (noisy, (0.05, 0.1, 0.2)), "frozen, share of clips": (frozen, (0.3, 0.6, 1.0))}
 
 
 def validate(args: argparse.Namespace) -> None:
-    """How far damaged real clips are from others of the same kind, by several distances, and samples of --checkpoint
-    too. A good distance grows with every damage and falls as a model gets better."""
-    data, network = FolderClips(args.data / "settings", 16, 64), load_efficientnet()
+    """How far damaged real clips are from others, of other files, by several distances; and samples of --checkpoint. A
+    good distance grows with every damage and falls as a model gets better."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    models = {path: load_weights(weight_file(path), choose_device()) for path in args.checkpoint}
+    seen = FolderClips(args.data / "train", 16, 64, labels=True)
+    names = [seen.classes[seen[number][1]] for number in range(args.number)]
+    labels = {path: sample.choose_labels(weights.classes, args.number, names) for path, weights in models.items()}
+    halves = [FolderClips(args.data / "held-out", 16, 64, held_out=0.5, validation=half) for half in (False, True)]
+    network, (reference, clips) = load_efficientnet(), (real_clips(0, args.number, half) for half in halves)
     features = {f"block {n} of 16": partial(picture_features, network, blocks=n) for n in (5, 11, 16)}
     features["16x16 pixels"] = lambda clip: F.adaptive_avg_pool2d(clip.transpose(0, 1), 16).mean(0).flatten()
-    distances = distances_to(real_clips(0, args.number, data), features)
-    clips, rows = real_clips(args.number, args.number, data), []
+    distances, rows = distances_to(reference, features), []
 
     def add(name: str, strength, clips: Tensor) -> None:
         found = distances(clips)
@@ -221,15 +243,10 @@ def validate(args: argparse.Namespace) -> None:
     for name, (damage, strengths) in damages(torch.Generator().manual_seed(0)).items():
         for strength in strengths:
             add(name, strength, damage(clips, strength))
-    seen = FolderClips(args.data / "train", 16, 64, labels=True)
-    names = [seen.classes[seen[number][1]] for number in range(args.number)]
     add("clips of the training split", "", torch.stack([seen[number][0] for number in range(args.number)]))
-    for path in args.checkpoint:
-        weights = load_weights(path, choose_device())
-        labels = torch.tensor([weights.classes.index(name) for name in names])
-        add(
-            f"samples of {path}", f"{weights.step} steps", sampled(weights, labels, args, args.steps, args.solver).cpu()
-        )
+    for path, weights in models.items():
+        made = sampled(weights, labels[path], args, args.steps, args.solver).cpu()
+        add(f"samples of {path}", f"{weights.step} steps", made)
     table = ["damage", "strength", *features], rows
     print(markdown(*table))
     write_json(args.out / "distance.json", args.made_by | {"tables": [table]})
@@ -238,26 +255,27 @@ def validate(args: argparse.Namespace) -> None:
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.real", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = add_command(commands, "train", train_systems)
-    add("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
-    add("--trial", type=positive_int, default=20, help="a third of the steps by which a system's pace is measured")
-    add("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
-    add("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
-    add("--options", default="", help="further options of train.py for all runs, as one word: --options '--compile'")
-    adds = [add]
-    for name, function in (("scores", scores), ("distance", validate)):
-        adds.append(add := add_command(commands, name, function))
-        add("--number", type=positive_int, default=192, help="clips that are sampled, or damaged")
+    train_, scores_, distance_ = (
+        add_command(commands, name, function)
+        for name, function in (("train", train_systems), ("scores", scores), ("distance", validate))
+    )
+    train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
+    train_("--trial", type=positive_int, default=50, help="a third of the steps by which a system's pace is measured")
+    train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
+    train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
+    train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4'")
+    for add in (scores_, distance_):
+        add("--number", type=whole_number(2), default=192, help="clips that are sampled, or damaged")
         add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables and pictures")
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
         add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")
         add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
-    adds[1]("--reference", type=positive_int, default=400, help="held-out clips, at most four windows a clip")
-    adds[2]("--checkpoint", type=Path, nargs="*", default=[], help="weights whose samples are compared too")
-    adds[2]("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
-    for add in adds:
+    scores_("--reference", type=whole_number(2), default=400, help="held-out clips, at most four windows a clip")
+    distance_("--checkpoint", type=Path, nargs="*", default=[], help="weights whose samples are compared too")
+    distance_("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
+    for add in (train_, scores_, distance_):
         add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
-    for add in adds[:2]:
+    for add in (train_, scores_):
         add("--runs", type=Path, default=Path("runs/real"), help="folder of the runs")
     return parser
 

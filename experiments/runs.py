@@ -137,13 +137,19 @@ def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(" ".join(words) + "\n")
-        words += ["--resume"] if begun else []
-        child = subprocess.Popen([sys.executable, train.__file__, *words, "--out", folder])
-        with suppress(KeyboardInterrupt):  # the terminal told the child too, and it saves first
-            child.wait()
-        if code := child.wait():
-            raise SystemExit(f"train.py ended with {code}; the same command goes on from its checkpoint")
+        run_train(words, folder)
     return path
+
+
+def run_train(words: list[str], out: Path) -> None:
+    """train.py as a process of its own, resumed if there is a checkpoint."""
+    words = [*words, "--resume"] if (out / "checkpoint.pt").exists() else words
+    child = subprocess.Popen([sys.executable, train.__file__, *words, "--out", out])
+    with suppress(KeyboardInterrupt):  # the terminal told the child too, and it saves first
+        child.wait()
+    if code := child.wait():
+        again = "; the same command goes on from its checkpoint" if (out / "checkpoint.pt").exists() else ""
+        raise SystemExit(f"train.py ended with {code}{again}")
 
 
 def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Tensor:

@@ -558,7 +558,7 @@ def test_attention_and_training_are_measured_by_size(tmp_path, monkeypatch):
 # ---- real.py: four systems on real clips
 
 
-def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, monkeypatch):
+def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     for part, greens in (("train", (0, 250)), ("held-out", (100, 150)), ("settings", (50, 200))):
         for green in greens:
@@ -566,12 +566,18 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     monkeypatch.setattr(real, "load_efficientnet", FewChannels)
     there = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs")]
     tiny = "--width 8 --depth 1 --heads 2 --batch 2 --workers 0 --warmup 1"
-    words = ["train", *there, "--trial", "1", "--seconds", "1", "--systems", "vanilla", "space-time", "--options", tiny]
+    words = ["train", *there, "--seconds", "24", "--systems", "vanilla", "space-time", "--options", tiny]
+    monkeypatch.setattr(real, "seconds_a_step", lambda system, args: {"vanilla": 3, "space-time": 2}[system])
     real.main(words)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/weights-*.pt")}
     assert len(files) == 4 * 2 * 2  # kept weights, systems, seeds
     steps = [train.make_parser().parse_args(f.read_text().split()).steps for f in tmp_path.glob("runs/vanilla*/*.txt")]
-    assert len(set(steps)) == 1
+    assert steps == [8, 8]  # as many as fit into the time
+    (note,) = tmp_path.glob("runs/space-time-seed-2/*.txt")
+    assert "--steps 12 " in note.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        real.main([*words[:-1], "--width 8 --depth 1 --heads 1"])
+    assert stopped.value.code == 2 and "was begun with other options: move it away" in capsys.readouterr().err
     real.main(words)  # nothing is left to do
     assert files == {path: path.stat().st_mtime_ns for path in files}
     few = ["--number", "2", "--steps", "3", "--out", str(tmp_path / "out")]
@@ -581,8 +587,8 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     assert len(cost[1]) == 2 * 2 * len(real.STEPS) and [row[2] for row in gains[1]][1] == "1.00"
     assert len(list((tmp_path / "out").glob("real-*.png"))) == 3
     weights = str(next(tmp_path.glob("runs/vanilla-seed-1/weights.pt")))
-    real.main(["distance", "--data", str(tmp_path), *few, "--checkpoint", weights])
-    ((_, rows),) = json.loads((tmp_path / "out" / "distance.json").read_text())["tables"]
+    real.main(["distance", "--data", str(tmp_path), *few[:-1], str(tmp_path / "new"), "--checkpoint", weights])
+    ((_, rows),) = json.loads((tmp_path / "new" / "distance.json").read_text())["tables"]
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
 
 
@@ -597,6 +603,18 @@ def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
     _, rows = real.gains({"vanilla": vanilla, "fast": [fast], "slow": [slow]})
     assert [row[2] for row in rows] == ["1.00", "0.25", "6.00"]
     assert [row[3] for row in rows] == ["1.00", "0.50", "not reached"]
+    assert real.gains({"fast": [fast]})[1] == []
+
+
+def test_the_pace_of_a_system_is_that_of_its_later_steps(tmp_path, monkeypatch):
+    def run_train(words, out):
+        out.mkdir()
+        rows = [{"step": 50 * n, "seconds": seconds} for n, seconds in ((1, 100), (2, 110), (3, 120))]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(real, "run_train", run_train)
+    args = real.make_parser().parse_args(["train", "--data", str(tmp_path)])
+    assert real.seconds_a_step("time", args) == pytest.approx(0.2)
 
 
 def test_every_damage_changes_clips_more_the_stronger_it_is():
@@ -634,8 +652,7 @@ def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypat
 def test_each_question_is_answered_by_a_table_and_a_figure(tmp_path):
     pytest.importorskip("matplotlib")
     for number, name in enumerate(("longer", "alike", "rival")):
-        words = [name, "--smoke", "--runs", tmp_path / "runs", "--out", tmp_path]
-        asked.main([str(word) for word in words])
+        asked.main([name, "--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
         ((header, rows),) = json.loads((tmp_path / f"{name}.json").read_text())["tables"]
         assert (tmp_path / f"{name}.png").exists() and len(rows) == (14, 37, 40)[number]
         assert all(len(row) == len(header) for row in rows)

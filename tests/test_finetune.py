@@ -1,5 +1,6 @@
 """Other people's models, finetuned and sampled by examples/: small random ones of the real classes, saved as theirs."""
 
+import itertools
 import json
 import math
 import sys
@@ -394,18 +395,17 @@ def test_a_run_is_resumed_as_it_was_and_sampled_as_it_was(saved, clip_folder, tm
 def test_a_run_whose_gradients_stay_broken_ends_with_a_sentence_and_a_few_do_not_count(
     saved, clip_folder, tmp_path, monkeypatch
 ):
-    loss = finetune.training_loss
+    loss, calls = finetune.training_loss, itertools.count()
 
     def broken(model, pyramid, k, x0, *rest):
-        return loss(model, pyramid, k, x0 * math.nan, *rest)
+        return loss(model, pyramid, k, x0 * (math.nan if next(calls) % 10 else 1), *rest)
 
-    options = run_options(saved, "wan", clip_folder, tmp_path / "run", "--steps", "40", "--save-interval", "2")
+    options = run_options(saved, "wan", clip_folder, tmp_path / "run", "--steps", "25", "--save-interval", "25")
     monkeypatch.setattr(finetune, "training_loss", broken)
+    content = finetuned(options)  # nine in a row at most
+    assert 15 < content["skipped"] < 25
+    monkeypatch.setattr(finetune, "training_loss", lambda *inputs: loss(*inputs) * math.nan)
     with pytest.raises(SystemExit, match="NaN or infinite 10 steps in a row: try a lower --lr"):
-        finetune.main(options)
-    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert kept["step"] == 8 and kept["skipped"] == 8
-    monkeypatch.setattr(finetune, "training_loss", loss)
-    content = finetuned(["--resume", "--out", str(tmp_path / "run"), "--steps", "12"])
-    assert content["skipped"] == 8
+        finetune.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "60"])
+    content = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert all(weight.isfinite().all() for weight in content["weights"].values())
