@@ -270,7 +270,7 @@ class FolderClips(Dataset):
                 self.room -= together.nbytes
         return np.stack([kept[number] for number in wanted])
 
-    def _window(self, source: Source, start: int) -> Tensor:
+    def window(self, source: Source, start: int) -> Tensor:
         """(C, T, H, W) from frame `start` on. Raises what `read_images` does."""
         wanted = range(start, start + self.span, self.frame_stride)
         if source.kind == "latent":
@@ -294,7 +294,7 @@ class FolderClips(Dataset):
             source = self.sources[order[(position + offset) % len(self.sources)]]
             try:
                 starts = 1 if self.from_start else source.frames - self.span + 1
-                window = self._window(source, int(random.integers(starts)))
+                window = self.window(source, int(random.integers(starts)))
             except Exception as error:
                 self._pass_over(source.files[0], error)
                 continue

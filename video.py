@@ -25,8 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 STILLS = (".png", ".jpg", ".jpeg")
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
-CUT_ANYWHERE = (".ts", ".mpg", ".mpeg")  # what is cut off from these does not show in their packets
+VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .flv .wmv .3gp".split())
+CUT_ANYWHERE = (".ts", ".mts", ".m2ts", ".mpg", ".mpeg")  # what is cut off from these does not show in their packets
 LATENTS = (".npy", ".pt")
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
 INDEX_FORMAT = 2  # of the file that keeps what the headers said; raised when old ones can no longer be read

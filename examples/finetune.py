@@ -175,7 +175,7 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
 def read_window(dataset: FolderClips, source, start: int) -> Tensor:
     """(3, T, H, W) from frame `start` of a clip on. Raises DataError that names a damaged file."""
     try:
-        return dataset._window(source, start)
+        return dataset.window(source, start)
     except Exception as error:  # Pillow and FFmpeg raise many kinds
         raise DataError(f"{source.files[0]} cannot be used: {cli.reason(error)}") from None
 

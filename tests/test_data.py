@@ -117,10 +117,10 @@ def test_folder_clips_of_a_height_and_a_width_are_cropped_to_that_shape_and_resi
     image.paste("black", (left, top, 40 - left, 40 - top))  # the largest part of that shape in the middle
     image.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (40, 40), "white")])
     data = FolderClips(tmp_path, frames=1, size=(height, width))
-    clip = data._window(data.sources[0], 0)
+    clip = data.window(data.sources[0], 0)
     assert clip.shape == (3, 1, height, width) and clip.max() < -0.9
     square = FolderClips(tmp_path, frames=1, size=40)
-    assert square._window(square.sources[0], 0).max() == 1  # of a square the white is seen
+    assert square.window(square.sources[0], 0).max() == 1  # of a square the white is seen
     with pytest.raises(DataError, match=r"one number, or height and width, not \(8, 8, 8\)"):
         FolderClips(tmp_path, frames=1, size=(8, 8, 8))
 
@@ -173,7 +173,7 @@ def test_pictures_of_all_kinds_look_as_they_should(tmp_path):
     exif[0x0112] = 6  # to be seen turned by a quarter
     turned.save(tmp_path / "turned.png", exif=exif)
     data = FolderClips(tmp_path, frames=1, size=4)
-    seen = {source.files[0].stem: data._window(source, 0)[:, 0] for source in data.sources}
+    seen = {source.files[0].stem: data.window(source, 0)[:, 0] for source in data.sources}
     assert torch.equal(seen["sixteen"][0], torch.from_numpy(ramp // 256).float() / 127.5 - 1)
     assert ((seen["cmyk"] - torch.tensor([1.0, -1, -1]).view(3, 1, 1)).abs() < 0.1).all()
     assert seen["turned"][0].mean(0).tolist() == [1, 1, -1, -1]

@@ -78,7 +78,8 @@ OPEN_GOP = {"x265-params": "bframes=4:open-gop=1:keyint=10:min-keyint=10:scenecu
 CONTAINERS = [
     ("a.mp4", "mpeg4", {}), ("a.mp4", "mpeg4", {"bf": "2"}), ("a.mov", "h264", {}), ("a:b.mp4", "h264", {}),
     ("a.avi", "mpeg4", {"bf": "2"}), ("a.mkv", "mpeg4", {}), ("a.webm", "libvpx", {}), ("a.mp4", "libx265", OPEN_GOP),
-    ("a.ts", "h264", {}), ("a.mpg", "mpeg2video", {"bf": "2"}), ("a.flv", "h264", {}), ("a.3gp", "mpeg4", {}),
+    ("a.ts", "h264", {}), ("a.m2ts", "h264", {}), ("a.mpg", "mpeg2video", {"bf": "2"}), ("a.flv", "h264", {}),
+    ("a.3gp", "mpeg4", {}),
 ]  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_videos_are_read_from_any_frame_on(tmp_path, name, codec, options):
     data = FolderClips(tmp_path, frames=3, size=64, frame_stride=2, cache_bytes=0)
     assert "1 clips of 40 frames in all (1 videos)" in data.summary
     for start in range(0, 36, 1 if name == "a.mp4" else 7):
-        assert numbers(data._window(data.sources[0], start)) == [start, start + 2, start + 4]
+        assert numbers(data.window(data.sources[0], start)) == [start, start + 2, start + 4]
     if "libx265" not in codec:
         assert read_all(data.sources[0]) == as_ffmpeg_shows(tmp_path / name) == list(range(40))
 
@@ -100,7 +101,7 @@ def test_pictures_come_in_the_right_order_whose_times_run_backwards_as_they_are_
     (source,) = data.sources
     assert source.in_order and read_all(source) == as_ffmpeg_shows(tmp_path / "a.avi") == list(range(40))
     for start in (0, 11, 37):
-        assert numbers(data._window(source, start)) == source.pictures(range(start, start + 3))
+        assert numbers(data.window(source, start)) == source.pictures(range(start, start + 3))
     assert video.best_effort([(1, 2), (3, 3), (4, 4), (2, 5), (7, None), (6, None), (None, None)], Fraction(2)) == [
         1, 3, 4, 5, 7, 9, 11,
     ]  # fmt: skip
@@ -116,7 +117,7 @@ def test_a_window_late_in_a_video_is_not_decoded_from_its_beginning(tmp_path, mo
             yield frame
 
     monkeypatch.setattr(video, "_decode", counted)
-    assert numbers(data._window(data.sources[0], 35)) == [35, 36, 37]
+    assert numbers(data.window(data.sources[0], 35)) == [35, 36, 37]
     assert len(decoded) < 12
 
 
@@ -142,7 +143,7 @@ def test_one_held_picture_does_not_change_the_speed_of_the_others(tmp_path, name
     expected = [*range(held), *[held] * periods, *range(held + 1, 60)]
     assert source.pictures(range(source.frames)) == expected
     for start in (0, 25, len(expected) - 8):
-        assert numbers(data._window(source, start)) == expected[start : start + 8]
+        assert numbers(data.window(source, start)) == expected[start : start + 8]
 
 
 SEQUENCE = [0, 0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 7, 7, 8, 9, 10, 11]
@@ -160,7 +161,7 @@ def test_animations_play_at_their_speed_though_pillow_merged_their_equal_picture
     (source,) = data.sources
     assert source.kind == "animation" and len(source.times) == 12 and source.frames == 20
     for start in range(13):
-        assert numbers(data._window(source, start)) == SEQUENCE[start : start + 8]
+        assert numbers(data.window(source, start)) == SEQUENCE[start : start + 8]
 
 
 def test_a_gif_s_title_is_held_and_the_rest_keeps_its_speed(tmp_path):
@@ -179,7 +180,7 @@ def test_pictures_that_last_no_time_are_shown_for_a_tenth_of_a_second_as_browser
 def test_a_poster_is_not_a_frame_of_its_animation(tmp_path):
     write_animation(tmp_path / "a.png", range(12), default_image=True)
     data = FolderClips(tmp_path, frames=8, size=64)
-    assert data.sources[0].frames == 11 and numbers(data._window(data.sources[0], 0)) == list(range(1, 9))
+    assert data.sources[0].frames == 11 and numbers(data.window(data.sources[0], 0)) == list(range(1, 9))
 
 
 @pytest.mark.parametrize("fps, expected", [(5, range(1, 17, 2)), (20, [0, 0, 1, 1, 2, 2, 3, 3]), (10, range(8))])
@@ -188,7 +189,7 @@ def test_fps_counts_every_source_at_that_rate(tmp_path, fps, expected):
     write_animation(tmp_path / "b.gif", range(40))
     data = FolderClips(tmp_path, frames=8, size=64, fps=fps)
     for source in data.sources:
-        assert source.frames == 4 * fps and numbers(data._window(source, 0)) == list(expected)
+        assert source.frames == 4 * fps and numbers(data.window(source, 0)) == list(expected)
     picture(0).save(tmp_path / "1.png")
     with pytest.raises(DataError, match="1 that state no times, which --fps needs"):
         for path in ("a.mp4", "b.gif"):
@@ -204,7 +205,7 @@ def test_an_edit_list_is_obeyed(tmp_path):
     shown = read_all(data.sources[0])
     assert shown == as_ffmpeg_shows(tmp_path / "cut.mp4") and shown[0] == 65
     for start in range(data.sources[0].frames - 7):
-        window = numbers(data._window(data.sources[0], start))
+        window = numbers(data.window(data.sources[0], start))
         assert all(0 <= b - a <= 2 for a, b in zip(window, window[1:], strict=False)) and window[0] >= 65
 
 
@@ -215,7 +216,7 @@ def test_a_header_that_promises_more_frames_is_not_believed(tmp_path):
     content[place + 32 : place + 36] = struct.pack("<I", 131)
     (tmp_path / "a.avi").write_bytes(content)
     data = FolderClips(tmp_path, frames=8, size=64)
-    assert data.sources[0].frames == 30 and numbers(data._window(data.sources[0], 22)) == list(range(22, 30))
+    assert data.sources[0].frames == 30 and numbers(data.window(data.sources[0], 22)) == list(range(22, 30))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi", "a.gif"])
@@ -235,7 +236,7 @@ def test_what_is_missing_at_the_end_shortens_the_clip(tmp_path, name):
     (source,) = data.sources
     assert 35 < source.frames < 60
     for start in (0, source.frames - 9):  # of a GIF the last picture may be half there
-        assert numbers(data._window(source, start)) == list(range(start, start + 8))
+        assert numbers(data.window(source, start)) == list(range(start, start + 8))
 
 
 def test_pictures_damaged_within_are_not_trained_on(tmp_path):
@@ -248,7 +249,7 @@ def test_pictures_damaged_within_are_not_trained_on(tmp_path):
     (source,) = data.sources
     for start in range(source.frames - 7):
         try:
-            window = numbers(data._window(source, start), clear=False)
+            window = numbers(data.window(source, start), clear=False)
             right += window == source.pictures(range(start, start + 8))
         except DataError as error:
             assert "is damaged at" in str(error)
@@ -339,7 +340,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
     for name in ("a.mp4", "cover.png"):
         (tmp_path / name).unlink()
     data = FolderClips(tmp_path, frames=8, size=64)
-    assert data.sources[0].frames == 40 and numbers(data._window(data.sources[0], 5)) == list(range(5, 13))
+    assert data.sources[0].frames == 40 and numbers(data.window(data.sources[0], 5)) == list(range(5, 13))
 
 
 def test_stills_are_a_clip_only_where_no_video_or_animation_is(tmp_path):
