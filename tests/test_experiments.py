@@ -638,15 +638,21 @@ def test_frames_that_are_doubled_or_frozen_count_as_alike():
 
 def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypatch):
     clip = metrics.real_clips(3, 1)[:, :, ::4].repeat_interleave(4, dim=2)  # the same at every rate
+    begun = {}
 
-    def knowing(model, labels, guidance, bf16):
-        return lambda x, t, k: (x - clip[:, :, :: 2**k]) / t.view(-1, 1, 1, 1, 1)
+    def predict(x, t, k):
+        time, known = t.view(-1, 1, 1, 1, 1), clip[:, :, :: 2**k]
+        begun.setdefault(k, (t[0].item(), ((x - (1 - time) * known) / time).square().mean().item()))
+        return (x - known) / time
 
-    monkeypatch.setattr(sample, "make_predict", knowing)
+    monkeypatch.setattr(sample, "make_predict", lambda *_: predict)
     weights = load_weights(SHIPPED / "flow-1.pt")
     for shift in (1, 3):
-        made = asked.coarse_to_fine(weights, shift, 9, 2, 0, 3)
+        made = asked.coarse_to_fine(weights, shift, 9, 3, 0, 3)
         torch.testing.assert_close(made, clip.expand_as(made), rtol=1e-3, atol=1e-3)
+        times, noises = zip(*(begun.pop(k) for k in (2, 1, 0)), strict=True)
+        expected = [1.0, *(shift * end / (1 + (shift - 1) * end) for end in (2 / 3, 1 / 3))]
+        assert times == pytest.approx(expected) and noises == pytest.approx([1, 1, 1], abs=0.05)
 
 
 def test_each_question_is_answered_by_a_table_and_a_figure(tmp_path):
