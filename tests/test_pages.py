@@ -90,13 +90,17 @@ def test_every_equation_of_the_paper_has_its_code_and_its_test():
         assert "```python" in section or section.startswith("Eq. 17") or "15'" in section.splitlines()[0], section
 
 
-def test_every_line_of_code_on_the_companion_s_pages_is_in_the_code():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "COMPANION.md").read_text(), re.DOTALL)
-    for block in blocks:
-        first, _, rest = block.partition("\n")
-        file, lines = (first[2:], rest) if first.startswith("# ") else ("tpdiff.py", block)
-        assert lines in (ROOT / file).read_text(), block
-    assert len(blocks) > 12
+def test_every_line_of_code_on_the_companion_s_pages_is_in_the_function_named_before_it():
+    text = (ROOT / "COMPANION.md").read_text()
+    blocks = re.findall(r"In `([\w.]+)`(?: of \[([\w.]+)\]\(\S+\))?:\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == text.count("```python") > 12
+    for name, file, lines in blocks:
+        source = (ROOT / (file or "tpdiff.py")).read_text()
+        node = ast.parse(source)
+        for part in name.split("."):
+            node = next(each for each in ast.walk(node) if getattr(each, "name", None) == part)
+        inside = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]) + "\n"
+        assert lines in inside, (name, lines)
 
 
 def test_every_help_ends_with_an_example_of_the_command_that_asks_for_it():
