@@ -12,7 +12,6 @@ with weights_only: no code in them is run.
 """
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -35,14 +34,17 @@ FORMAT = 4  # of the weight files; raised when old ones can no longer be read
 HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
 SHIPPED = Path(__file__).parent / "weights"
 FACTORS = {"time": (2, 1, 1), "space": (1, 2, 2), "space-time": (2, 2, 2)}  # what --pyramid names
+SETTINGS = ("mode", "stages", "pyramid", "shift", "ends", "frames", "size")  # of a run, that sampling must know
 COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
 
 
-def make_pyramid(mode: str, stages: int, pyramid: str = "time", shift: float = 1.0, kind: type = Pyramid) -> Pyramid:
-    """The pyramid of a run, or one of another `kind`. In ddim mode the network says the velocity. That is past the
-    paper, which finetunes a model that predicts noise: trained from scratch on noise, no digit stayed legible."""
-    prediction = {"flow": None, "ddim": "velocity"}[mode]
-    return kind(mode, stages, factor=FACTORS[pyramid], shift=shift, prediction=prediction)
+def make_pyramid(run, kind: type = Pyramid) -> Pyramid:
+    """The pyramid of a `run`, which is arguments of train.py or Weights. In ddim mode the network says the velocity.
+    That is past the paper, which finetunes a model that predicts noise: trained from scratch on noise, no digit stayed
+    legible. Raises ValueError, as Pyramid does."""
+    prediction = {"flow": None, "ddim": "velocity"}[run.mode]
+    options = {"shift": run.shift, "ends": run.ends and run.ends[::-1], "prediction": prediction}
+    return kind(run.mode, run.stages, factor=FACTORS[run.pyramid], **options)
 
 
 def check_size(args: Namespace) -> None:
@@ -72,16 +74,13 @@ class Weights:
     latent_scale: float | None = None  # None: pictures
     pyramid: str = "time"
     shift: float = 1.0
-
-    def make_pyramid(self, kind: type = Pyramid) -> Pyramid:
-        """The pyramid that the model was trained on."""
-        return make_pyramid(self.mode, self.stages, self.pyramid, self.shift, kind)
+    ends: list[float] | None = None  # as --ends has them: noisiest stage first
 
 
 def weights_of(state, dataset: Dataset, args: Namespace) -> Weights:
     """The EMA weights of a run's `state` (train.State), as sampling takes them."""
     head = args.mode, args.stages, args.frames, args.size, tuple(dataset.classes), state.step
-    return Weights(state.ema, *head, args.latent_scale if dataset.latent else None, args.pyramid, args.shift)
+    return Weights(state.ema, *head, args.latent_scale if dataset.latent else None, args.pyramid, args.shift, args.ends)
 
 
 def load_file(path: Path, *keys: str) -> dict:
@@ -99,13 +98,15 @@ def load_file(path: Path, *keys: str) -> dict:
     missing = sorted({*HEAD, *keys} - content.keys())
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
-    content = {"pyramid": "time", "shift": 1.0} | content  # older ones are of the paper's pyramid
-    head = {name: content[name] for name in ("mode", "pyramid", "shift", "stages", "frames", "size")}
-    size, shift = content["size"], content["shift"]
+    content = {"pyramid": "time", "shift": 1.0, "ends": None} | content  # older ones are of the paper's pyramid
+    head, size = {name: content[name] for name in SETTINGS}, content["size"]
     numbers = [content["stages"], content["frames"], *(size if isinstance(size, tuple) and len(size) == 2 else [size])]
-    known = content["mode"] in ("flow", "ddim") and content["pyramid"] in list(FACTORS)
-    known = known and isinstance(shift, int | float) and 0 < shift < math.inf
-    if not known or not all(type(n) is int and n > 0 for n in numbers):
+    try:
+        make_pyramid(Namespace(**head))
+        known = all(type(n) is int and n > 0 for n in numbers)
+    except (KeyError, TypeError, ValueError, IndexError):
+        known = False
+    if not known:
         raise ValueError(f"{path} is damaged: {head}")
     return content
 
@@ -167,8 +168,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
-    names = ("mode", "stages", "frames", "size", "step", "pyramid", "shift")
-    head = {name: content[name] for name in names} | {"latent_scale": content.get("latent_scale")}
+    head = {name: content[name] for name in (*SETTINGS, "step")} | {"latent_scale": content.get("latent_scale")}
     return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
 
 
@@ -247,9 +247,7 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
         state.since_judged.zero_()
     head = {"format": FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
-    head |= {"digest": dataset.digest} | {
-        name: getattr(args, name) for name in ("mode", "stages", "pyramid", "shift", "frames", "size")
-    }
+    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in SETTINGS}
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
     whole |= {name: getattr(state, name) for name in COUNTS}

@@ -64,11 +64,12 @@ def bounce(start: float, velocity: float, frames: int, room: float) -> np.ndarra
 class MovingDigits(Dataset):
     """Bouncing digits on black, (1, T, H, W), made on the fly from a seed; the label is the first digit.
 
-    A digit is 5/8 of the frame's shorter side high, its start uniform, its speed 1/40 to 1/16 of that side per frame.
+    A digit is 5/8 of the frame's shorter side high, its start uniform, its speed uniform in `speeds`.
     Raises DataError if that side is under 16 pixels or there is no frame or digit.
     """
 
     channels, latent, digest = 1, False, ""
+    speeds = 1 / 40, 1 / 16  # least and most, in shorter sides a frame
     classes = tuple("0123456789")
 
     def __init__(self, frames: int = 16, size: int | tuple[int, int] = 32, digits: int = 1, seed: int = 0):
@@ -84,7 +85,7 @@ class MovingDigits(Dataset):
         random, tracks = _random(self.seed, number), []
         for _ in range(self.digits):
             label = int(random.integers(10))
-            speed, angle = random.uniform(self.short / 40, self.short / 16), random.uniform(0, 2 * np.pi)
+            speed, angle = self.short * random.uniform(*self.speeds), random.uniform(0, 2 * np.pi)
             rooms = [all_ - own for all_, own in zip(height_width(self.size), self.glyphs[label].shape, strict=True)]
             starts = [random.uniform(0, room) for room in rooms]
             velocities = speed * np.sin(angle), speed * np.cos(angle)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cli
-from checkpoint import FACTORS, Weights, find_weights, load_weights, run_name, weight_file
+from checkpoint import FACTORS, Weights, find_weights, load_weights, make_pyramid, run_name, weight_file
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
 from data import height_width, save_gif, save_latents, save_strip, save_video
 from tpdiff import Pyramid, split_steps
@@ -113,7 +113,7 @@ def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None
     does not end the run."""
     height, width = height_width(weights.size)
     number = max(1, min(args.sample_number, MOST_PIXELS // (weights.frames * height * width)))
-    pyramid, labels, clips = weights.make_pyramid(), choose_labels(weights.classes, number), []
+    pyramid, labels, clips = make_pyramid(weights), choose_labels(weights.classes, number), []
     suffix = ".gif" if weights.latent_scale is None else ".npy"
     path, aside = args.out / f"step-{weights.step:07d}{suffix}", args.out / f"unfinished{suffix}"
     try:
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
     if labels is None and args.guidance != 1:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")
     steps = args.steps[0] if len(args.steps) == 1 else args.steps
-    pyramid = weights.make_pyramid()
+    pyramid = make_pyramid(weights)
     counts = split_steps(steps, weights.stages, pyramid.lengths)
     out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out
     out = out or free_name(Path("samples") / run_name(weights.mode, weights.stages, weights.pyramid))

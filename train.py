@@ -55,8 +55,9 @@ def make_parser() -> cli.Parser:
     odds = "how often each stage is trained: a whole number up to 1000 for each, noisiest first [equally often]"
     add("--stage-odds", type=positive_int, nargs="+", help=odds)
     add("--pyramid", choices=FACTORS, default="time", help="what a stage halves: frame rate, height and width, or all")
-    shift = "above 1, times are drawn nearer to noise, in sampling too: shift u / (1 + (shift - 1) u), u uniform"
-    add("--shift", type=real_number(0.01, 100), default=1.0, help=shift)
+    add("--shift", type=real_number(0.01, 100), default=1.0, help="times nearer to noise: s u / (1 + (s - 1) u)")
+    ends = "times at which the stages end, noisiest first and the last 0, as in --ends 0.5 0.25 0 [in equal distances]"
+    add("--ends", type=real_number(0, 1), nargs="+", help=ends)
     pairing = "how noise is paired with data: permuted within a batch, or the nearest of --candidates"
     add("--align", choices=["assignment", "nearest", "none"], default="assignment", help=pairing)
     add("--candidates", type=positive_int, default=8, help="noises a clip for --align nearest")
@@ -69,14 +70,12 @@ def make_parser() -> cli.Parser:
     add("--frame-stride", type=positive_int, default=1, help="frames of --data from one frame of a clip to the next")
     add("--flip", action="store_true", help="mirror half of the clips of --data")
     add("--grayscale", action="store_true", help="one channel from --data instead of three")
-    scale = real_number(1e-6, 1e6)
-    add("--latent-scale", type=scale, default=1.0, help="factor that brings latents to about unit size")
+    add("--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="factor that brings latents to unit size")
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip, any number")
     size = "height and width, or one number for both; must divide by the patch and by what --pyramid halves [32; of "
     add("--size", type=positive_int, nargs="+", action=cli.OneOrMore, help=size + "latents all they have]")
-    workers = f"processes that prepare clips and noise [{WORKERS_FOR_GPU} with a GPU; else 1, 0 for moving digits]"
-    add("--workers", type=non_negative_int, help=workers)
+    add("--workers", type=non_negative_int, help="processes that prepare clips [4 with a GPU; else 1, 0 for digits]")
     add = parser.add_argument_group("model").add_argument
     add("--patch", type=positive_int, default=4, help="patch size in pixels")
     add("--init", metavar="CHECKPOINT", help="weights to start from: of an image model, or of another video model")
@@ -133,9 +132,11 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {args.batch}")
     if args.stage_odds and (len(args.stage_odds) != args.stages or max(args.stage_odds) > 1000):
         raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
+    if args.ends and (len(args.ends) != stages or args.ends[-1] != 0):
+        raise ValueError(f"--ends needs a time for each of --stages {stages}, noisiest first and the last 0")
     args.size = args.size if args.size or args.data else 32
     disk.check_size(args)
-    make_pyramid(args.mode, args.stages, args.pyramid, args.shift)  # refuses stages that the schedule has no noise for
+    make_pyramid(args)  # refuses stages that the schedule has no noise for
     return args, checkpoint
 
 
@@ -150,7 +151,7 @@ class TrainingBatches(Dataset):
 
     def __init__(self, dataset: Dataset, args: Namespace, rank: int, world: int, stage: int | None = None):
         self.dataset, self.args, self.rank, self.world, self.stage = dataset, args, rank, world, stage
-        self.pyramid, self.ends = make_pyramid(args.mode, args.stages, args.pyramid, args.shift), [0]
+        self.pyramid, self.ends = make_pyramid(args), [0]
 
     def stage_of(self, micro: int) -> int:
         return draw_stage(micro // self.args.accumulate, self.args) if self.stage is None else self.stage
@@ -177,9 +178,9 @@ def make_batches(
     dataset: Dataset, args: Namespace, start: int, rank: int, world: int, device: torch.device, stage: int | None = None
 ) -> Iterator:
     """This rank's micro-batches from step `start` on, of the steps' own stages or all of one, on `device` but for u."""
-    workers, gpu = args.workers, device.type == "cuda"
-    if workers is None:  # drawing digits takes a CPU less time than it loses to a worker
-        workers = WORKERS_FOR_GPU if gpu else int(bool(args.data))
+    gpu = device.type == "cuda"
+    usual = WORKERS_FOR_GPU if gpu else int(bool(args.data))  # to draw digits a CPU needs less time than a worker costs
+    workers = usual if args.workers is None else args.workers
     batches = TrainingBatches(dataset, args, rank, world, stage)
     micros = range(start * args.accumulate, args.steps * args.accumulate)
     options = {"num_workers": workers, "worker_init_fn": _leave_process_group, "pin_memory": gpu}
@@ -240,7 +241,7 @@ def fast_form(model: DiT, args: Namespace, device: torch.device) -> torch.nn.Mod
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     if device.type != "cuda" or args.accumulate > 1:
         return model
-    pyramid, inputs = make_pyramid(args.mode, args.stages, args.pyramid, args.shift), []
+    pyramid, inputs = make_pyramid(args), []
     for k, batch in enumerate(batch_sizes(args)):
         shape = pyramid.shape((batch, model.config.channels, args.frames, *height_width(args.size)), k)
         inputs.append((torch.zeros(shape, device=device), torch.full((batch,), 0.5, device=device)))
@@ -370,14 +371,14 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
         disk.start_metrics(args.out / "metrics.jsonl", state.step)
         print(dataset.summary)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
-        precision = "bf16" if use_bf16(args.precision, device) else "fp32"
-        print(f"{args.mode}, {args.stages} stages, {size:.2f} M parameters, {precision} on {world} x {device.type}")
+        kind = f"{'bf16' if use_bf16(args.precision, device) else 'fp32'} on {world} x {device.type}"
+        print(f"{args.mode}, {args.stages} stages, {size:.2f} M parameters, {kind}")
     return dataset, state, rank, world, device
 
 
 def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int, device: torch.device) -> int:
     """The whole run. Returns 0, or 128 + the number of the signal that stopped it."""
-    stop, pyramid, first = cli.StopRequest(), make_pyramid(args.mode, args.stages, args.pyramid, args.shift), rank == 0
+    stop, pyramid, first = cli.StopRequest(), make_pyramid(args), rank == 0
     model = fast_form(state.model, args, device)
     batches = make_batches(dataset, args, state.step, rank, world, device)
     bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first)

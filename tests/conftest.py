@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 import train
-from checkpoint import FORMAT
+from checkpoint import FORMAT, make_pyramid
 from data import open_data
 from model import DiT, DiTConfig
 from test_tpdiff import ROOT, assert_exact, both_modes, clips, gamma_sigma, seeded  # noqa: F401  (for the other files)
+from tpdiff import Pyramid
 
 # ---- Models and runs
 
@@ -33,6 +34,10 @@ def small_model(classes: int = 0, live: bool = True, **options) -> DiT:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def pyramid_of(mode: str, stages: int, pyramid: str = "time", shift: float = 1.0) -> Pyramid:
+    return make_pyramid(argparse.Namespace(mode=mode, stages=stages, pyramid=pyramid, shift=shift, ends=None))
 
 
 def run_training(out: Path, *options: str) -> dict:

@@ -29,7 +29,7 @@ from PIL import Image
 import cli
 import sample
 import train
-from checkpoint import find_weights, keep_as, load_checkpoint, load_weights, start_metrics
+from checkpoint import find_weights, keep_as, load_checkpoint, load_weights, make_pyramid, start_metrics
 from data import DataError
 from experiments import metrics
 
@@ -81,12 +81,13 @@ def test_rows_after_the_checkpoint_and_a_half_written_one_are_dropped_on_resume(
 def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(tmp_path, capsys):
     run_training(tmp_path / "run", "--steps", "1")
     content = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    for name in ("stage_odds", "pyramid", "shift"):
+    for name in ("stage_odds", "pyramid", "shift", "ends"):
         del content["args"][name]
-    del content["pyramid"], content["shift"], content["config"]["factor"]
+    del content["pyramid"], content["shift"], content["ends"], content["config"]["factor"]
     torch.save(content, tmp_path / "run" / "checkpoint.pt")
     capsys.readouterr()
     options = {"--stage-odds 4 2 1": "[4, 2, 1]", "--shift 3": "3.0", "--pyramid space": "space", "--batch 4 4 2": "("}
+    options["--ends 0.5 0.25 0"] = "[0.5, 0.25, 0.0]"
     for words, now in options.items():
         error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", *words.split())
         assert f"--resume cannot change it to {now}" in error
@@ -316,7 +317,7 @@ def test_shipped_weights_sample_in_a_fresh_clone(mode, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("stages", [1, 3])
 def test_shipped_weights_are_of_the_paper_s_pyramid_without_a_shift(mode, stages):
     weights = load_weights(find_weights(mode, stages))
-    p = weights.make_pyramid()
+    p = make_pyramid(weights)
     assert (weights.pyramid, weights.shift, weights.stages) == ("time", 1.0, stages)
     assert (p.mode, p.stages, p.factor, p.shift) == (mode, stages, (2, 1, 1), 1.0)
     assert p.prediction == {"flow": None, "ddim": "velocity"}[mode] and weights.model.config.factor == (2, 1, 1)
@@ -394,3 +395,22 @@ def test_a_step_that_fails_does_not_lose_those_before_it(tmp_path, capsys, monke
             train.main([*TINY, "--out", str(tmp_path / "run"), "--steps", "6"])
     assert "step 4: saved, as the next step failed" in capsys.readouterr().err
     assert_same_weights(run_training(tmp_path / "run", "--resume"), whole)
+
+
+@both_modes
+def test_stages_that_end_where_asked_are_trained_saved_resumed_and_sampled(mode, tmp_path, capsys):
+    options = ["--mode", mode, "--ends", "0.5", "0.25", "0"]
+    run_training(tmp_path / "run", *options, "--steps", "2")
+    content = run_training(tmp_path / "run", "--resume", "--steps", "3")
+    assert content["ends"] == content["args"]["ends"] == [0.5, 0.25, 0.0]
+    weights = load_weights(tmp_path / "run" / "weights.pt")
+    assert make_pyramid(weights).ends == (0, 0.25, 0.5)  # by index: the noisiest stage has the longer half
+    asked = []
+    make_pyramid(weights).sample(lambda x, t, k: asked.append((k, t[0].item())) or 0 * x, (1, 1, 8, 16, 16), 4)
+    assert [k for k, _ in asked] == [2, 2, 1, 0] and asked[2][1] < 0.6
+    assert fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--ends", 0.6, 0.25, 0)
+    content = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
+    for wrong in ([0.5, 0.25], [0.25, 0.5, 0.0], "half", [0.5, 0.25, 0.1]):
+        torch.save(content | {"ends": wrong}, tmp_path / "wrong.pt")
+        with pytest.raises(ValueError, match="is damaged: .*ends"):
+            load_weights(tmp_path / "wrong.pt")

@@ -13,6 +13,7 @@ from conftest import (
     clips,
     fails_with_one_line,
     gamma_sigma,
+    pyramid_of,
     run_training,
     save_hostile,
     small_model,
@@ -50,7 +51,7 @@ def test_replayed_calls_say_what_the_model_says_at_every_stage_and_shape(guidanc
 @both_modes
 @pytest.mark.parametrize("stages", [1, 3])
 def test_the_network_says_the_velocity(mode, stages):
-    p, x0, k = make_pyramid(mode, stages), clips(3, 1, 8, 4, 4), stages - 1  # where the stage's clip is the clip itself
+    p, x0, k = pyramid_of(mode, stages), clips(3, 1, 8, 4, 4), stages - 1  # where the stage's clip is the clip itself
     noise = clips(3, 1, 8 // 2**k, 4, 4, seed=1)
     x_t, target, t = p.interpolate(*p.endpoints(x0, noise, k), k, torch.tensor([0.0, 0.4, 1.0]).double())
     x0 = x0[:, :, :: 2**k]
@@ -73,7 +74,7 @@ def test_the_network_says_the_velocity(mode, stages):
     ],
 )
 def test_a_call_costs_as_many_tokens_as_its_stage_has(pyramid, frames, cost):
-    p, shape = make_pyramid("flow", 3, pyramid), (2, 3, frames, 8, 12)
+    p, shape = pyramid_of("flow", 3, pyramid), (2, 3, frames, 8, 12)
     assert sample.full_rate_steps([10, 10, 10], p, shape) == pytest.approx(cost)
     assert sample.full_rate_steps([10, 10, 10], p, shape, calls=2) == pytest.approx(2 * cost)
     uneven = sample.full_rate_steps([7, 1, 4], p, shape), sample.full_rate_steps([1, 1, 4], p, shape)
@@ -81,7 +82,7 @@ def test_a_call_costs_as_many_tokens_as_its_stage_has(pyramid, frames, cost):
 
 
 def test_21_frames_cost_1_66_times_less_on_three_stages_and_16_frames_1_71_times():
-    p, vanilla = make_pyramid("flow", 3), make_pyramid("flow", 1)
+    p, vanilla = Pyramid("flow", 3), Pyramid("flow", 1)
     for frames, ratio in ((21, "1.66"), (16, "1.71")):
         shape = (1, 1, frames, 32, 32)
         full, ours = sample.full_rate_steps([30], vanilla, shape), sample.full_rate_steps([10, 10, 10], p, shape)
@@ -166,9 +167,9 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     assert str(path) == "runs/flow-3-space-time/weights.pt" and find_weights("flow", 3) == SHIPPED / "flow-3.pt"
     weights = load_weights(path)
     assert (weights.frames, weights.size, weights.pyramid, weights.shift) == (13, (16, 32), "space-time", 2)
-    assert weights.model.config.factor == weights.make_pyramid().factor == (2, 2, 2)
-    assert weights.make_pyramid().shift == 2
-    clips = sample.generate(weights, weights.make_pyramid(), None, 2, 3, precision="fp32")
+    assert weights.model.config.factor == make_pyramid(weights).factor == (2, 2, 2)
+    assert make_pyramid(weights).shift == 2
+    clips = sample.generate(weights, make_pyramid(weights), None, 2, 3, precision="fp32")
     assert clips.shape == (2, 1, 13, 16, 32) and clips.isfinite().all()
 
     sample.main(["--pyramid", "space-time", "--number", "2", "--steps", "10", "--precision", "fp32"])
@@ -226,7 +227,7 @@ def test_21_frames_train_and_sample_on_three_stages(mode, tmp_path, capsys):
         ("--checkpoint {tmp}/old.pt", "not a checkpoint of this version"),
         ("--checkpoint {tmp}/stages.pt", "'stages': 'three'"),
         ("--checkpoint {tmp}/mode.pt", "damaged: {{'mode': 'edm'"),
-        ("--checkpoint {tmp}/pyramid.pt", "damaged: {{'mode': 'flow', 'pyramid': 'cube'"),
+        ("--checkpoint {tmp}/pyramid.pt", "damaged: {{'mode': 'flow', 'stages': 3, 'pyramid': 'cube'"),
         ("--checkpoint {tmp}/shift.pt", "'shift': 0"),
         ("--checkpoint {tmp}/size.pt", "'size': (16, 0)"),
         ("--checkpoint {tmp}/sizes.pt", "'size': (16, 16, 16)"),

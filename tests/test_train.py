@@ -23,6 +23,7 @@ from conftest import (
     command,
     decompression_bomb,
     fails_with_one_line,
+    pyramid_of,
     run_training,
     save_hostile,
     small_model,
@@ -45,7 +46,7 @@ from tpdiff import Pyramid, align, draw_nearest, randn
 @pytest.mark.parametrize("stages", [1, 3])
 def test_loss_falls_on_one_batch(mode, stages):
     args = train.make_parser().parse_args([*TINY, "--mode", mode, "--stages", str(stages)])
-    p, data, model = make_pyramid(mode, stages), MovingDigits(8, 16), small_model(10, live=False, stages=stages)
+    p, data, model = pyramid_of(mode, stages), MovingDigits(8, 16), small_model(10, live=False, stages=stages)
     x0, labels = torch.stack([data[n][0] for n in range(4)]), torch.tensor([data[n][1] for n in range(4)])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for k in range(stages):
@@ -71,7 +72,7 @@ class Spy(DiT):
 @pytest.mark.parametrize("alignment", ["assignment", "nearest", "none"])
 def test_training_loss_is_that_of_algorithm_2(mode, alignment):
     args = train.make_parser().parse_args([*TINY, "--align", alignment, "--candidates", "3"])
-    p, data, model = make_pyramid(mode, 3), MovingDigits(8, 16), Spy(DiTConfig(width=8, depth=1, heads=1))
+    p, data, model = pyramid_of(mode, 3), MovingDigits(8, 16), Spy(DiTConfig(width=8, depth=1, heads=1))
     paper = Pyramid(mode, 3)  # whose target in ddim mode is eps_k
     x0 = torch.stack([data[n][0] for n in range(8)])
     for k in range(3):
@@ -135,7 +136,7 @@ def test_shifted_times_have_the_given_median_and_a_shift_of_one_changes_nothing(
     def times(count, stages, k, *options):
         words = ["--stages", str(stages), "--align", "none", "--mode", mode, *options]
         args = train.parse_args([*TINY, *words, "--out", str(tmp_path)])[0]
-        p, model = make_pyramid(mode, stages, args.pyramid, args.shift), Spy(DiTConfig(width=8, depth=1, heads=1))
+        p, model = make_pyramid(args), Spy(DiTConfig(width=8, depth=1, heads=1))
         x0, labels = torch.zeros(count, 1, 4, 4, 4), torch.full((count,), -1)
         train.training_loss(model, p, *train.draw(x0, labels, 0, p, k, range(count), args), k, args)
         return model.asked[1]
@@ -143,7 +144,7 @@ def test_shifted_times_have_the_given_median_and_a_shift_of_one_changes_nothing(
     draws = {shift: times(4000, 1, 0, "--shift", shift) for shift in ("1", "3")}
     assert torch.equal(times(9, 1, 0), draws["1"][:9]) and abs(draws["1"].median() - 0.5) < 0.03
     assert abs(draws["3"].median() - 0.75) < 0.03 and 0 <= draws["3"].min() and draws["3"].max() <= 1
-    stage = make_pyramid(mode, 3, shift=3.0)[1]  # within a stage the middle of its unshifted times
+    stage = pyramid_of(mode, 3, shift=3.0)[1]  # within a stage the middle of its unshifted times
     u = [t / (3 - 2 * t) for t in (stage.t_end, stage.t_start)]
     middle, drawn = sum(u) / 2, times(4000, 3, 1, "--shift", "3")
     assert abs(drawn.median() - 3 * middle / (1 + 2 * middle)) < 0.03
@@ -198,13 +199,13 @@ def test_single_pictures_train_on_three_stages_and_are_sampled(pyramid, tmp_path
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").open())
     assert all(loss > 0 for loss in row["loss_by_stage"]) and not content["config"]["temporal"]
     weights = load_weights(tmp_path / "weights.pt")
-    made = sample.generate(weights, weights.make_pyramid(), None, 2, 3, precision="fp32")
+    made = sample.generate(weights, make_pyramid(weights), None, 2, 3, precision="fp32")
     assert made.shape == (2, 1, 1, 16, 16) and made.isfinite().all()
 
 
 @both_modes
 def test_a_video_model_learns_from_single_pictures_at_every_stage_of_its_pyramid(mode):
-    p, model = make_pyramid(mode, 3, "space-time"), small_model(factor=(2, 2, 2))
+    p, model = pyramid_of(mode, 3, "space-time"), small_model(factor=(2, 2, 2))
     args, x0 = stage_args(0), torch.stack([MovingDigits(1, 16)[n][0] for n in range(4)])
     for k in range(3):
         batch = train.draw(x0, torch.full((4,), -1), 0, p, k, range(4), args)
@@ -286,7 +287,7 @@ SPACE = "--pyramid space-time --shift 2 --batch 8 4 2 --patch 4 --size 16 32 --f
 def test_captured_model_has_the_gradients_of_the_model(option, classes, monkeypatch):
     monkeypatch.setattr(MovingDigits, "classes", classes)
     args = train.make_parser().parse_args([*TINY, *option.split()])
-    data, p = open_data(args), make_pyramid(args.mode, args.stages, args.pyramid, args.shift)
+    data, p = open_data(args), make_pyramid(args)
     state = train.make_state(train.make_model(data, args), args, choose_device(), None)
     captured, parameters = train.fast_form(state.model, args, choose_device()), list(state.model.parameters())
     assert isinstance(captured, Captured)
@@ -502,6 +503,11 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path
         ("--pyramid cube", "--pyramid"),
         ("--stage-odds 2 1", "--stage-odds needs a number up to 1000 for each of --stages 3"),
         ("--stage-odds 2 1 0", "--stage-odds"),
+        ("--ends 0.5 0", "--ends needs a time for each of --stages 3, noisiest first and the last 0"),
+        ("--ends 0.5 0.25 0.1", "--ends needs a time"),
+        ("--ends 0.25 0.5 0", "ends must be 3 times that begin with 0, rise and stay below 1"),
+        ("--ends 1 0.5 0", "stay below 1"),
+        ("--ends 0.5 0.5 0", "rise"),
         ("--shift 0", "--shift"),
         ("--shift nan", "--shift"),
         ("--time-shift 3", "--time-shift"),
