@@ -104,7 +104,7 @@ def load_file(path: Path, *keys: str) -> dict:
     try:
         make_pyramid(Namespace(**head))
         known = all(type(n) is int and n > 0 for n in numbers)
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
         known = False
     if not known:
         raise ValueError(f"{path} is damaged: {head}")
@@ -296,7 +296,7 @@ def write_metrics(
     loss = sum(sums) / sum(counts) if sum(counts) else None
     by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
     row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
-    row |= {"clips_per_second": round(rate, 2), "seconds": round(state.seconds, 2), "skipped": state.skipped}
+    row |= {"clips_per_second": round(rate, 2), "seconds": round(state.seconds, 4), "skipped": state.skipped}
     row |= {"held_out_by_stage": held_out} if held_out else {}
     if first:
         with open(path, "a") as file:

@@ -5,7 +5,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import numpy as np
@@ -149,9 +150,27 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
+def count(number: int, thing: str) -> str:
+    """ "1 clip", "2 clips"."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def reason(error: Exception) -> str:
     """What went wrong, in a line."""
     return "not enough memory" if is_out_of_memory(error) else (str(error) or repr(error)).splitlines()[0]
+
+
+@contextmanager
+def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
+    """Bad input and a lack of memory end the command with one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        parser.error(reason(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parser.error(no_memory)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cli
-from checkpoint import FACTORS, Weights, find_weights, load_weights, make_pyramid, run_name, weight_file
+from checkpoint import FACTORS, Weights, find_weights, load_weights, make_pyramid, weight_file
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
 from data import height_width, save_gif, save_latents, save_strip, save_video
 from tpdiff import Pyramid, split_steps
@@ -81,6 +81,13 @@ def full_rate_steps(counts: list[int], pyramid: Pyramid, shape: Sequence[int], c
     tokens as `p.shape` says it has. `counts` are noisiest first."""
     size = [math.prod(pyramid.shape(shape, k)) for k in range(len(pyramid))]
     return calls * sum(count * part / size[0] for count, part in zip(counts, reversed(size), strict=True))
+
+
+def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: argparse.Namespace) -> str:
+    """A line of the solver steps and what a clip costs; of args `solver` and `guidance`."""
+    steps = "-".join(map(str, counts)) + " (noisiest stage first)" * (len(counts) > 1)
+    cost = full_rate_steps(counts, pyramid, shape, calls=1 if args.guidance == 1 else 2)
+    return f"steps {steps} with {args.solver}: {cost:.4g} full-rate network calls a clip"
 
 
 def generate(
@@ -171,7 +178,7 @@ def make_parser() -> cli.Parser:
     cli.add_device(add)
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add("--fps", type=real_number(1, 50), default=12, help="frames a second of the GIF or MP4")
-    out = "file name: .mp4 makes a video (with PyAV), else .gif and .png are added [samples/MODE-STAGES-NNN]"
+    out = "file name: .mp4 makes a video (with PyAV), else .gif and .png are added [samples/NAME-NNN, after the run]"
     add("--out", type=Path, help=out)
     return parser
 
@@ -195,7 +202,8 @@ def run(args: argparse.Namespace) -> None:
     pyramid = make_pyramid(weights)
     counts = split_steps(steps, weights.stages, pyramid.lengths)
     out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out
-    out = out or free_name(Path("samples") / run_name(weights.mode, weights.stages, weights.pyramid))
+    of_a_run = path.stem.startswith(("weights", "checkpoint"))
+    out = out or free_name(Path("samples") / (path.resolve().parent.name if of_a_run else path.stem))
     gif, strip, latents, video = (out.with_name(out.name + suffix) for suffix in SUFFIXES)
     files = [gif, strip] if weights.latent_scale is None else [latents]
     if args.out and args.out.suffix == ".mp4":
@@ -208,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--out {out}: {file} exists already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    print(f"weights: {path} ({weights.mode}, {weights.stages} stages, step {weights.step})")
+    print(f"weights: {path} ({weights.mode}, {cli.count(weights.stages, 'stage')}, step {weights.step})")
     start = time.perf_counter()
     options = steps, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
@@ -220,23 +228,16 @@ def run(args: argparse.Namespace) -> None:
         save_strip(clips, strip)
     else:
         save_latents(clips, latents, weights.latent_scale)
-    cost = full_rate_steps(counts, pyramid, clips.shape, calls=1 if args.guidance == 1 else 2)
-    print(f"{args.number} clips of {weights.frames} frames, {seconds:.2f} s a clip")
-    print(f"steps {counts} (noisiest first) with {args.solver}: {cost:.4g} full-rate network calls a clip")
+    print(f"{cli.count(args.number, 'clip')} of {cli.count(weights.frames, 'frame')}, {seconds:.2f} s a clip")
+    print(said_cost(counts, pyramid, clips.shape, args))
     print(f"wrote {' and '.join(map(str, files))}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     cli.keep_memory()
-    try:
+    with cli.one_sentence(parser, "not enough memory for so many clips at once: sample fewer with --number"):
         run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except (RuntimeError, MemoryError) as error:
-        if not cli.is_out_of_memory(error):
-            raise
-        parser.error("not enough memory for so many clips at once: sample fewer with --number")
 
 
 if __name__ == "__main__":

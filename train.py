@@ -372,7 +372,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
         print(dataset.summary)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
         kind = f"{'bf16' if use_bf16(args.precision, device) else 'fp32'} on {world} x {device.type}"
-        print(f"{args.mode}, {args.stages} stages, {size:.2f} M parameters, {kind}")
+        print(f"{args.mode}, {cli.count(args.stages, 'stage')}, {size:.2f} M parameters, {kind}")
     return dataset, state, rank, world, device
 
 

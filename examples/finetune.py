@@ -2,6 +2,7 @@
 
   accelerate launch -m examples.finetune --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data clips --out runs/wan
   python -m examples.finetune ...                                        one process
+  torchrun --nproc_per_node=2 -m examples.finetune ...                   several processes, on CPUs too
 
 First the model's own VAE and text encoder turn the clips of --data and their captions (clip.txt beside clip.mp4) into
 files under --out, once. Then its network is trained alone, by Algorithm 2 of the paper. --stages 1 is the model's own
@@ -367,16 +368,12 @@ def train(args: Namespace, family: Family, accelerator) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     try:
-        args, family = parse_args(argv)
-        args.out.mkdir(parents=True, exist_ok=True)
-        accelerator = library("accelerate").Accelerator(cpu=cli.device_type(args.device) == "cpu", mixed_precision="no")
-        raise SystemExit(train(args, family, accelerator))
-    except (ValueError, OSError) as error:
-        parser.error(cli.reason(error))
-    except (RuntimeError, MemoryError) as error:
-        if not cli.is_out_of_memory(error):
-            raise
-        parser.error(NO_MEMORY)
+        with cli.one_sentence(parser, NO_MEMORY):
+            args, family = parse_args(argv)
+            args.out.mkdir(parents=True, exist_ok=True)
+            on_cpu = cli.device_type(args.device) == "cpu"
+            accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision="no")
+            raise SystemExit(train(args, family, accelerator))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -20,7 +20,7 @@ import cli
 from checkpoint import FACTORS
 from data import height_width, save_gif, save_video
 from examples.families import FAMILIES, Family, check_packages, library
-from sample import full_rate_steps
+from sample import said_cost
 from tpdiff import Pyramid, split_steps
 from video import import_av
 
@@ -268,22 +268,16 @@ def run(args: Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save = save_video if args.out.suffix == ".mp4" else save_gif
     save(clips, args.out, scale=1, fps=args.fps)
-    cost = full_rate_steps(counts, pyramid, whole, calls=1 if args.guidance == 1 else 2)
-    print(f"{len(clips)} clips of {clips.shape[2]} frames, {seconds:.2f} s a clip before decoding")
-    print(f"steps {counts} (noisiest first) with {args.solver}: {cost:.4g} full-rate network calls a clip")
+    frames = cli.count(clips.shape[2], "frame")
+    print(f"{cli.count(len(clips), 'clip')} of {frames}, {seconds:.2f} s a clip before decoding")
+    print(said_cost(counts, pyramid, whole, args))
     print(f"wrote {args.out}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    try:
+    with cli.one_sentence(parser, NO_MEMORY):  # also for what from_pretrained raises if a model is not there
         run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:  # OSError: also what from_pretrained raises for a model that is not there
-        parser.error(cli.reason(error))
-    except (RuntimeError, MemoryError) as error:
-        if not cli.is_out_of_memory(error):
-            raise
-        parser.error(NO_MEMORY)
 
 
 if __name__ == "__main__":

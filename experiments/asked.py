@@ -1,19 +1,11 @@
-"""What the printed paper and its reviewers ask for beyond the paper's claims, measured on moving digits.
-
-  python -m experiments.asked longer    clips of 32 frames by models that were trained on 16
-  python -m experiments.asked alike     frames that are doubled, or stand still
-  python -m experiments.asked rival     vanilla's own weights, sampled from coarse to fine without any training
-
-Each trains the runs that it needs (experiments/runs.py) and writes a JSON file and a figure.
-"""
+"""What the printed paper and its reviewers ask for beyond the paper's claims, measured on moving digits, in short runs
+of flow. Each of QUESTIONS is a sub-command of experiments.claims."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from statistics import mean
 
 import torch
@@ -21,30 +13,47 @@ from torch import Tensor
 
 import sample
 from checkpoint import Weights, load_weights, make_pyramid
-from cli import SAMPLING, Parser, choose_device, generator_for, keep_memory, use_bf16
+from cli import SAMPLING, choose_device, generator_for, use_bf16
 from data import MovingDigits
-from experiments.figures import draw_curves, pyplot
+from experiments.figures import draw_bars, draw_curves
 from experiments.metrics import (
-    NO_MEMORY,
     REAL,
-    add_command,
-    add_scoring,
     digit_scores,
     frechet_distance,
     load_judge,
     real_clips,
     sample_clips,
-    scores_of,
     spread,
 )
-from experiments.report import markdown, one_sentence, provenance, write_json
-from experiments.runs import trained
+from experiments.runs import FRONT, SEEDS, Cell, front_row, full_rate_calls, measured, stored, trained
+from experiments.variants import FAST
 from model import DiT
-from tpdiff import randn, split_steps, upsample
+from tpdiff import Pyramid, randn, split_steps, upsample
 
-SYSTEMS = {"vanilla": "flow-1", "time": "flow-3", "space-time": "flow-3-space-time"}
-SMOKE = {"number": 6, "reference": 40, "seeds": [0, 1], "batch": 6}
-SMOKE |= {"runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
+SYSTEMS = {"vanilla": "flow-1", "time": "flow-3", "space and time": "flow-3-space-time"}
+
+
+def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: str) -> list:
+    """All scores of runs with nine Euler steps, by what they are called in the figure, and of each training seed."""
+    cells = {title: [Cell(run + seed, 9) for seed in SEEDS] for title, run in runs.items()}
+    cells = {f"{title}, {full_rate_calls(each[0], args):.4g} calls": each for title, each in cells.items()}
+    bars = {title: [mean(measured(cell, args)["judge_distance"]) for cell in each] for title, each in cells.items()}
+    real = mean(measured(Cell("real"), args)["judge_distance"])
+    draw_bars(bars, title, "judge's distance, both training seeds", args.out / f"{name}.png", real)
+    return [(FRONT, [front_row(cell, args) for each in cells.values() for cell in each])]
+
+
+def placing(args: argparse.Namespace) -> list:
+    """Where the stages end: lengths in the ratio 1-1-1, 1-1-2 and 2-1-1, noisiest stage first, beside
+    vanilla. Nine Euler steps, which cost more the longer the last stage is."""
+    ratios = {"1-1-1": "flow-3", "1-1-2": "flow-3-1-1-2", "2-1-1": "flow-3-2-1-1", "vanilla": "flow-1"}
+    return bars_of(ratios, "Where the stages end: their lengths, noisiest first", args, "placing")
+
+
+def positions(args: argparse.Namespace) -> list:
+    """Frames at the position of their index times the stride, as the paper has it, against their plain index."""
+    runs = {"index times stride": "flow-3", "plain index": "flow-3-plain"}
+    return bars_of(runs, "What tells the model where a frame is", args, "positions")
 
 
 def weights_of(run: str, args: argparse.Namespace) -> Weights:
@@ -53,15 +62,23 @@ def weights_of(run: str, args: argparse.Namespace) -> Weights:
 
 
 @cache
-def real_features(frames: int, count: int) -> Tensor:
-    """The judge's, of real clips of this many frames."""
-    return load_judge().features(real_clips(0, count, MovingDigits(frames, seed=REAL.seed)))
+def real_data(frames: int, fast: bool = False) -> MovingDigits:
+    """Real clips of this many frames, usual or fast."""
+    data = MovingDigits(frames, seed=REAL.seed)
+    data.speeds = FAST if fast else data.speeds
+    return data
 
 
-def scored(clips: Tensor, reference: int) -> dict[str, float]:
+@cache
+def real_features(frames: int, count: int, fast: bool) -> Tensor:
+    """The judge's, of real clips."""
+    return load_judge().features(real_clips(0, count, real_data(frames, fast)))
+
+
+def scored(clips: Tensor, reference: int, fast: bool = False) -> dict[str, float]:
     """The judge's distance to real clips as long as these, and what it reads in them."""
     judge = load_judge()
-    distance = frechet_distance(judge.features(clips), real_features(clips.shape[2], reference))
+    distance = frechet_distance(judge.features(clips), real_features(clips.shape[2], reference, fast))
     return {"judge_distance": distance} | digit_scores(judge, clips)
 
 
@@ -73,28 +90,32 @@ def others(data: MovingDigits, reference: int, seed: int, number: int) -> Tensor
 def longer(args: argparse.Namespace) -> list:
     """Clips of 32 frames by models trained on 16, beside clips of 16: the pyramids and vanilla, nine Euler steps."""
     rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
-    for system, seed, frames in product([*SYSTEMS, "real"], ("", "-seed-2"), (16, 32)):
-        if system == "real":
-            if seed:
-                continue
-            make = partial(others, MovingDigits(frames, seed=REAL.seed), args.reference)
+    runs = [(f"{system}, {SEEDS[seed]}", run + seed) for system, run in SYSTEMS.items() for seed in SEEDS]
+    for (title, run), frames in product([*runs, ("real", "real")], (16, 32)):
+        if run == "real":
+            make = partial(others, real_data(frames), args.reference)
         else:
-            weights = replace(weights_of(SYSTEMS[system] + seed, args), frames=frames)
-            make = partial(sample_clips, weights, weights.make_pyramid(), 9, "euler", args.batch)
-        found = scores_of(make, metrics, args)
-        names = ("judge_distance", "legible", "kept", "straight")
-        rows.append([SYSTEMS.get(system, system) + seed, frames, *(spread(found[name]) for name in names)])
-        print(rows[-1], flush=True)
-        curves.setdefault(f"{system}, {seed.strip('-') or 'seed 1'}", []).append((frames, found["judge_distance"]))
-    draw_curves(curves, "frames of a clip; trained on 16", "judge's distance", args.out / "longer.png")
-    return [(["run", "frames", "judge's distance", "legible", "one digit throughout", "straight"], rows)]
+            weights = replace(weights_of(run, args), frames=frames)
+            make = partial(sample_clips, weights, make_pyramid(weights), 9, "euler", args.batch)
+        found = stored(f"{run}, {frames} frames", run, make, metrics, args)
+        names = ("judge_distance", "legible", "one_digit", "straight")
+        rows.append([run, frames, *(spread(found[name]) for name in names)])
+        curves.setdefault(title, []).append((frames, found["judge_distance"]))
+    draw_curves(
+        curves,
+        "Clips longer than trained on",
+        "frames of a clip; trained on 16",
+        "judge's distance",
+        args.out / "longer.png",
+    )
+    return [(["run", "frames", "judge's distance", "legible", "one digit", "straight"], rows)]
 
 
-def share_alike(clips: Tensor, limit: float) -> tuple[float, float]:
+def share_alike(clips: Tensor, limit: float) -> dict[str, float]:
     """Shares of neighbouring frames whose mean squared difference is below `limit`: of frames 2 j and 2 j + 1, which
     the last renoising makes of one, and of frames 2 j + 1 and 2 j + 2."""
     alike = (clips.diff(dim=2).square().mean((1, 3, 4)) < limit).double()
-    return alike[:, ::2].mean().item(), alike[:, 1::2].mean().item()
+    return {"within": alike[:, ::2].mean().item(), "between": alike[:, 1::2].mean().item()}
 
 
 def alike(args: argparse.Namespace) -> list:
@@ -102,19 +123,95 @@ def alike(args: argparse.Namespace) -> list:
     by less than a tenth of what is usual, the median, in real clips (mean square)."""
     real = real_clips(0, args.reference)
     limit = real.diff(dim=2).square().mean((1, 3, 4)).median().item() / 10
-    rows, curves = [["real", "", "", *(f"{share:.2%}" for share in share_alike(real, limit))]], {}
-    for system, solver, seed, steps in product(SYSTEMS, ("euler", "ab2"), ("", "-seed-2"), (3, 9, 30)):
-        weights = weights_of(SYSTEMS[system] + seed, args)
-        make = partial(sample_clips, weights, weights.make_pyramid(), steps, solver, args.batch)
-        within, between = zip(*(share_alike(make(each, args.number), limit) for each in args.seeds), strict=True)
+    rows, curves = [["real", "", "", *(f"{share:.2%}" for share in share_alike(real, limit).values())]], {}
+    for system, solver, seed, steps in product(SYSTEMS, ("euler", "ab2"), SEEDS, (3, 9, 30)):
         run = SYSTEMS[system] + seed
-        rows.append([run, steps, solver, f"{mean(within):.2%}", f"{mean(between):.2%}"])
-        print(rows[-1], flush=True)
+        weights = weights_of(run, args)
+        make = partial(sample_clips, weights, make_pyramid(weights), steps, solver, args.batch)
+        name = f"frames alike of {run}, {steps} steps of {solver}"
+        found = stored(name, run, make, partial(share_alike, limit=limit), args)
+        rows.append([run, steps, solver, *(f"{mean(found[which]):.2%}" for which in ("within", "between"))])
         if not seed:
-            points = (steps, [max(100 * share, 0.01) for share in within])
+            points = (steps, [max(100 * share, 0.01) for share in found["within"]])
             curves.setdefault(f"{system}, {solver}", []).append(points)
-    draw_curves(curves, "solver steps", "% of frames like their pair's other", args.out / "alike.png")
+    share = 100 * share_alike(real, limit)["within"]
+    labels = "Doubled or frozen frames", "solver steps", "% of frames like their pair's other"
+    draw_curves(curves, *labels, args.out / "alike.png", real=share)
     return [(["run", "steps", "solver", "alike, frames of a pair", "alike, frames of two pairs"], rows)]
+
+
+def fast(args: argparse.Namespace) -> list:
+    """Digits three times as fast, in training and in sampling: the time pyramid and vanilla, nine Euler steps."""
+    rows, bars = [], {}
+    for (title, run), quick, seed in product((("vanilla", "flow-1"), ("time", "flow-3")), (False, True), SEEDS):
+        name = run + "-fast" * quick + seed
+        weights = weights_of(name, args)
+        make = partial(sample_clips, weights, make_pyramid(weights), 9, "euler", args.batch)
+        metrics = partial(scored, reference=args.reference, fast=quick)
+        found = stored(f"{name}, by speed", name, make, metrics, args)
+        rows.append([name, *(spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit"))])
+        bars.setdefault(f"{title}, {'fast' if quick else 'usual'}", []).append(mean(found["judge_distance"]))
+    make = partial(others, real_data(16, True), args.reference)
+    found = stored("real, fast", "real", make, metrics, args)  # those of the last runs, which are fast
+    rows.append(["real, fast", *(spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit"))])
+    title, real = "Digits at the usual speed and three times as fast", mean(found["judge_distance"])
+    draw_bars(bars, title, "judge's distance, both training seeds; real: fast", args.out / "fast.png", real)
+    return [(["run", "judge's distance", "legible", "one digit"], rows)]
+
+
+def traits(clips: Tensor) -> dict[str, Tensor]:
+    """Of each clip (B, 1, T, 32, 32): the digit; in which of 4x4 parts of where digits can be it is in the middle; and
+    in which of eight directions it moves there. Whole numbers (B,)."""
+    labels, places = load_judge().read(clips)
+    middle = places.shape[1] // 2
+    y, x = (places[:, middle] / torch.tensor([12.0, 15.5]) * 4).long().clamp(0, 3).unbind(-1)
+    dy, dx = (places[:, middle + 1] - places[:, middle - 1]).unbind(-1)
+    directions = ((torch.atan2(dy, dx) / torch.pi + 1) * 4).long() % 8
+    return {"digits": labels.mode(dim=1).values, "places": 4 * y + x, "directions": directions}
+
+
+def overlaps(clips: Tensor, reference: int) -> dict[str, float]:
+    """How much of the traits' histograms is that of real clips (1: all), and the share of real clips that have a clip
+    nearer than their fifth nearest real one, by the judge's features (coverage, arXiv 2002.09797)."""
+    found, real = traits(clips), real_clips(0, reference)
+    shares = {}
+    for name, wanted in traits(real).items():
+        own, theirs = (torch.bincount(each, minlength=16) / len(each) for each in (found[name], wanted))
+        shares[name] = torch.minimum(own, theirs).sum().item()
+    features = load_judge().features(real[: len(clips)])
+    radius = (
+        torch.cdist(features, features).kthvalue(min(6, len(features)), dim=1).values
+    )  # the nearest is the clip itself
+    nearest = torch.cdist(features, load_judge().features(clips)).amin(1)
+    shares["coverage"] = (nearest < radius).double().mean().item()
+    return shares | {"legible": digit_scores(load_judge(), clips)["legible"]}
+
+
+def unlabelled(weights: Weights, batch: int, seed: int, number: int) -> Tensor:
+    """Clips sampled without a label, nine Euler steps."""
+    clips, pyramid = [], make_pyramid(weights)
+    for first in range(0, number, batch):
+        labels = torch.full((min(batch, number - first),), weights.model.null_label)
+        clips.append(sample.generate(weights, pyramid, labels, len(labels), 9, seed=seed, first=first).cpu())
+    return torch.cat(clips)
+
+
+def diversity(args: argparse.Namespace) -> list:
+    """What aligning noise with clips costs in diversity: which digits, places and directions clips without a label
+    have, by models that were trained with alignment, with nearest noise and without."""
+    kinds = {"aligned": "flow-3", "nearest noise": "flow-3-nearest", "at random": "flow-3-none"}
+    rows, bars, metrics = [], {}, partial(overlaps, reference=args.reference)
+    makes = {(title, run + seed): None for title, run in kinds.items() for seed in SEEDS} | {("real", "real"): None}
+    for title, run in makes:
+        make = partial(others, REAL, args.reference)
+        if run != "real":
+            make = partial(unlabelled, weights_of(run, args), args.batch)
+        found = stored(f"{run}, diversity", run, make, metrics, args)
+        rows.append([run, *(spread(values) for values in found.values())])
+        bars.setdefault(title, []).append(mean(found["coverage"]))
+    title, real = "Real clips that have a sample near, by how noise is paired", bars.pop("real")[0]
+    draw_bars(bars, title, "coverage, both training seeds", args.out / "diversity.png", real)
+    return [(["run", *found], rows)]
 
 
 @torch.inference_mode()
@@ -122,7 +219,7 @@ def coarse_to_fine(weights: Weights, shift: float, steps: int, batch: int, seed:
     """Clips (B, C, T, H, W) by vanilla's weights on a time pyramid that they were not trained on, as deployed code
     samples images: at the end of a stage the clean clip is predicted, its frames are repeated, and fresh noise is added
     at a time that `shift` raises. Frames have the positions at which they are shown."""
-    pyramid, device = make_pyramid("flow", 3), next(weights.model.parameters()).device
+    pyramid, device = Pyramid("flow", 3), next(weights.model.parameters()).device
     model = DiT(replace(weights.model.config, stages=3)).to(device).eval()
     model.start_from(weights.model)
     counts, clips = split_steps(steps, 3), []
@@ -149,59 +246,25 @@ def rival(args: argparse.Namespace) -> list:
     """The training-free rival: vanilla's own weights sampled from coarse to fine, beside vanilla and the time pyramid
     that was trained, over the cost of sampling."""
     rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
-    shape, pyramid = (1, 1, 16, 32, 32), make_pyramid("flow", 3)
-    for seed, steps in product(("", "-seed-2"), (6, 9, 15, 30)):
-        vanilla, ours = (weights_of(run + seed, args) for run in ("flow-1", "flow-3"))
-        makes: dict[str, Callable] = {
-            f"vanilla's weights, coarse to fine, shift {shift}": partial(
-                coarse_to_fine, vanilla, shift, steps, args.batch
-            )
-            for shift in (1, 3, 6)
-        }
-        for name, weights in (("vanilla", vanilla), ("trained on the pyramid", ours)):
-            makes[name] = partial(sample_clips, weights, weights.make_pyramid(), steps, "euler", args.batch)
-        for name, make in makes.items():
-            found = scores_of(make, metrics, args)
+    shape, pyramid = (1, 1, 16, 32, 32), Pyramid("flow", 3)
+    for seed, steps in product(SEEDS, (6, 9, 15, 30)):
+        makes = {}
+        for name, run in (("vanilla", "flow-1"), ("trained on the pyramid", "flow-3")):
+            weights = weights_of(run + seed, args)
+            makes[name, run] = partial(sample_clips, weights, make_pyramid(weights), steps, "euler", args.batch)
+        for shift in (1, 3, 6):
+            name = f"vanilla's weights, coarse to fine, shift {shift}"
+            makes[name, "flow-1"] = partial(coarse_to_fine, weights_of("flow-1" + seed, args), shift, steps, args.batch)
+        for (name, run), make in makes.items():
+            found = stored(f"{run + seed}, {name}, {steps} steps", run + seed, make, metrics, args)
             cost = steps if name == "vanilla" else sample.full_rate_steps(split_steps(steps, 3), pyramid, shape)
-            scores = spread(found["judge_distance"]), spread(found["kept"])
-            rows.append([name, seed.strip("-") or "seed-1", steps, f"{cost:.4g}", *scores])
-            print(rows[-1], flush=True)
+            scores = spread(found["judge_distance"]), spread(found["one_digit"])
+            rows.append([name, SEEDS[seed], steps, f"{cost:.4g}", *scores])
             if not seed:
                 curves.setdefault(name, []).append((cost, found["judge_distance"]))
-    draw_curves(curves, "full-rate network calls", "judge's distance", args.out / "rival.png")
-    return [
-        (["sampled", "training seed", "steps", "full-rate calls", "judge's distance", "one digit throughout"], rows)
-    ]
+    title = "Coarse to fine without training, and with"
+    draw_curves(curves, title, "full-rate network calls", "judge's distance", args.out / "rival.png")
+    return [(["sampled", "training seed", "steps", "full-rate calls", "judge's distance", "one digit"], rows)]
 
 
-def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and those of its sub-commands by name."""
-    parser = Parser(prog="experiments.asked", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, function in (("longer", longer), ("alike", alike), ("rival", rival)):
-        add = add_command(commands, name, function)
-        add_scoring(add)
-        add("--runs", type=Path, default=Path("runs/evaluate"), help="where the runs are that it trains")
-        add("--out", type=Path, default=Path(__file__).parent / "results", help="where its numbers and figure go")
-        add("--smoke", action="store_true", help="few clips of tiny runs; in runs/smoke, and results in there")
-    return parser, commands.choices
-
-
-def main(argv: list[str] | None = None) -> None:
-    (parser, commands), words = make_parser(), sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(words)
-    if args.smoke:
-        commands[args.command].set_defaults(**SMOKE)
-        args = parser.parse_args(words)
-    made_by = provenance("experiments.asked", words) | {"number": args.number, "seeds": args.seeds}
-    with one_sentence(parser, NO_MEMORY):
-        pyplot()  # says what to install, if anything
-        args.out.mkdir(parents=True, exist_ok=True)
-        tables = args.function(args)
-        print("\n".join(markdown(*table) for table in tables))
-        write_json(args.out / f"{args.command}.json", made_by | {"tables": tables})
-
-
-if __name__ == "__main__":
-    keep_memory()
-    main()
+QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival)

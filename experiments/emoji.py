@@ -19,8 +19,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from cli import Parser
-from experiments.report import one_sentence
+from cli import Parser, one_sentence
 
 PACKAGES = [f"@lobehub/fluent-emoji-anim-{number}" for number in (1, 2, 3)]
 ALWAYS_TRAIN = ("1f468", "1f469")  # man and woman, with a fifth of all clips

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import SHIPPED, load_weights
-from cli import SAMPLING, Parser, generator_for, non_negative_int
+from checkpoint import SHIPPED, load_weights, make_pyramid
+from cli import SAMPLING, Parser, generator_for, non_negative_int, one_sentence
 from data import height_width, tile, to_images
-from experiments.report import file_to_write, one_sentence
+from experiments.report import file_to_write
 from sample import make_predict
 from tpdiff import Pyramid, randn
 
@@ -31,10 +31,12 @@ def pyplot():
 
 
 def draw_curves(
-    curves: dict[str, list], x_label: str, y_label: str, path: Path, centre: Callable = statistics.mean
-) -> None:
+    curves: dict[str, list], title: str, x_label: str, y_label: str, path: Path,
+    centre: Callable = statistics.mean, real: float | None = None,
+) -> None:  # fmt: skip
     """Curves of (x, values), both axes logarithmic: the values' centre, their mean over seeds or the median of
-    quartiles, and their range as a band. What names have before their first comma has one colour."""
+    quartiles, and their range as a band. What names have before their first comma has one colour. `real`: what real
+    clips have, a line across."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     dashes = {name.split(", ")[0]: itertools.cycle(("-", "--", ":")) for name in curves}
     colours = {name: f"C{number}" for number, name in enumerate(dashes)}
@@ -44,7 +46,9 @@ def draw_curves(
         style = {"color": colours[group], "linestyle": next(dashes[group]), "marker": "o", "markersize": 4}
         axes.plot(x, [centre(v) for v in values], label=name, **style)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colours[group], alpha=0.2)
-    axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+    if real is not None:
+        axes.axhline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
+    axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
     from matplotlib.ticker import LogLocator
 
     for axis in (axes.xaxis, axes.yaxis):  # 0.6 and 200, in place of powers of ten
@@ -60,6 +64,21 @@ def draw_curves(
     figure.savefig(path, dpi=120)
 
 
+def draw_bars(bars: dict[str, list[float]], title: str, label: str, path: Path, real: float | None = None) -> None:
+    """A bar for each name, as long as the mean of its values, with a dot for each; `real` as in `draw_curves`."""
+    figure, axes = pyplot().subplots(figsize=(7, 3), layout="constrained")
+    for place, values in enumerate(bars.values()):
+        axes.barh(place, statistics.mean(values), color=f"C{place}", alpha=0.5)
+        axes.plot(values, [place] * len(values), "ko", markersize=4)
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.invert_yaxis()
+    if real is not None:
+        axes.axvline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
+        axes.legend(frameon=False)
+    axes.set(title=title, xlabel=label)
+    figure.savefig(path, dpi=120)
+
+
 def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path) -> None:
     """Clips (B, C, T, H, W) under their names, one below the other, every second frame to the right."""
     rows = -(-len(pictures) // columns)
@@ -67,10 +86,11 @@ def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path) -> None:
     count, shown, *frame = next(iter(images.values())).shape
     size = (0.35 * shown * columns, (0.35 * count + 0.25) * rows)
     figure, grid = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axes, (name, frames) in zip(grid.flat, images.items(), strict=True):
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (name, frames) in zip(grid.flat, images.items(), strict=False):
         axes.imshow(tile(frames.reshape(-1, *frame), shown, scale=1))
         axes.set_title(name, fontsize=8)
-        axes.axis("off")
     figure.savefig(path, dpi=120)
 
 
@@ -130,7 +150,7 @@ def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
     """A clip of the model on its way through the stages: each at its start, halfway and at its end. Frames stand at
     the time at which they are shown."""
     weights = load_weights(checkpoint)
-    pyramid, shown = weights.make_pyramid(), []
+    pyramid, shown = make_pyramid(weights), []
 
     def keep(x, t, k):
         shown.append((k, t[0].item(), x[0]))

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import sample
-from checkpoint import SHIPPED, Weights, find_weights, load_weights, weight_file
-from cli import Parser, choose_device, keep_memory, non_negative_int, positive_int, whole_number
+from checkpoint import SHIPPED, Weights, find_weights, load_weights, make_pyramid, weight_file
+from cli import Parser, choose_device, keep_memory, non_negative_int, one_sentence, positive_int, whole_number
 from data import FolderClips, MovingDigits, bounce, draw_digit
-from experiments.report import file_to_write, markdown, one_sentence, provenance, write_json
+from experiments.report import file_to_write, provenance, publish
 from tpdiff import Pyramid, split_steps
 
 JUDGE = SHIPPED / "judge.pt"
@@ -107,8 +107,8 @@ def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
     """Shares of moving-digit clips (B, 1, T, 32, 32), which are about 1 on real ones.
 
     legible   frames that the digit read in them, drawn where it was read, explains to 3/4 of their brightness squared.
-    kept      clips whose frames are all legible and all the same digit.
-    straight  kept clips whose digit stays within a pixel of a constant velocity with bounces.
+    one_digit clips whose frames are all legible and all the same digit.
+    straight  such clips whose digit stays within a pixel of a constant velocity with bounces.
     off_track is not a share: pixels from the nearest such path, at the worst frame, mean over the clips; real 0.4.
     """
     labels, positions = judge.read(clips)
@@ -116,11 +116,11 @@ def digit_scores(judge: Judge, clips: Tensor) -> dict[str, float]:
     for frames, digits, places in zip((clips[:, 0].numpy() + 1) / 2, labels.tolist(), positions.numpy(), strict=True):
         drawn = np.stack([draw_digit(glyphs[d], *p[:, None], size)[0] for d, p in zip(digits, places, strict=True)])
         legible = ((frames - drawn) ** 2).sum((1, 2)) < 0.25 * (drawn**2).sum((1, 2))
-        kept = legible.all() and len(set(digits)) == 1
+        one = legible.all() and len(set(digits)) == 1
         rooms = size - np.array(glyphs[statistics.mode(digits)].shape)
         off = max(off_track(places[:, axis], rooms[axis]) for axis in (0, 1))
-        scores.append([legible.mean(), kept, kept and off < 1, off])
-    return dict(zip(("legible", "kept", "straight", "off_track"), np.mean(scores, axis=0).tolist(), strict=True))
+        scores.append([legible.mean(), one, one and off < 1, off])
+    return dict(zip(("legible", "one_digit", "straight", "off_track"), np.mean(scores, axis=0).tolist(), strict=True))
 
 
 def off_track(positions: np.ndarray, room: float) -> float:
@@ -220,8 +220,8 @@ def distances_to(real: Tensor, features: dict[str, Callable]) -> Callable:
 
 
 def spread(values: list[float]) -> str:
-    """The mean, and the smallest and largest over the seeds."""
-    return f"{statistics.mean(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+    """The mean, and of several seeds the smallest and the largest value."""
+    return f"{statistics.mean(values):.3g}" + (f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else "")
 
 
 def sample_clips(
@@ -266,17 +266,14 @@ def quality(args: argparse.Namespace) -> None:
         real, metrics, references = held_out(*shape, args)
     for path, weights in runs.items():
         name = f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"
-        pyramid = weights.make_pyramid()
+        pyramid = make_pyramid(weights)
         make = partial(sample_clips, weights, pyramid, steps, args.solver, args.batch)
         made[name] = scores_of(make, metrics, args)
     made["real"] = scores_of(lambda seed, number: real_clips(references + seed * number, number, real), metrics, args)
     table = ["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()]
-    print(markdown(*table))
-    if args.json:
-        files = [digest(weight_file(path)) for path in paths]
-        more = {"number": args.number, "seeds": args.seeds, "real": references}
-        more |= {"steps": steps, "solver": args.solver, "files": files}
-        write_json(args.json, args.made_by | more | {"tables": [table]})
+    more = {"number": args.number, "seeds": args.seeds, "real": references, "steps": steps, "solver": args.solver}
+    more["files"] = [digest(weight_file(path)) for path in paths]
+    publish([table], args.made_by | more, args.json)
 
 
 def shape_of(weights: Weights) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@
   python -m experiments.real train --seconds 7200                     the runs, each with as much time
   python -m experiments.real scores                                   their held-out losses and distances
   python -m experiments.real distance                                 what the distance says of damaged real clips
+  python -m experiments.real copies                                   whether samples repeat training clips
 
 All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to 128 clips. The pyramids
 in space train their smallest and cheapest stage twice as often as the others. Runs and their kept weights stay, and a
@@ -15,7 +16,6 @@ import itertools
 import json
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,23 @@ from torch import Tensor
 
 import sample
 import train
-from checkpoint import Weights, load_weights, weight_file
-from cli import Parser, choose_device, keep_memory, non_negative_int, positive_int, real_number, whole_number
+from checkpoint import SHIPPED, Weights, load_weights, make_pyramid, weight_file
+from cli import (
+    Parser,
+    choose_device,
+    keep_memory,
+    non_negative_int,
+    one_sentence,
+    positive_int,
+    real_number,
+    whole_number,
+)
 from data import FolderClips
 from experiments.claims import time_to
 from experiments.figures import draw_clips, draw_curves, pyplot
 from experiments.metrics import add_command, distances_to, load_efficientnet, picture_features, real_clips, spread
-from experiments.report import markdown, one_sentence, provenance, write_json
-from experiments.runs import run_train
+from experiments.report import provenance, publish
+from experiments.runs import run_train, seconds_a_step
 from tpdiff import split_steps
 
 SYSTEMS = {
@@ -56,16 +65,6 @@ def train_words(system: str, seed: int, args: argparse.Namespace) -> list[str]:
     return words + shlex.split(args.options)
 
 
-def seconds_a_step(system: str, args: argparse.Namespace) -> float:
-    """Over the last two thirds of a trial run; in the first caches are cold."""
-    steps = 3 * args.trial
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["--steps", str(steps), "--log-interval", str(args.trial)]
-        run_train([*train_words(system, 0, args), *words], Path(folder, "run"))
-        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    return (rows[-1]["seconds"] - rows[0]["seconds"]) / (rows[-1]["step"] - rows[0]["step"])
-
-
 def train_systems(args: argparse.Namespace) -> None:
     """Train every system of --systems with every seed of --training-seeds for --seconds. All seeds of a system have as
     many steps as its first. What a run took is said where it is 5% off."""
@@ -82,7 +81,8 @@ def train_systems(args: argparse.Namespace) -> None:
         else:
             others = list(begun.values())
             steps = train.make_parser().parse_args(others[0]).steps if others else 0
-            steps = steps or max(len(SHARES), int(args.seconds / seconds_a_step(system, args)))
+            pace = args.seconds / steps if steps else seconds_a_step(train_words(system, 0, args), args.trial)
+            steps = steps or max(len(SHARES), int(args.seconds / pace))
             steps -= steps % len(SHARES)
             words += ["--steps", str(steps), "--keep-interval", str(steps // len(SHARES))]
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,12 +94,13 @@ def train_systems(args: argparse.Namespace) -> None:
             print(f"{folder.name} trained for {took:.0f} s, not {args.seconds:.0f}", file=sys.stderr)
 
 
-def sampled(weights: Weights, labels: Tensor, args: argparse.Namespace, steps: int, solver: str = "euler") -> Tensor:
+def sampled(weights: Weights, labels: Tensor, args, steps: int, solver: str = "euler", guidance: float = 1.0) -> Tensor:
     """A clip (C, T, H, W) for each of the labels; its noise depends on its number alone."""
-    clips, pyramid = [], weights.make_pyramid()
+    clips, pyramid = [], make_pyramid(weights)
     for numbers in torch.arange(len(labels)).split(args.batch):
         part, first = labels[numbers], numbers[0].item()
-        clips.append(sample.generate(weights, pyramid, part, len(part), steps, solver, seed=args.seed, first=first))
+        options = steps, solver, guidance, args.seed
+        clips.append(sample.generate(weights, pyramid, part, len(part), *options, first=first))
     return torch.cat(clips)
 
 
@@ -144,7 +145,7 @@ def scores(args: argparse.Namespace) -> None:
             weights = load_weights(folder / f"weights-{step}.pt", device)
             curve.append((seconds[step], [distance(sampled(weights, labels, args, args.steps))["distance"]]))
             print(folder.name, step, curve[-1], flush=True)
-        pyramid = weights.make_pyramid()
+        pyramid = make_pyramid(weights)
         losses = train.held_out_loss(weights.model, pyramid, held_out, options) or []
         distances = [f"{values[0]:.0f}" for _, values in curve]
         losses = ", ".join(f"{loss:.4f}" for loss in losses)
@@ -163,10 +164,10 @@ def scores(args: argparse.Namespace) -> None:
     header = ["run", "steps", "seconds", *(f"distance at {share}%" for share in SHARES)]
     tables = [([*header, "held-out loss by stage (between seeds only)"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
-    print("\n".join(markdown(*table) for table in tables))
-    write_json(args.out / "real.json", args.made_by | {"tables": tables})
-    draw_curves(curves, "seconds of training", "distance to held-out clips", args.out / "real-training.png")
-    draw_curves(costs, "full-rate network calls", "distance to held-out clips", args.out / "real-sampling.png")
+    publish(tables, args.made_by, args.out / "real.json")
+    title, y_label = "Real clips: vanilla and three pyramids", "distance to held-out clips"
+    draw_curves(curves, title, "seconds of training", y_label, args.out / "real-training.png", real=floor)
+    draw_curves(costs, title, "full-rate network calls", y_label, args.out / "real-sampling.png", real=floor)
     draw_clips(pictures | {"real": train_clips[:8].cpu()}, len(pictures) + 1, args.out / "real-clips.png")
 
 
@@ -247,24 +248,58 @@ def validate(args: argparse.Namespace) -> None:
     for path, weights in models.items():
         made = sampled(weights, labels[path], args, args.steps, args.solver).cpu()
         add(f"samples of {path}", f"{weights.step} steps", made)
-    table = ["damage", "strength", *features], rows
-    print(markdown(*table))
-    write_json(args.out / "distance.json", args.made_by | {"tables": [table]})
+    publish([(["damage", "strength", *features], rows)], args.made_by, args.out / "distance.json")
+
+
+@torch.no_grad()
+def copies(args: argparse.Namespace) -> None:
+    """Whether samples repeat training clips: how far samples and held-out clips are from the nearest window of any
+    training clip, of the splits train and settings. The root mean square difference on frames of 16x16 pixels, whose
+    range is -1 to 1. The picture shows the samples that are nearest to a training clip, each with it."""
+    pyplot()  # says what to install, if anything
+    args.out.mkdir(parents=True, exist_ok=True)
+    weights = load_weights(weight_file(args.checkpoint), choose_device())
+    shape = weights.frames, weights.size
+    parts = [FolderClips(args.data / name, *shape, labels=True) for name in ("train", "settings")]
+    names = [part.classes[part[number][1]] for number in range(args.number) for part in parts]
+    known = [name for name in names if name in weights.classes]
+    labels = sample.choose_labels(weights.classes, args.number, known[: args.number])
+    held_out = real_clips(0, args.number, FolderClips(args.data / "held-out", *shape))
+    made = sampled(weights, labels, args, args.steps, args.solver, guidance=2.0).cpu()
+
+    def small(clips: Tensor) -> Tensor:
+        frames = F.adaptive_avg_pool2d(clips.transpose(1, 2).flatten(0, 1), 16)
+        return frames.unflatten(0, (len(clips), -1)).flatten(1)
+
+    queries = small(torch.cat([made, held_out]))
+    nearest, windows = torch.full((len(queries),), torch.inf), [None] * len(queries)
+    for data, source in ((part, source) for part in parts for source in part.sources):
+        clips = torch.stack([data.window(source, start) for start in range(source.frames - data.span + 1)])
+        distances, starts = torch.cdist(queries, small(clips)).min(1)
+        for index in (distances < nearest).nonzero().flatten().tolist():
+            nearest[index], windows[index] = distances[index], clips[starts[index]].clone()
+    nearest = nearest.view(2, -1) / queries.shape[1] ** 0.5
+    rows = []
+    for name, values in zip(("samples", "held-out clips"), nearest, strict=True):
+        rows.append([name, *(f"{values.quantile(share).item():.3f}" for share in (0, 0.1, 0.5, 0.9))])
+    order = nearest[0].argsort()[:6].tolist()
+    pictures = {"samples": made[order], "nearest training clips": torch.stack([windows[index] for index in order])}
+    draw_clips(pictures, 2, args.out / "copies.png")
+    header = ["distance from the nearest training clip", "least", "of 10% below", "median", "of 90% below"]
+    publish([(header, rows)], args.made_by, args.out / "copies.json")
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.real", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train_, scores_, distance_ = (
-        add_command(commands, name, function)
-        for name, function in (("train", train_systems), ("scores", scores), ("distance", validate))
-    )
+    functions = {"train": train_systems, "scores": scores, "distance": validate, "copies": copies}
+    train_, scores_, distance_, copies_ = (add_command(commands, name, each) for name, each in functions.items())
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
     train_("--trial", type=positive_int, default=50, help="a third of the steps by which a system's pace is measured")
     train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
     train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
     train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4'")
-    for add in (scores_, distance_):
+    for add in (scores_, distance_, copies_):
         add("--number", type=whole_number(2), default=192, help="clips that are sampled, or damaged")
         add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables and pictures")
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
@@ -272,8 +307,10 @@ def make_parser() -> Parser:
         add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
     scores_("--reference", type=whole_number(2), default=400, help="held-out clips, at most four windows a clip")
     distance_("--checkpoint", type=Path, nargs="*", default=[], help="weights whose samples are compared too")
-    distance_("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
-    for add in (train_, scores_, distance_):
+    copies_("--checkpoint", type=Path, default=SHIPPED / "emoji.pt", help="whose samples these are")
+    for add in (distance_, copies_):
+        add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
+    for add in (train_, scores_, distance_, copies_):
         add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
     for add in (train_, scores_):
         add("--runs", type=Path, default=Path("runs/real"), help="folder of the runs")

@@ -1,11 +1,12 @@
 """README.md, made of the tables in results/ and of texts.md; and what those who measure share: tables, JSON files,
 where a number comes from.
 
-  python -m experiments.report            writes README.md
-  python -m experiments.report --check    says whether it is up to date, and ends with 1 if not
+  python -m experiments.report            writes README.md here, and the table of claims in the other README.md
+  python -m experiments.report --check    says whether they are up to date, and ends with 1 if not
 
 A line {{training.json}} of texts.md stands for every table of that file of results/, {{training.json 0 2}} for the
-first and the third. The command that made them stands above the first.
+first and the third. The command that made them stands above the first. In claims.txt, the other README's table,
+{{latency.json 0 "flow 8 time" "times as fast"}} stands for a number: of table 0 the row that begins so, in that column.
 """
 
 import argparse
@@ -16,25 +17,25 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 
-from cli import Parser, is_out_of_memory
+from cli import Parser, one_sentence
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGE, TEXTS = Path(__file__).with_name("README.md"), Path(__file__).with_name("texts.md")
+FRONT_PAGE, CLAIMS = ROOT / "README.md", Path(__file__).with_name("claims.txt")
+MARKS = "<!-- experiments/claims.txt, filled in by python -m experiments.report -->\n", "<!-- end -->\n"
 # The present names of the commands in files that are older than these names.
 RENAMED = {r"^python evaluate\.py (quality|judge)": r"python -m experiments.metrics \1"}
 RENAMED |= {
     r"^python evaluate\.py": "python -m experiments.claims",
     r"^python bench\.py": "python -m experiments.speed",
 }
-RENAMED |= {r" results/": " experiments/results/"}
+RENAMED |= {r" results/": " experiments/results/", r"^python -m experiments\.asked": "python -m experiments.claims"}
 Table = tuple[list, list[list]]  # its header and its rows
 
 
@@ -50,7 +51,7 @@ def commit() -> str:
     git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
         name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+        changed = git(["git", "status", "--porcelain", "--", "*.py"]).stdout.strip()
         return f"{name}-dirty" if name and changed else name
     except OSError:
         return ""
@@ -69,7 +70,7 @@ def file_to_write(text: str) -> Path:
 
 def write_json(path: Path, content: dict) -> None:
     """Leaves the whole file or the one before: it is written aside, then renamed."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(aside, path)
 
@@ -90,17 +91,13 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()} ({units}), {torch.get_num_threads()} threads"
 
 
-@contextmanager
-def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
-    """Bad input and a lack of memory end the command with one sentence and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        parser.error(no_memory)
+def publish(tables: list[Table], made_by: dict, path: Path | None) -> None:
+    """Prints tables and, if there is a path, writes them there with what they were made by."""
+    for header, rows in tables:
+        print(markdown(header, rows))
+    if path:
+        write_json(path, made_by | {"tables": tables})
+        print(f"wrote {path}\n", flush=True)
 
 
 def made_by(content: dict) -> str:
@@ -140,17 +137,36 @@ def make_page(texts: str, results: Path) -> str:
     return page
 
 
+def make_front_page(page: str, claims: str, results: Path) -> str:
+    """The other README, its table with the numbers of the JSON files. Raises ValueError if one is missing."""
+
+    def number(place: re.Match) -> str:
+        name, table, row, column = shlex.split(place[1])
+        header, rows = json.loads((results / name).read_text())["tables"][int(table)]
+        found = [line[header.index(column)] for line in rows if " ".join(map(str, line)).startswith(row + " ")]
+        if len(found) != 1:
+            raise ValueError(f"{CLAIMS} asks for a row of {name} that begins with {row!r}: there are {len(found)}")
+        return str(found[0]).partition(" [")[0]
+
+    parts = re.split("|".join(map(re.escape, MARKS)), page)
+    if len(parts) != 3 or page.index(MARKS[0]) > page.index(MARKS[1]):
+        raise ValueError(f"{FRONT_PAGE} needs the lines {MARKS[0]!r} and {MARKS[1]!r} once each, around its table")
+    return parts[0] + MARKS[0] + re.sub(r"\{\{(.+?)\}\}", number, claims) + MARKS[1] + parts[2]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="experiments.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a page is out of date")
     args = parser.parse_args(argv)
     with one_sentence(parser, "not enough memory"):
-        page = make_page(TEXTS.read_text(), RESULTS)
-        if not args.check:
-            PAGE.write_text(page)
-            print(f"wrote {PAGE}")
-        elif not PAGE.exists() or PAGE.read_text() != page:
-            raise SystemExit(f"{PAGE} is out of date: python -m experiments.report makes it anew")
+        made = {PAGE: make_page(TEXTS.read_text(), RESULTS)}
+        made[FRONT_PAGE] = make_front_page(FRONT_PAGE.read_text(), CLAIMS.read_text(), RESULTS)
+        for path, page in made.items():
+            if not args.check:
+                path.write_text(page)
+                print(f"wrote {path}")
+            elif path.read_text() != page:
+                raise SystemExit(f"{path} is out of date: python -m experiments.report makes it anew")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import torch
 
 import model
 import train
-from cli import Parser, keep_memory, positive_int, real_number
-from experiments.report import ROOT, Table, file_to_write, markdown, one_sentence, processor, provenance, write_json
+from cli import Parser, keep_memory, one_sentence, positive_int, real_number
+from experiments.report import ROOT, Table, file_to_write, provenance, publish
 from experiments.speed import Run
 from experiments.timing import alternate, synchronize
 
@@ -130,13 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.what == "one":
             return one(args)
         shown = [word for word in words if word != "--json" and word != str(args.json)]
-        made_by, tables = provenance("experiments.sizes", shown), []
-        print(f"torch {torch.__version__} on {processor()}: {made_by['command']}")
-        for header, rows in {"attention": attention, "training": training}[args.what](args):
-            tables.append((header, rows))
-            print("\n" + markdown(header, rows), flush=True)
-        if args.json:
-            write_json(args.json, made_by | {"tables": tables})
+        made_by = provenance("experiments.sizes", shown)
+        publish(list({"attention": attention, "training": training}[args.what](args)), made_by, args.json)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample
 import train
 from checkpoint import make_pyramid, start_from_file
-from cli import Parser, choose_device, generator_for, keep_memory, positive_int, use_bf16
+from cli import Parser, choose_device, generator_for, keep_memory, one_sentence, positive_int, use_bf16
 from data import open_data
 from experiments.peers import count_parameters, make_peers
-from experiments.report import Table, file_to_write, markdown, one_sentence, processor, provenance, write_json
+from experiments.report import Table, file_to_write, processor, provenance, publish
 from experiments.timing import alternate, in_milliseconds, synchronize
 from tpdiff import align
 
@@ -48,11 +48,12 @@ class Run:
             start_from_file(model, self.data, args)
         self.state = train.make_state(model, args, self.device, None)
         self.model = train.fast_form(self.state.model, args, self.device) if captured else self.state.model
-        self.pyramid = make_pyramid(args.mode, args.stages, args.pyramid, args.shift)
+        self.pyramid = make_pyramid(args)
         self.x0 = torch.stack([self.data[number][0] for number in range(args.batch)]).to(self.device)
         endless = argparse.Namespace(**vars(args) | {"steps": 2**40})
         self.batches = [train.make_batches(self.data, endless, 0, 0, 1, self.device, k) for k in range(args.stages)]
-        self.predict = sample.make_predict(self.state.ema, None, 1.0, self.bf16)
+        predict = sample.make_predict(self.state.ema, None, 1.0, self.bf16)
+        self.predict = sample.replayed(predict) if self.device.type == "cuda" else predict  # as `generate` has it
         if args.compile:
             self.state.ema.compile_blocks()
             if not captured:
@@ -106,6 +107,7 @@ def bench_step(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
     run = Run(args)
     for k in stages:
         run.training_step(k)
+        run.sampling_step(k)  # a GPU's third one is recorded; so that none which is timed will be
     synchronize()
     print(f"to warm up, with a training step of every stage: {time.perf_counter() - start:.1f} s")
     products, flops = zip(*(matrix_products(run, k) for k in stages), strict=True)
@@ -318,16 +320,12 @@ def main(argv: list[str] | None = None) -> None:
     keep_memory()
     with one_sentence(parser, train.NO_MEMORY):
         args = train.parse_args(["--out", tempfile.gettempdir() + "/nothing", *options])[0]
-        args.options, tables = options, []
+        args.options = options
         precision = "bf16" if use_bf16(args.precision, choose_device()) else "fp32"
         words = [ours.what, "--repeats", str(ours.repeats), *options]
         made_by = provenance("experiments.speed", words) | {"precision": precision, "batch": args.batch}
         print(f"torch {torch.__version__} on {processor()}: {made_by['command']}\n{precision}, batch {args.batch}")
-        for header, rows in MEASURES[ours.what][0](args, ours.repeats):
-            tables.append((header, rows))
-            print("\n" + markdown(header, rows), flush=True)
-        if ours.json:
-            write_json(ours.json, made_by | {"tables": tables})
+        publish(list(MEASURES[ours.what][0](args, ours.repeats)), made_by, ours.json)
 
 
 if __name__ == "__main__":

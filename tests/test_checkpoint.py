@@ -306,7 +306,7 @@ def test_shipped_weights_sample_in_a_fresh_clone(mode, tmp_path, monkeypatch, ca
     assert find_weights(mode, 3) == ROOT / "weights" / f"{mode}-3.pt"
     assert (ROOT / "weights" / f"{mode}-3.pt").stat().st_size < 8e6
     sample.main(["--mode", mode, "--stages", "3", "--number", "2", "--steps", "3", "--label", "7", "--guidance", "2"])
-    assert "[1, 1, 1] (noisiest first) with euler: 3.5 full-rate" in capsys.readouterr().out  # two calls a step
+    assert "steps 1-1-1 (noisiest stage first) with euler: 3.5 full-rate" in capsys.readouterr().out  # two calls a step
     with Image.open(tmp_path / "samples" / f"{mode}-3-000.gif") as gif:
         assert gif.n_frames == 16
     sample.main(["--mode", mode, "--number", "1", "--steps", "3"])
@@ -375,7 +375,7 @@ def test_names_in_data_and_weights_are_never_paths(tmp_path, monkeypatch):
     for name in ("mode.pt", "pyramid.pt"):
         with pytest.raises(SystemExit):
             sample.main(["--checkpoint", name, "--number", "1", "--steps", "3"])
-    assert sorted(path.name for path in Path("samples").iterdir()) == ["flow-3-000.gif", "flow-3-000.png"]
+    assert sorted(path.name for path in Path("samples").iterdir()) == ["names-000.gif", "names-000.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
@@ -408,6 +408,7 @@ def test_stages_that_end_where_asked_are_trained_saved_resumed_and_sampled(mode,
     asked = []
     make_pyramid(weights).sample(lambda x, t, k: asked.append((k, t[0].item())) or 0 * x, (1, 1, 8, 16, 16), 4)
     assert [k for k, _ in asked] == [2, 2, 1, 0] and asked[2][1] < 0.6
+    capsys.readouterr()
     assert fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--ends", 0.6, 0.25, 0)
     content = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
     for wrong in ([0.5, 0.25], [0.25, 0.5, 0.0], "half", [0.5, 0.25, 0.1]):

@@ -6,23 +6,23 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import animation, both_modes, fails_with_one_line, run_training, seeded
+from conftest import TINY, animation, both_modes, fails_with_one_line, run_training, seeded, small_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train
 from checkpoint import SHIPPED, load_weights
-from data import bounce
-from experiments import asked, claims, metrics, real, report, runs, speed
+from data import FolderClips, bounce
+from experiments import asked, claims, metrics, real, report, runs, speed, variants
 from experiments.timing import in_milliseconds
-from model import Block, DiT, DiTConfig
-from tpdiff import Pyramid, downsample
+from model import Block
+from tpdiff import Pyramid
 
 # ---- metrics.py: what a score means
 
@@ -191,9 +191,10 @@ def test_digit_scores_are_near_one_on_real_clips_and_know_what_is_wrong(judged):
     off_track = {name: found.pop("off_track") for name, found in scores.items()}
     assert off_track["real"] < 0.5 and off_track["shuffled"] > 2
     assert min(scores["real"].values()) > 0.95
-    assert max(scores["noise"].values()) < 0.01 and scores["black"]["kept"] < 0.01 and scores["patches"]["kept"] < 0.1
-    assert scores["shuffled"]["kept"] > 0.9 and scores["shuffled"]["straight"] < 0.1
-    assert scores["changing"]["legible"] > 0.95 and scores["changing"]["kept"] < 0.2
+    assert max(scores["noise"].values()) < 0.01 and scores["black"]["one_digit"] < 0.01
+    assert scores["patches"]["one_digit"] < 0.1
+    assert scores["shuffled"]["one_digit"] > 0.9 and scores["shuffled"]["straight"] < 0.1
+    assert scores["changing"]["legible"] > 0.95 and scores["changing"]["one_digit"] < 0.2
 
 
 def test_flicker_is_the_mean_squared_second_difference():
@@ -211,63 +212,6 @@ def test_plain_noise_has_the_variance_of_the_paper_s_and_no_noise_has_none(mode)
     pairs = plain.unflatten(2, (2, 2))
     assert abs((pairs[:, :, :, 0] * pairs[:, :, :, 1]).mean()) < 0.03 * plain.var()
     torch.testing.assert_close(runs.HalfNoise(mode, 3).renoise(x, 1, seeded()), paper / 2)
-
-
-@pytest.mark.parametrize("true_end", [1, 2])
-@pytest.mark.parametrize("name", ["flow-3", "flow-1"])
-def test_sampling_goes_on_from_the_true_end_of_a_stage(name, true_end, monkeypatch):
-    first, p, inputs, labels = runs.REAL_ENDS + 5 * 6, Pyramid("flow", 3), [], []
-    x0, k_next = metrics.real_clips(first, 6), true_end - 1
-
-    def oracle(x, t, k):
-        """x_start - x0, of the pyramid's stage 0 and of vanilla, and anything at stage 1."""
-        inputs.append((x, t[0].item(), k))
-        return 0 * x if k else (x - x0) / t.view(-1, 1, 1, 1, 1) * (p[0].t_start if name == "flow-3" else 1)
-
-    def make_predict(model, given, *rest):
-        labels.extend(given.tolist())
-        return oracle
-
-    monkeypatch.setattr(sample, "make_predict", make_predict)
-    weights = load_weights(SHIPPED / f"{name}.pt")
-    cell = runs.Cell(name, (4, 3, 2) if name == "flow-3" else 5, true_end=true_end)
-    torch.testing.assert_close(runs.finish(weights, cell, 6, 5, 6), x0)
-    assert labels == [runs.REAL[number][1] for number in range(first, first + 6)]
-    x, t, _ = inputs[0]
-    assert t == pytest.approx(p[k_next].t_start)
-    if name == "flow-3":
-        assert [k for *_, k in inputs] == ([1, 1, 1, 0, 0] if true_end == 2 else [0, 0])
-        pairs, end = x.unflatten(2, (-1, 2)).mean(3), p[true_end]  # without the renoising noise
-        clean = end.gamma_end * downsample(x0, end.stride)
-        noise = (pairs / p[k_next].gamma_start * end.gamma_end - clean) / end.sigma_end
-    else:
-        assert len(inputs) == 5
-        noise = (x - p[k_next].gamma_start * x0) / p[k_next].sigma_start
-    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, rel=0.02)
-
-
-def test_predicted_speedup():
-    without_attention = claims.predicted_speedup([10, 10, 10], 16, 1, 10**9, 4, "full")
-    assert without_attention == pytest.approx(12 / 7)  # 1.71, the paper's Table 1
-    assert claims.predicted_speedup([30], 16, 64, 128, 4, "factorized") == 1
-    half_fixed = claims.predicted_speedup([15, 10, 5], 16, 1, 10**9, 4, "full", fixed=0.5)
-    assert half_fixed == pytest.approx(30 / (15 * 0.625 + 10 * 0.75 + 5))
-    size = DiTConfig()
-    model, x, t = DiT(size).eval(), torch.randn(1, 1, 16, 32, 32), torch.zeros(1)
-    with FlopCounterMode(display=False) as counter:
-        model(x, t, 0)
-    ours = 2 * claims.network_cost(16, 64, size.width, size.depth, "factorized")
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
-
-
-def test_fixed_share_is_what_does_not_shrink_with_the_frames():
-    size = (64, 96, 4, "factorized")
-    full, quarter = (claims.network_cost(frames, *size) for frames in (16, 4))
-    assert claims.fixed_share(full, quarter, 16, *size) == pytest.approx(0)
-    assert claims.fixed_share(1.0, 1.0, 16, *size) == pytest.approx(1)
-    assert claims.fixed_share(1.0, 1.1, 16, *size) == 1 and claims.fixed_share(full, 0.5 * quarter, 16, *size) == 0
-    a = full / 3  # added to both: a quarter of the longer time
-    assert claims.fixed_share(full + a, quarter + a, 16, *size) == pytest.approx(0.25)
 
 
 def test_quality_of_the_shipped_weights_is_measured(capsys, tmp_path, monkeypatch):
@@ -309,47 +253,11 @@ def test_milliseconds_are_the_median_and_the_quartiles():
     assert in_milliseconds([0.001 * n for n in range(1, 10)]) == "5.0 [3.0, 7.0]"
 
 
-def test_latency_shows_the_measured_and_the_predicted_milliseconds_of_a_clip(monkeypatch):
-    curves, seconds = {}, {"vanilla": [3.0, 4.0, 5.0], "quarter": [2.0, 2.5, 3.0], "pyramid": [2.0, 3.0, 4.0]}
-    monkeypatch.setattr(claims, "sampling_times", lambda *_: seconds)
-    monkeypatch.setattr(claims, "draw_curves", lambda found, *_: curves.update(found))
-    args = claims.make_parser()[0].parse_args(["latency"])
-    ((header, rows),) = claims.latency(args)
-    assert [row[:2] for row in rows] == [[mode, batch] for mode in ("flow", "ddim") for batch in (1, 2, 4, 8)]
-    row = dict(zip(header, rows[-1], strict=True))
-    assert (row["3 stages, ms"], row["3 stages, clips/s"]) == ("3000.0 [2000.0, 4000.0]", "2.67")
-    assert row["times as fast"] == "1.33"
-    assert curves["ddim, vanilla"][-1] == (8, [375, 500, 625]) and curves["ddim, 3 stages"][0] == (1, [2e3, 3e3, 4e3])
-    fixed = claims.fixed_share(4.0, 2.5, 16, 64, 96, 4, "factorized")
-    predicted = claims.predicted_speedup([10, 10, 10], 16, 64, 96, 4, "factorized", fixed=fixed)
-    assert curves["ddim, 3 stages, predicted"][-1] == (8, [pytest.approx(500 / predicted)])
-
-
-def test_growth_has_a_row_of_vanilla_three_stages_and_as_many_as_fit(monkeypatch):
-    curves, asked = {}, []
-
-    def times(settings, _):
-        asked.append(settings)
-        return {name: [frames * 0.1 / stages] * 3 for name, (_, stages, frames, _) in settings.items()}
-
-    monkeypatch.setattr(claims, "sampling_times", times)
-    monkeypatch.setattr(claims, "draw_curves", lambda found, *_: curves.update(found))
-    ((header, rows),) = claims.growth(claims.make_parser()[0].parse_args(["growth"]))
-    found = [dict(zip(header, row, strict=True)) for row in rows]
-    most = [(row["frames"], row["stages"]) for row in found if row["stages"] not in (1, 3)]
-    assert most == [(16, 4), (32, 5), (64, 6)]
-    assert {row["times as fast"] for row in found if row["stages"] == 1} == {"1.00"}
-    assert {row["full-rate calls"] for row in found if row["stages"] == 3} == {"17.5"}
-    assert found[-1]["ms"] == "1066.7 [1066.7, 1066.7]" and found[-1]["times as fast"] == "6.00"
-    assert all(settings["quarter"][2] * 4 == settings[1][2] for settings in asked)
-    assert curves["as many as fit"][-1] == (64, [pytest.approx(6400 / 6)] * 3)
-
-
 @pytest.fixture
 def tiny_claims(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     words = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results"), "--number", "3", "--reference", "20"]
-    tiny = {run: f"--mode {run[:4]} --stages {run[5]} --steps 20" for run in runs.RUNS}
+    tiny = {run: f"{' '.join(words.split()[:4])} --steps 20" for run, words in runs.RUNS.items()}
     monkeypatch.setattr(runs, "RUNS", tiny)
     return lambda claim: claims.main([claim, *words, "--smoke", "--seeds", "0", "5", "--batch", "2"])
 
@@ -362,8 +270,8 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(
     (header, rows) = content["tables"][0]
     assert content["command"].startswith("python -m experiments.claims renoising --runs")
     assert content["torch"] == torch.__version__
-    assert len(rows) == 21 and all(len(row) == len(header) for row in rows)
-    assert len({tuple(row[1:]) for row in rows}) == 9  # each way its own clips; here the long runs are the short ones
+    assert len(rows) == 17 and all(len(row) == len(header) for row in rows)
+    assert len({tuple(row[1:]) for row in rows}) == 9  # each way its own clips; here shipped weights are of short runs
     assert report.markdown(header, rows) in capsys.readouterr().out
     assert (tmp_path / "results" / "renoising.png").exists()
     cells = json.loads((tmp_path / "results" / "cells.json").read_text())
@@ -378,7 +286,7 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(
 
 
 def test_every_claim_has_its_table_and_its_figure_in_results():
-    for claim in (*claims.CLAIMS, "longer", "alike", "rival", "real"):
+    for claim in (*claims.CLAIMS, "real", "conversion"):
         assert (report.RESULTS / f"{claim}.json").exists() and list(report.RESULTS.glob(f"{claim}*.png")), claim
 
 
@@ -394,6 +302,17 @@ def test_the_page_of_the_experiments_is_up_to_date_and_a_changed_digit_makes_it_
         path.write_text(json.dumps(content))
         assert report.make_page(texts, tmp_path / "results") != page, path
         path.write_text(before)
+
+
+def test_the_front_page_has_the_numbers_of_the_results(tmp_path):
+    page, claims = report.FRONT_PAGE.read_text(), report.CLAIMS.read_text()
+    assert page == report.make_front_page(page, claims, report.RESULTS), "python -m experiments.report makes it anew"
+    rows = [["flow", 1, "time", "1.5 [1.4, 1.6]"], ["flow", 10, "time", "1.7"]]
+    report.write_json(tmp_path / "a.json", {"tables": [(["mode", "clips", "pyramid", "gain"], rows)]})
+    page = report.make_front_page("x\n".join(("", *report.MARKS, "")), '{{a.json 0 "flow 1" gain}}!\n', tmp_path)
+    assert page == f"x\n{report.MARKS[0]}1.5!\n{report.MARKS[1]}x\n"
+    with pytest.raises(ValueError, match="begins with 'flow 2': there are 0"):
+        report.make_front_page(page, '{{a.json 0 "flow 2" gain}}', tmp_path)
 
 
 def test_a_table_is_asked_for_once_at_least_and_exists(tmp_path):
@@ -448,7 +367,6 @@ def test_tables_are_written_to_a_file_or_refused_at_once(main, what, tmp_path, c
 
 
 def test_a_claim_is_refused_options_of_others_and_a_score_of_a_single_clip(capsys):
-    assert "unrecognized arguments: --json" in fails_with_one_line(capsys, claims.main, "cost", "--json", "a.json")
     assert "unrecognized arguments: --seeds" in fails_with_one_line(capsys, claims.main, "latency", "--seeds", "1")
     for main, what in ((metrics.main, "quality"), (claims.main, "training")):
         assert "at least 2" in fails_with_one_line(capsys, main, what, "--number", "1")
@@ -567,10 +485,10 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     there = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs")]
     tiny = "--width 8 --depth 1 --heads 2 --batch 2 --workers 0 --warmup 1"
     words = ["train", *there, "--seconds", "24", "--systems", "vanilla", "space-time", "--options", tiny]
-    monkeypatch.setattr(real, "seconds_a_step", lambda system, args: {"vanilla": 3, "space-time": 2}[system])
+    monkeypatch.setattr(real, "seconds_a_step", lambda words, _: 2 if "space-time" in words else 3)
     real.main(words)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/weights-*.pt")}
-    assert len(files) == 4 * 2 * 2  # kept weights, systems, seeds
+    assert len(files) == 4 * 2 * 2  # weights, systems, seeds
     steps = [train.make_parser().parse_args(f.read_text().split()).steps for f in tmp_path.glob("runs/vanilla*/*.txt")]
     assert steps == [8, 8]  # as many as fit into the time
     (note,) = tmp_path.glob("runs/space-time-seed-2/*.txt")
@@ -592,6 +510,21 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
 
 
+def test_samples_that_repeat_training_clips_are_found(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for part, green in (("train", 0), ("train", 250), ("held-out", 100), ("settings", 50)):
+        animation(tmp_path / part / f"{green}" / "clip.webp", 18, (64, 64), green=green, lossless=True)
+    seen = FolderClips(tmp_path / "train", 16, 64)
+    copied = torch.stack([seen[number][0] for number in range(3)])
+    weights = SimpleNamespace(frames=16, size=64, classes=("0", "250"))
+    monkeypatch.setattr(real, "load_weights", lambda *_: weights)
+    monkeypatch.setattr(real, "sampled", lambda _, labels, *__, **___: copied[: len(labels)])
+    real.main(["copies", "--data", str(tmp_path), "--number", "3", "--out", str(tmp_path / "out")])
+    ((_, rows),) = json.loads((tmp_path / "out" / "copies.json").read_text())["tables"]
+    assert [row[0] for row in rows] == ["samples", "held-out clips"] and (tmp_path / "out" / "copies.png").exists()
+    assert max(map(float, rows[0][1:])) < 0.001 and min(map(float, rows[1][1:])) > 0.1
+
+
 def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
     vanilla = [
         [(25, [8.0]), (50, [4.0]), (75, [2.0]), (100, [1.5])],
@@ -606,15 +539,28 @@ def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
     assert real.gains({"fast": [fast]})[1] == []
 
 
-def test_the_pace_of_a_system_is_that_of_its_later_steps(tmp_path, monkeypatch):
+def test_the_pace_of_a_run_counts_each_stage_as_often_as_it_is_trained(monkeypatch):
     def run_train(words, out):
+        assert "--log-interval 1 " in " ".join(words)
         out.mkdir()
-        rows = [{"step": 50 * n, "seconds": seconds} for n, seconds in ((1, 100), (2, 110), (3, 120))]
-        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        seconds, lines = 0.0, []
+        for step, k in enumerate((2, 2, 0, 0, 0, 1, 0, 0, 2)):  # the first third is slow
+            seconds += 100 if step < 3 else (4, 2, 1)[k]
+            loss = [0.5 if stage == k else None for stage in range(3)]
+            lines.append(json.dumps({"step": step + 1, "seconds": seconds, "loss_by_stage": loss}) + "\n")
+        (out / "metrics.jsonl").write_text("".join(lines))
 
-    monkeypatch.setattr(real, "run_train", run_train)
-    args = real.make_parser().parse_args(["train", "--data", str(tmp_path)])
-    assert real.seconds_a_step("time", args) == pytest.approx(0.2)
+    monkeypatch.setattr(runs, "run_train", run_train)
+    assert runs.seconds_a_step([], 3) == pytest.approx((4 + 2 + 1) / 3)
+    assert runs.seconds_a_step(["--stage-odds", "4", "2", "1"], 3) == pytest.approx((4 * 1 + 2 * 2 + 1 * 4) / 7)
+
+
+def test_scores_of_other_numbers_do_not_replace_each_other(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(runs, "scores_of", lambda make, *_: made.append(make) or {"score": [float(len(made))]})
+    few, many = (SimpleNamespace(out=tmp_path, number=number, seeds=[0], reference=9) for number in (2, 3))
+    found = [runs.stored("x", "real", "make", "metrics", args) for args in (few, many, few, many)]
+    assert found == [{"score": [1.0]}, {"score": [2.0]}] * 2 and len(made) == 2
 
 
 def test_every_damage_changes_clips_more_the_stronger_it_is():
@@ -631,9 +577,9 @@ def test_frames_that_are_doubled_or_frozen_count_as_alike():
     clips = metrics.real_clips(0, 20)
     limit = clips.diff(dim=2).square().mean((1, 3, 4)).median().item() / 10
     doubled = clips[:, :, ::2].repeat_interleave(2, dim=2)
-    assert max(asked.share_alike(clips, limit)) < 0.05
-    assert asked.share_alike(doubled, limit)[0] == 1 and asked.share_alike(doubled, limit)[1] < 0.05
-    assert asked.share_alike(clips[:, :, :1].expand_as(clips), limit) == (1, 1)
+    assert max(asked.share_alike(clips, limit).values()) < 0.05
+    assert asked.share_alike(doubled, limit)["within"] == 1 and asked.share_alike(doubled, limit)["between"] < 0.05
+    assert set(asked.share_alike(clips[:, :, :1].expand_as(clips), limit).values()) == {1}
 
 
 def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypatch):
@@ -655,10 +601,52 @@ def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypat
         assert times == pytest.approx(expected) and noises == pytest.approx([1, 1, 1], abs=0.05)
 
 
-def test_each_question_is_answered_by_a_table_and_a_figure(tmp_path):
-    pytest.importorskip("matplotlib")
-    for number, name in enumerate(("longer", "alike", "rival")):
-        asked.main([name, "--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
-        ((header, rows),) = json.loads((tmp_path / f"{name}.json").read_text())["tables"]
-        assert (tmp_path / f"{name}.png").exists() and len(rows) == (14, 37, 40)[number]
-        assert all(len(row) == len(header) for row in rows)
+def test_traits_are_read_and_compared_with_those_of_real_clips():
+    real, fresh = metrics.real_clips(0, 300), metrics.real_clips(1000, 300)
+    tracks = [metrics.REAL.tracks(number)[0] for number in range(300)]
+    traits = asked.traits(real)
+    assert (traits["digits"] == torch.tensor([label for label, *_ in tracks])).double().mean() > 0.98
+    low = torch.tensor([y[8] > 6 for _, y, _ in tracks])  # of 0 to 12
+    assert ((traits["places"] >= 8) == low).double().mean() > 0.9
+    own, others, alone = (asked.overlaps(clips, 300) for clips in (real, fresh, fresh[:1].expand_as(fresh)))
+    assert min(own.values()) > 0.999 and min(others.values()) > 0.75
+    assert alone.pop("legible") == 1 and max(alone.values()) < 0.3 and alone["digits"] < 0.15
+
+
+def test_clips_without_a_label_have_the_null_label(monkeypatch):
+    asked_for = []
+
+    def predict(model, labels, *_):
+        asked_for.extend(labels.tolist())
+        return lambda x, t, k: x
+
+    monkeypatch.setattr(sample, "make_predict", predict)
+    clips = asked.unlabelled(load_weights(SHIPPED / "flow-3.pt"), 2, 0, 5)
+    assert asked_for == [10] * 5 and len(clips) == 5 and not torch.equal(clips[0], clips[2])
+
+
+# ---- variants.py
+
+
+def test_a_variant_changes_one_thing_and_only_while_it_is_asked_for(tmp_path):
+    def draws():
+        network, x = small_model(), torch.randn(1, 1, 4, 8, 8, generator=seeded())
+        data = train.open_data(train.make_parser().parse_args(["--frames", "4"]))
+        return network(x, torch.tensor([0.5]), 1), network(x, torch.tensor([0.5]), 0), data[0][0]
+
+    halved, whole, usual = draws()
+    with variants.varied("plain"):
+        plain = draws()
+    with variants.varied("fast"):
+        fast = draws()
+    assert torch.equal(plain[1], whole) and torch.equal(plain[2], usual) and not torch.equal(plain[0], halved)
+    assert torch.equal(fast[0], halved) and not torch.equal(fast[2], usual)
+    assert torch.equal(fast[2][:, :1], usual[:, :1])  # they begin at the same place
+    assert all(map(torch.equal, draws(), (halved, whole, usual)))
+    losses = {}
+    for name in ("plain", "fast"):
+        with pytest.raises(SystemExit, match="0"):
+            variants.main([name, *TINY, "--steps", "6", "--out", str(tmp_path / name)])
+        losses[name] = (tmp_path / name / "metrics.jsonl").read_text()
+    assert json.loads(losses["plain"].splitlines()[-1])["loss"] != json.loads(losses["fast"].splitlines()[-1])["loss"]
+    assert runs.variant_of("flow-3-plain-seed-2") == "plain" and runs.variant_of("flow-3-seed-2") is None

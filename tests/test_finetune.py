@@ -15,6 +15,7 @@ from conftest import animation, fails_with_one_line
 from cli import SAMPLING, generator_for
 from examples import finetune, generate
 from examples.families import FAMILIES
+from experiments import conversion
 from tpdiff import Pyramid
 
 MISSING = "other people's models need: pip install diffusers==0.42.1 transformers peft accelerate safetensors av"
@@ -409,3 +410,33 @@ def test_a_run_whose_gradients_stay_broken_ends_with_a_sentence_and_a_few_do_not
         finetune.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "60"])
     content = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert all(weight.isfinite().all() for weight in content["weights"].values())
+
+
+def test_finetune_converts_a_small_wan_from_vanilla_and_says_what_it_took(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    for part, green in (("train", 0), ("train", 250), ("held-out", 100)):
+        animation(tmp_path / part / f"{green}" / "clip.webp", 18, (16, 16), green=green)
+    monkeypatch.setattr(conversion, "load_efficientnet", lambda: None)
+    monkeypatch.setattr(conversion, "picture_features", lambda _, clip: clip.mean((2, 3)).flatten())
+    monkeypatch.setattr(conversion, "FINETUNED", (1, 2))
+    words = ["--data", str(tmp_path), "--steps", "3", "--batch", "2", "--number", "6", "--smoke"]
+    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    conversion.main(words)
+    ((header, rows),) = json.loads((tmp_path / "out" / "conversion.json").read_text())["tables"]
+    assert [(row[0], row[1]) for row in rows[:-1]] == [
+        ("vanilla", 3), ("converted", 0), ("converted", 1), ("converted", 2),
+        ("vanilla, trained on", 1), ("vanilla, trained on", 2),
+    ]  # fmt: skip
+    assert [len(row[3].split(", ")) for row in rows[:-1]] == [1, 3, 3, 3, 1, 1] and len(rows[0]) == len(header)
+    assert (tmp_path / "out" / "conversion.png").exists()
+    weights = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*/[0-9].pt")}
+    assert len(weights) == 5
+    base, first = (
+        torch.load(tmp_path / "runs" / name, weights_only=True) for name in ("vanilla/3.pt", "converted/1.pt")
+    )
+    changes = [(first["weights"][key] - value).abs().max() for key, value in base["weights"].items()]
+    assert 0 < max(changes) < 1e-5  # it began with the vanilla weights; the first step is a hundredth of the full rate
+    monkeypatch.setattr(conversion, "training_loss", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(conversion, "losses", lambda *_: [0.0])
+    conversion.main(words)
+    assert weights == {path: path.read_bytes() for path in weights}

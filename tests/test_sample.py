@@ -175,10 +175,13 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     sample.main(["--pyramid", "space-time", "--number", "2", "--steps", "10", "--precision", "fp32"])
     out = capsys.readouterr().out
     cost = 5 * 4 / 13 / 16 + 3 * 7 / 13 / 4 + 2  # of 13 frames 7 and then 4 are left; a half and a quarter each way
-    assert f"steps [5, 3, 2] (noisiest first) with euler: {cost:.4g} full-rate network calls" in out
+    assert f"steps 5-3-2 (noisiest stage first) with euler: {cost:.4g} full-rate network calls" in out
     assert f"weights: {path} " in out and "wrote samples/flow-3-space-time-000.gif" in out
     with Image.open("samples/flow-3-space-time-000.gif") as gif:
         assert gif.n_frames == 13 and gif.size == (3 * (2 * (32 + 2) + 2), 3 * (16 + 2 + 2))
+    sample.main(["--checkpoint", str(SHIPPED / "emoji.pt"), "--number", "1", "--steps", "3"])
+    out = capsys.readouterr().out
+    assert "wrote samples/emoji-000.gif" in out and "\n1 clip of 16 frames, " in out  # named after the weights
     refused = fails_with_one_line(capsys, sample.main, "--pyramid", "time", "--checkpoint", path)
     assert f"{path} was trained with --pyramid space-time, not --pyramid time" in refused
 

@@ -1,0 +1,65 @@
+"""train.py with one thing changed that is no option of it:
+
+python -m experiments.variants fast --steps 3000 --out runs/evaluate/flow-3-fast
+
+plain   a frame's position is its plain index in the stage, not that times the stride
+fast    digits that move three times as fast
+
+The weights do not say what was changed, and sample.py does not change it: keep them out of runs/ itself.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch.utils.data import Dataset
+
+import model
+import train
+from cli import Parser
+from data import MovingDigits, open_data
+
+FAST = tuple(3 * speed for speed in MovingDigits.speeds)
+
+
+def plain_index(frames: int, _stride: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """In place of `model.temporal_positions`."""
+    return torch.arange(frames, device=device)
+
+
+def fast_data(*args, **options) -> Dataset:
+    """In place of `train.open_data`. The speed is the dataset's own, so that processes of the loader know it."""
+    data = open_data(*args, **options)
+    data.speeds = FAST
+    return data
+
+
+@contextmanager
+def varied(name: str | None) -> Iterator[None]:
+    """In this context `name` is the case: "plain", "fast", or None for nothing."""
+    changes = {"plain": (model, "temporal_positions", plain_index), "fast": (train, "open_data", fast_data)}
+    model.positions_of.cache_clear()
+    try:
+        if name is None:
+            yield
+        else:
+            with mock.patch.object(*changes[name]):
+                yield
+    finally:
+        model.positions_of.cache_clear()
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="experiments.variants", description=__doc__)
+    parser.add_argument("variant", choices=["plain", "fast"], help="what is changed; options of train.py follow")
+    parser.epilog = "example: python -m experiments.variants fast --steps 3000"
+    args, options = parser.parse_known_args(words)
+    with varied(args.variant):
+        train.main(options)
+
+
+if __name__ == "__main__":
+    main()
