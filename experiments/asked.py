@@ -33,9 +33,9 @@ from tpdiff import Pyramid, randn, split_steps, upsample
 SYSTEMS = {"vanilla": "flow-1", "time": "flow-3", "space and time": "flow-3-space-time"}
 
 
-def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: str) -> list:
+def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: str, percent: int = 100) -> list:
     """All scores of runs with nine Euler steps, by what they are called in the figure, and of each training seed."""
-    cells = {title: [Cell(run + seed, 9) for seed in SEEDS] for title, run in runs.items()}
+    cells = {title: [Cell(run + seed, 9, percent=percent) for seed in SEEDS] for title, run in runs.items()}
     cells = {f"{title}, {full_rate_calls(each[0], args):.4g} calls": each for title, each in cells.items()}
     bars = {title: [mean(measured(cell, args)["judge_distance"]) for cell in each] for title, each in cells.items()}
     real = mean(measured(Cell("real"), args)["judge_distance"])
@@ -44,10 +44,10 @@ def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: st
 
 
 def placing(args: argparse.Namespace) -> list:
-    """Where the stages end: lengths in the ratio 1-1-1, 1-1-2 and 2-1-1, noisiest stage first, beside
-    vanilla. Nine Euler steps, which cost more the longer the last stage is."""
+    """Where the stages end: lengths in the ratio 1-1-1, 1-1-2 and 2-1-1, noisiest stage first, beside vanilla, after
+    half of the training. Nine Euler steps, which cost more the longer the last stage is."""
     ratios = {"1-1-1": "flow-3", "1-1-2": "flow-3-1-1-2", "2-1-1": "flow-3-2-1-1", "vanilla": "flow-1"}
-    return bars_of(ratios, "Where the stages end: their lengths, noisiest first", args, "placing")
+    return bars_of(ratios, "Lengths of the stages, noisiest first, after half of the training", args, "placing", 50)
 
 
 def positions(args: argparse.Namespace) -> list:
