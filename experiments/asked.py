@@ -197,21 +197,29 @@ def unlabelled(weights: Weights, batch: int, seed: int, number: int) -> Tensor:
 
 
 def diversity(args: argparse.Namespace) -> list:
-    """What aligning noise with clips costs in diversity: which digits, places and directions clips without a label
-    have, by models that were trained with alignment, with nearest noise and without."""
-    kinds = {"aligned": "flow-3", "nearest noise": "flow-3-nearest", "at random": "flow-3-none"}
+    """What aligning noise with clips costs in diversity, by models trained with alignment, with the nearest of eight
+    noises and without: the digits of clips that are sampled without a label, and the places and directions of clips
+    with labels."""
+    kinds = {"aligned": "flow-3", "nearest noise": "flow-3-nearest", "at random": "flow-3-none", "real": "real"}
     rows, bars, metrics = [], {}, partial(overlaps, reference=args.reference)
-    makes = {(title, run + seed): None for title, run in kinds.items() for seed in SEEDS} | {("real", "real"): None}
-    for title, run in makes:
-        make = partial(others, REAL, args.reference)
+    for (title, run), seed in product(kinds.items(), SEEDS):
+        if run == "real" and seed:
+            continue
+        run += seed
+        free = asked = partial(others, REAL, args.reference)
         if run != "real":
-            make = partial(unlabelled, weights_of(run, args), args.batch)
-        found = stored(f"{run}, diversity", run, make, metrics, args)
-        rows.append([run, *(spread(values) for values in found.values())])
-        bars.setdefault(title, []).append(mean(found["coverage"]))
-    title, real = "Real clips that have a sample near, by how noise is paired", bars.pop("real")[0]
-    draw_bars(bars, title, "coverage, both training seeds", args.out / "diversity.png", real)
-    return [(["run", *found], rows)]
+            weights = weights_of(run, args)
+            free = partial(unlabelled, weights, args.batch)
+            asked = partial(sample_clips, weights, make_pyramid(weights), 9, "euler", args.batch)
+        without = stored(f"{run}, diversity", run, free, metrics, args)
+        labelled = stored(f"{run}, diversity, labelled", run, asked, metrics, args)
+        shares = [without["digits"], labelled["places"], labelled["directions"]]
+        rows.append([run, *map(spread, (*shares, labelled["coverage"], without["legible"], labelled["legible"]))])
+        bars.setdefault(title, []).append(mean(map(mean, shares)))
+    title, (real,) = "How evenly digits, places and directions are covered", bars.pop("real")
+    draw_bars(bars, title, "mean overlap with real clips, both training seeds", args.out / "diversity.png", real)
+    header = ["run", "digits", "places", "directions", "coverage", "legible without labels", "legible with labels"]
+    return [(header, rows)]
 
 
 @torch.inference_mode()
