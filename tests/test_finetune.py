@@ -419,6 +419,8 @@ def test_finetune_converts_a_small_wan_from_vanilla_and_says_what_it_took(tmp_pa
     monkeypatch.setattr(conversion, "load_efficientnet", lambda: None)
     monkeypatch.setattr(conversion, "picture_features", lambda _, clip: clip.mean((2, 3)).flatten())
     monkeypatch.setattr(conversion, "FINETUNED", (1, 2))
+    drawn, draw = [], conversion.draw
+    monkeypatch.setattr(conversion, "draw", lambda *args: drawn.append(args) or draw(*args))
     words = ["--data", str(tmp_path), "--steps", "3", "--batch", "2", "--number", "6", "--smoke"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     conversion.main(words)
@@ -429,6 +431,8 @@ def test_finetune_converts_a_small_wan_from_vanilla_and_says_what_it_took(tmp_pa
     ]  # fmt: skip
     assert [len(row[3].split(", ")) for row in rows[:-1]] == [1, 3, 3, 3, 1, 1] and len(rows[0]) == len(header)
     assert (tmp_path / "out" / "conversion.png").exists()
+    first_samples = [numbers[0] for _, _, _, numbers, _, dropout in drawn if dropout < 1]  # the others are of losses
+    assert first_samples == [0, 2, 4, 6, 8, 6, 8]  # finetuning goes on with new ones, the same on the pyramid and not
     weights = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*/[0-9].pt")}
     assert len(weights) == 5
     base, first = (
