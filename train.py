@@ -41,7 +41,6 @@ FREE = ("steps", "out", "resume", "workers", "device", "compile", "gradient_chec
 FREE += ("log_interval", "sample_interval", "save_interval", "keep_interval")
 HELD_OUT = 64  # clips that a loss is measured on
 MOST_SKIPPED = 10
-WORKERS_FOR_GPU = 4  # processes that draw digits and noise and align, for each GPU
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
 DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")
 
@@ -179,7 +178,7 @@ def make_batches(
 ) -> Iterator:
     """This rank's micro-batches from step `start` on, of the steps' own stages or all of one, on `device` but for u."""
     gpu = device.type == "cuda"
-    usual = WORKERS_FOR_GPU if gpu else int(bool(args.data))  # to draw digits a CPU needs less time than a worker costs
+    usual = 4 if gpu else int(bool(args.data))  # to draw digits a CPU needs less time than a worker costs
     workers = usual if args.workers is None else args.workers
     batches = TrainingBatches(dataset, args, rank, world, stage)
     micros = range(start * args.accumulate, args.steps * args.accumulate)
