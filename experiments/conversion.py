@@ -31,7 +31,7 @@ from sample import full_rate_steps
 from tpdiff import Pyramid, align, randn, split_steps
 
 FRAMES, SIZE, CHANNELS = 16, 16, 32  # of clips, and of the text
-FINETUNED = (200, 1000)  # steps
+FINETUNED = (200, 2000)  # steps
 SHAPE = {"num_attention_heads": 4, "attention_head_dim": 48, "num_layers": 6, "ffn_dim": 768, "patch_size": (1, 4, 4)}
 SHAPE |= {"in_channels": 3, "out_channels": 3, "text_dim": CHANNELS, "freq_dim": 64, "rope_max_seq_len": 64}
 
