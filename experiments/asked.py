@@ -275,4 +275,45 @@ def rival(args: argparse.Namespace) -> list:
     return [(["sampled", "training seed", "steps", "full-rate calls", "judge's distance", "one digit"], rows)]
 
 
-QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival)
+@torch.inference_mode()
+def from_true_start(weights: Weights, first: int, steps: int, batch: int, reference: int, seed: int, number: int):
+    """Clips (B, C, T, H, W) sampled from stage `first` on, which starts where real clips take it (Eq. 7) and not where
+    the stages before have led. `steps` at each stage. The noisiest stage starts from noise, as always."""
+    pyramid, clips, device = make_pyramid(weights), [], next(weights.model.parameters()).device
+    for numbers in torch.arange(reference + seed * number, reference + (seed + 1) * number).split(batch):
+        x0, labels = zip(*(REAL[index] for index in numbers.tolist()), strict=True)
+        generators = [generator_for(seed, SAMPLING, index) for index in numbers.tolist()]
+        x0 = torch.stack(x0).to(device)
+        x = pyramid.endpoints(x0, randn(pyramid.shape(x0.shape, first), generators, device), first)[0]
+        predict = sample.make_predict(weights.model, torch.tensor(labels).to(device), 1.0, use_bf16("auto", device))
+        for k in reversed(range(first + 1)):
+            x = pyramid.integrate(predict, x, k, steps)
+            x = pyramid.renoise(x, k, generators) if k else x
+        clips.append(x.cpu())
+    return torch.cat(clips)
+
+
+def straight(args: argparse.Namespace) -> list:
+    """Where a digit leaves its straight path: clips of the shipped weights of flow, with few solver steps and with
+    many, from noise and from a later stage's true start."""
+    rows, bars = [], {}
+    cases = [("vanilla", "shipped-flow-1", 0, 9), ("vanilla", "shipped-flow-1", 0, 30)]
+    cases += [("time", "shipped-flow-3", first, steps) for first, steps in ((2, 3), (2, 10), (2, 30), (1, 10), (0, 10))]
+    for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
+        make = partial(others, REAL, args.reference)
+        if run != "real":
+            make = partial(from_true_start, weights_of(run, args), first, steps, args.batch, args.reference)
+        name = f"{run}, stage {first} from its true start, {steps} steps a stage"
+        found = stored(name, run, make, partial(scored, reference=args.reference), args)
+        names = ("judge_distance", "legible", "one_digit", "straight", "off_track")
+        begin = {"real": "", "vanilla": "noise"}.get(title, "noise" if first == 2 else f"true start of stage {first}")
+        rows.append([run, begin, steps or "", *(spread(found[name]) for name in names)])
+        if title != "real":
+            bars[f"{title}, {begin}, {steps} steps a stage"] = [mean(found["off_track"])]
+    title, label = "How far digits are from a straight path", "pixels, at the worst frame"
+    draw_bars(bars, title, label, args.out / "straight.png", mean(found["off_track"]))
+    scores = ["judge's distance", "legible", "one digit", "straight", "off track, px"]
+    return [(["run", "begun at", "steps a stage", *scores], rows)]
+
+
+QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival, straight)
