@@ -3,8 +3,9 @@
   python -m experiments.sizes attention
   python -m experiments.sizes training --limit 16
 
-A row of `training` is a process of its own: two training steps at each stage, clips of one at a time. Its peak is what
-the process held at most, over what it held before them. What would need more than --limit GiB is left out.
+A row of `training` is a process of its own: two training steps at each stage, of which the second is timed, or one that
+takes longer than ten seconds; clips of one at a time. Its peak is what the process held at most, over what it held
+before them. What would need more than --limit GiB is left out.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def training(args: argparse.Namespace) -> Iterator[Table]:
             for flags in ([], ["--gradient-checkpointing"]):
                 options = [*system, *flags, *args.options, "--batch", "1", "--size", str(size), "--frames", str(frames)]
                 found = measured_apart(options, args.limit)
-                row += ["over", ""] if found is None else [f"{found[0]:.2f}", f"{1 / found[1]:.2f}"]
+                row += ["over", ""] if found is None else [f"{found[0]:.2f}", f"{1 / found[1]:.3g}"]
             rows.append(row)
             print(row, flush=True)
     plain, checkpointed = ("GiB", "clips/s"), ("GiB, checkpointed", "clips/s, checkpointed")
@@ -99,7 +100,10 @@ def one(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             run.training_step(k)
             synchronize()
-        times.append(time.perf_counter() - start)
+            took = time.perf_counter() - start
+            if took > 10:
+                break
+        times.append(took)
     print((peak_bytes() - before) / 2**30, mean(times))
 
 
