@@ -40,9 +40,9 @@ Table = tuple[list, list[list]]  # its header and its rows
 
 
 def markdown(header: list, rows: list[list]) -> str:
-    """The table as Markdown, a line for each row."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+    """The table as Markdown, a line for each row. Hyphens between numbers do not break: 10-10-10 stays on one line."""
+    cells = [[re.sub(r"(?<=\d)-(?=\d)", "\u2011", str(cell)) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *cells]) + "\n"
 
 
 @cache
