@@ -149,9 +149,9 @@ def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Te
     """`number` clips of a cell, of all classes in turn; of the run "real", real ones that no reference holds."""
     if cell.run == "real":
         return real_clips(args.reference + seed * number, number)
-    weights = load_weights(trained(cell.run, cell.percent, args), choose_device())
-    pyramid = make_pyramid(weights, RENOISING[cell.renoising])
     with varied(variant_of(cell.run)):
+        weights = load_weights(trained(cell.run, cell.percent, args), choose_device())
+        pyramid = make_pyramid(weights, RENOISING[cell.renoising])
         return sample_clips(weights, pyramid, cell.steps, cell.solver, args.batch, seed, number)
 
 

@@ -5,17 +5,18 @@ python -m experiments.variants fast --steps 3000 --out runs/evaluate/flow-3-fast
 plain   a frame's position is its plain index in the stage, not that times the stride
 fast    digits that move three times as fast
 
-The weights do not say what was changed, and sample.py does not change it: keep them out of runs/ itself.
+The weights of `plain` have a format of their own: sample.py refuses them, in place of placing frames wrongly.
 """
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 from torch.utils.data import Dataset
 
+import checkpoint
 import model
 import train
 from cli import Parser
@@ -39,14 +40,14 @@ def fast_data(*args, **options) -> Dataset:
 @contextmanager
 def varied(name: str | None) -> Iterator[None]:
     """In this context `name` is the case: "plain", "fast", or None for nothing."""
-    changes = {"plain": (model, "temporal_positions", plain_index), "fast": (train, "open_data", fast_data)}
+    changes = {None: [], "fast": [(train, "open_data", fast_data)]}
+    changes["plain"] = [(model, "temporal_positions", plain_index), (checkpoint, "FORMAT", "of plain positions")]
     model.positions_of.cache_clear()
     try:
-        if name is None:
+        with ExitStack() as stack:
+            for change in changes[name]:
+                stack.enter_context(mock.patch.object(*change))
             yield
-        else:
-            with mock.patch.object(*changes[name]):
-                yield
     finally:
         model.positions_of.cache_clear()
 
