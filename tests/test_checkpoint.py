@@ -1,13 +1,14 @@
 """A run on disk: resumed, whole or the one before, started from another, and never trusted."""
 
-import contextlib
+import itertools
 import json
 import os
 import resource
+import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from conftest import (
     TINY,
     animation,
     assert_same_weights,
-    both_modes,
     command,
     fails_with_one_line,
     run_training,
@@ -29,184 +29,166 @@ from PIL import Image
 import cli
 import sample
 import train
-from checkpoint import find_weights, keep_as, load_checkpoint, load_weights, make_pyramid, start_metrics
+from checkpoint import SHIPPED, find_weights, load_checkpoint, load_weights, make_pyramid
 from data import DataError
 from experiments import metrics
 
-# ---- Resuming
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of six steps that nothing disturbed."""
+    run_training(run := tmp_path_factory.mktemp("whole"), "--steps", "6", "--save-interval", "3")
+    return run
 
 
-BY_STAGE = "--pyramid space-time --shift 2 --batch 8 4 2 --size 16 32 --frames 13 --patch 4".split()
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("options", [["--mode", "flow"], ["--mode", "ddim", "--accumulate", "2"], BY_STAGE])
+def shipped(**changes) -> dict:
+    """What the file of flow-3 holds, changed."""
+    return torch.load(SHIPPED / "flow-3.pt", weights_only=True) | changes
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+BY_STAGE = "--pyramid space-time --shift 2 --ends 0.5 0.25 0 --batch 8 4 2 --size 16 32 --frames 13 --patch 4"
+
+
+@pytest.mark.parametrize("options", ["--mode flow", "--mode ddim --accumulate 2", BY_STAGE])
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, tmp_path, monkeypatch):
-    whole = run_training(tmp_path / "whole", "--steps", "7", *options)
-    asked = []
+    words, halves = ["--steps", "7", *options.split()], tmp_path / "halves"
+    whole = run_training(tmp_path / "whole", *words)
+    signals = iter([0, 0, signal.SIGTERM])
+
+    def stop_at_step_3(request):
+        request.signal = next(signals)
+        return request.signal
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-
-        def stop_at_step_3(request):
-            asked.append(0)
-            request.signal = signal.SIGTERM if len(asked) == 3 else 0
-            return request.signal
-
         patch.setattr(cli.StopRequest, "agreed", stop_at_step_3)
-        train.main([*TINY, "--out", str(tmp_path / "halves"), "--steps", "7", *options])
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert torch.load(tmp_path / "halves" / "checkpoint.pt", weights_only=True)["step"] == 3
-    with pytest.raises(SystemExit) as finished:
-        train.main(["--resume", "--out", str(tmp_path / "halves"), "--workers", "1"])
-    assert finished.value.code == 0
-    halves = torch.load(tmp_path / "halves" / "checkpoint.pt", weights_only=True)
-    assert_same_weights(whole, halves)
-    for a, b in zip(whole["optimizers"], halves["optimizers"], strict=True):
-        for index, values in a["state"].items():
-            assert all(torch.equal(values[name], b["state"][index][name]) for name in values)
-    whole_rows, halves_rows = (
-        {row["step"]: row["loss_by_stage"] for row in map(json.loads, (tmp_path / run / "metrics.jsonl").open())}
-        for run in ("whole", "halves")
-    )
-    assert list(whole_rows) == [2, 4, 6, 7] and list(halves_rows) == [2, 3, 4, 6, 7]
-    for step in (2, 6, 7):  # the row at 4 covers the steps since the stop at 3
-        assert whole_rows[step] == halves_rows[step] and len(whole_rows[step]) == 3
+        train.main([*TINY, "--out", str(halves), *words])
+    assert stopped.value.code == 128 + signal.SIGTERM and load_checkpoint(halves / "checkpoint.pt")["step"] == 3
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(halves), "--workers", "1"])
+    resumed = load_checkpoint(halves / "checkpoint.pt")
+    assert_same_weights(whole, resumed)
+    states = ([optimizer["state"] for optimizer in content["optimizers"]] for content in (whole, resumed))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def test_rows_after_the_checkpoint_and_a_half_written_one_are_dropped_on_resume(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
-    start_metrics(path, 4)
-    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
-
-
-def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(tmp_path, capsys):
-    run_training(tmp_path / "run", "--steps", "1")
-    content = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+def make_older(run: Path, **args) -> None:
+    """Makes a run's checkpoint one from before some flags; a later version took --time-shift."""
+    content = load_checkpoint(run / "checkpoint.pt")
     for name in ("stage_odds", "pyramid", "shift", "ends"):
-        del content["args"][name]
-    del content["pyramid"], content["shift"], content["ends"], content["config"]["factor"]
-    torch.save(content, tmp_path / "run" / "checkpoint.pt")
-    capsys.readouterr()
+        content["args"].pop(name, None), content.pop(name, None)
+    content["config"].pop("factor", None)
+    torch.save(content | {"args": content["args"] | args}, run / "checkpoint.pt")
+
+
+def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(run, capsys):
+    make_older(run)
     options = {"--stage-odds 4 2 1": "[4, 2, 1]", "--shift 3": "3.0", "--pyramid space": "space", "--batch 4 4 2": "("}
-    options["--ends 0.5 0.25 0"] = "[0.5, 0.25, 0.0]"
+    options |= {"--ends 0.5 0.25 0": "[0.5, 0.25, 0.0]", "--width 64": "64"}
     for words, now in options.items():
-        error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", *words.split())
-        assert f"--resume cannot change it to {now}" in error
-    content = run_training(tmp_path / "run", "--resume", "--steps", "2", "--pyramid", "time", "--shift", "1")
-    assert (content["step"], content["pyramid"], content["shift"]) == (2, "time", 1.0)
-
-
-def test_a_run_with_a_shift_of_each_stage_is_not_resumed_and_one_stage_is_with_that_of_all_time(tmp_path, capsys):
-    def as_older(run, time_shift):
-        content = torch.load(run / "checkpoint.pt", weights_only=True)
-        content["args"].pop("shift", None), content.pop("shift", None)
-        content["args"]["time_shift"] = time_shift
-        torch.save(content, run / "checkpoint.pt")
-
-    three, one = tmp_path / "three", tmp_path / "one"
-    run_training(three, "--steps", "1")
-    run_training(one, "--steps", "1", "--stages", "1")
-    as_older(three, 3.0), as_older(one, 3.0)
-    capsys.readouterr()
+        error = fails_with_one_line(capsys, train.main, "--resume", "--out", run, *words.split())
+        assert f"was trained with {words.split()[0]} " in error and f"--resume cannot change it to {now}" in error
+    make_older(run, time_shift=3.0)  # of each stage: is no more
     for words in ([], ["--shift", "3"]):
-        error = fails_with_one_line(capsys, train.main, "--resume", "--out", three, "--steps", 2, *words)
-        assert f"{three} was trained with --time-shift" in error
-    assert "--shift 3.0" in fails_with_one_line(capsys, train.main, "--resume", "--out", one, "--shift", 1)
-    content = run_training(one, "--resume", "--steps", "2")
-    assert content["args"]["shift"] == content["shift"] == load_weights(one / "weights.pt").shift == 3.0
-    run_training(one, "--resume", "--steps", "3")
-    as_older(three, 1.0)
-    assert run_training(three, "--resume", "--steps", "2")["shift"] == 1.0
+        error = fails_with_one_line(capsys, train.main, "--resume", "--out", run, *words)
+        assert f"{run} was trained with --time-shift" in error
+    make_older(run, time_shift=3.0, stages=1)  # of all time: is --shift now
+    assert "--shift 3.0" in fails_with_one_line(capsys, train.main, "--resume", "--out", run, "--shift", 1)
+    assert train.parse_args(["--resume", "--out", str(run)])[0].shift == 3.0
+    make_older(run, time_shift=1.0, stages=3)
+    content = run_training(run, "--resume", "--steps", "7", "--pyramid", "time", "--shift", "1")
+    assert (content["step"], content["pyramid"], content["shift"]) == (7, "time", 1.0)
 
 
-def test_train_does_not_overwrite_a_run_nor_resume_it_as_another(tmp_path, capsys, monkeypatch):
-    run_training(tmp_path / "run", "--steps", "1")
-    capsys.readouterr()
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    assert "--resume" in fails_with_one_line(capsys, train.main, *TINY, "--out", tmp_path / "run")
-    error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--width", "64")
-    assert "--width 32" in error and "64" in error
+def test_train_does_not_overwrite_a_run_nor_go_on_from_a_damaged_one(run, capsys, monkeypatch):
+    assert "--resume" in fails_with_one_line(capsys, train.main, *TINY, "--steps", 1, "--out", run)
+    resume = capsys, train.main, "--resume", "--out", run
     with monkeypatch.context() as patch:
         patch.setattr(cli, "start_processes", lambda device: (0, 2, torch.device("cpu")))
-        assert "1 processes" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(before[: len(before) // 2])
-    assert "not a whole checkpoint" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-previous.pt").write_bytes(before)
-    assert "previous.pt is the one before it" in fails_with_one_line(
-        capsys, train.main, "--resume", "--out", tmp_path / "run"
-    )
-    torch.save({"weights": 1}, tmp_path / "run" / "checkpoint.pt")
-    assert "format" in fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run")
+        assert "1 processes" in fails_with_one_line(*resume)
+    (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:10_000])
+    error = fails_with_one_line(*resume)
+    assert "not a whole checkpoint" in error and "previous.pt is the one before it" in error
+    (run / "checkpoint-previous.pt").unlink()
+    torch.save({"weights": 1}, run / "checkpoint.pt")
+    error = fails_with_one_line(*resume)
+    assert "(format 4)" in error and "previous.pt" not in error
 
 
-# ---- Whole or the one before
+def test_a_folder_that_has_grown_is_refused_with_what_to_do(tmp_path, capsys):
+    animation(tmp_path / "clips" / "a.gif", 9)
+    run_training(tmp_path / "run", "--steps", "1", "--data", str(tmp_path / "clips"))
+    animation(tmp_path / "clips" / "b.gif", 9)
+    capsys.readouterr()
+    error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--steps", "2")
+    assert f"--init {tmp_path / 'run'} and another --out" in error
 
 
-def test_the_newest_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("links", [True, False])
+def test_the_newest_two_checkpoints_and_the_best_are_kept(links, tmp_path, monkeypatch):
     losses = iter([5.0, 4.0, 1.0, 2.0, 3.0, 3.0, 9.0])
 
     def loss(model, *_):
         return 0 * sum(parameter.sum() for parameter in model.parameters()) + next(losses)
 
     monkeypatch.setattr(train, "training_loss", loss)
-    run, names = tmp_path / "run", ("checkpoint.pt", "checkpoint-previous.pt", "checkpoint-best.pt")
-    run_training(run, "--stages", "1", "--steps", "7", "--save-interval", "2")
-    contents = [torch.load(run / name, weights_only=True) for name in names]
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError("no links here")))
+    run_training(tmp_path, "--stages", "1", "--steps", "7", "--save-interval", "2")
+    names = ("checkpoint.pt", "checkpoint-previous.pt", "checkpoint-best.pt")
+    contents = [load_checkpoint(tmp_path / name) for name in names]
     assert [content["step"] for content in contents] == [7, 6, 4] and contents[0]["best"] == 1.5
-    assert {path.name for path in run.glob("checkpoint*")} == set(names)
+    assert {path.name for path in tmp_path.glob("checkpoint*")} == set(names)
 
 
-def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
-    (tmp_path / "a").write_text("one")
-
-    def refuse(*_):
-        raise OSError("no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    keep_as(tmp_path / "a", "b")
-    assert (tmp_path / "b").read_text() == "one" and len(list(tmp_path.iterdir())) == 2
-
-
-def full_disk(room: int) -> None:
-    """Lets no file of this process grow past `room` bytes; what a full disk does to a write, without a disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    run = tmp_path / "run"
-    run_training(run, "--steps", "2")
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run):
+    """As on a full disk: no file of the process can grow past half a checkpoint."""
     before = (run / "checkpoint.pt").read_bytes()
-    words = ["--resume", "--out", run, "--steps", "4"]
-    process = command(ROOT / "train.py", *words, preexec_fn=lambda: full_disk(len(before) // 2))
+    room = (len(before) // 2,) * 2
+    words = [train.__file__, "--resume", "--out", run, "--steps", 8]
+    process = command(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, room))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in err
     assert f"{run / 'checkpoint.pt'} could not be written" in err and "continue with --resume" in err
     assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob("*.tmp"))
-    assert run_training(run, "--resume", "--steps", "4")["step"] == 4
+    assert run_training(run, "--resume", "--steps", "8")["step"] == 8
 
 
-@pytest.mark.trial
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    """The same on a disk that is full, where one may be mounted."""
-    (tmp_path / "disk").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "disk"], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
-        run = tmp_path / "disk" / "run"
-        process = command(ROOT / "train.py", *TINY, "--steps", 40, "--save-interval", 2, "--out", run)
-        while process.poll() is None:  # something else fills the disk
-            if (run / "checkpoint.pt").exists():
-                with contextlib.suppress(OSError), open(tmp_path / "disk" / "other", "ab") as file:
-                    file.write(bytes(200_000))
-            time.sleep(0.05)
-        err = process.communicate()[1]
-        assert process.returncode == 2 and "could not be written" in err and "Traceback" not in err, err
-        assert "No space left" in err or "unexpected pos" in err, err
-        (tmp_path / "disk" / "other").unlink()
-        assert 0 < load_checkpoint(run / "checkpoint.pt")["step"] < 40
-        assert run_training(run, "--resume")["step"] == 40
-    finally:
-        subprocess.run(["umount", tmp_path / "disk"], check=True)
+@pytest.mark.parametrize(
+    "place, name, number, error",
+    [(train, "optimize", 4, error) for error in (RuntimeError("killed"), DataError("gone"), MemoryError())]
+    + [(os, "replace", number, KeyboardInterrupt()) for number in range(3, 7)],  # the renames of the second save
+)
+def test_a_run_that_fails_in_a_step_or_is_killed_in_a_save_goes_on_as_if_it_had_not(
+    place, name, number, error, whole, tmp_path, capsys, monkeypatch
+):
+    real, calls = getattr(place, name), itertools.count()
+
+    def call(*inputs):
+        if next(calls) == number:
+            raise error
+        return real(*inputs)
+
+    with monkeypatch.context() as patch, pytest.raises((SystemExit, RuntimeError, KeyboardInterrupt)):
+        patch.setattr(place, name, call)
+        train.main([*TINY, "--out", str(tmp_path), "--steps", "6", "--save-interval", "3"])
+    assert ("step 4: saved, as the next step failed" in capsys.readouterr().err) == (place is train)
+    kept = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("checkpoint*.pt")}
+    assert kept["checkpoint.pt"] in ((4,) if place is train else (3, 6))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"ste')  # a row that was being written
+    assert_same_weights(run_training(tmp_path, "--resume"), load_checkpoint(whole / "checkpoint.pt"))
+    one, other = ([(row["step"], row["loss_by_stage"]) for row in rows_of(run)] for run in (tmp_path, whole))
+    assert one == other and [step for step, _ in one] == [2, 3, 4, 6]
 
 
 def start_in_child(words: list[str], log: Path) -> None:
@@ -262,49 +244,31 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(tmp_pa
     assert writing >= 20 and finished >= 3
 
 
-# ---- A run that starts from another
-
-
-def test_train_from_an_image_model(tmp_path, capsys):
+def test_a_video_model_starts_from_an_image_model_whose_labels_go_by_name(tmp_path):
     image, video = tmp_path / "image", tmp_path / "video"
-    run_training(image, "--steps", "2", "--frames", "1", "--stages", "1")
-    options = ["--init", str(image), "--lr", "0", "--weight-decay", "0"]
-    checkpoint = run_training(video, "--steps", "2", *options)
-    ema = load_weights(image / "weights.pt").model.state_dict()
-    assert all(torch.equal(checkpoint["model"][name], ema[name]) for name in ema if name != "embed_stage.weight")
-    (image / "weights.pt").unlink()  # is not needed any more
-    run_training(video, "--steps", "4", "--resume")
-    capsys.readouterr()
-    for words, message in ((options, "does not exist"), (["--init", str(video), "--mode", "ddim"], "--mode flow")):
-        assert message in fails_with_one_line(capsys, train.main, *TINY, *words, "--out", tmp_path / "x")
-    animation(tmp_path / "clips" / "a.gif", 8)
-    words = [*TINY, "--init", str(video), "--data", str(tmp_path / "clips"), "--out", str(tmp_path / "x")]
-    assert "was trained with labels, unlike this" in fails_with_one_line(capsys, train.main, *words)
-    options = ["--init", str(video), "--depth", "2"]
-    assert "depth 2" in fails_with_one_line(capsys, train.main, *TINY, *options, "--out", tmp_path / "x")
-    assert not (tmp_path / "x" / "metrics.jsonl").exists()
-
-
-def test_labels_of_the_model_to_start_from_go_by_name(tmp_path):
-    for name in ("cat/a.gif", "dog/a.gif"):
-        animation(tmp_path / "old" / name, 8)
-    for name in ("ant/a.gif", "dog/a.gif"):
-        animation(tmp_path / "new" / name, 8)
+    for name in ("old/cat", "old/dog", "new/ant", "new/dog"):
+        animation(tmp_path / name / "a.gif", 8)
     words = ["--steps", "1", "--lr", "0", "--weight-decay", "0", "--labels", "folder", "--data"]
-    run_training(tmp_path / "a", *words, str(tmp_path / "old"))
-    old = load_weights(tmp_path / "a" / "weights.pt").model.embed_label.weight  # cat, dog, none
-    new = run_training(tmp_path / "b", *words, str(tmp_path / "new"), "--init", str(tmp_path / "a"))
-    assert torch.equal(new["model"]["embed_label.weight"], old[[2, 1, 2]])  # ant, dog, none
+    content = run_training(image, *words, str(tmp_path / "old"), "--frames", "1")
+    assert not content["config"]["temporal"] and (image / "step-0000001.gif").exists()
+    old = load_weights(image / "weights.pt").model.state_dict()
+    new = run_training(video, *words, str(tmp_path / "new"), "--init", str(image))["model"]
+    kept = old.keys() - {"embed_label.weight"}
+    assert kept < new.keys() and all(torch.equal(new[name], old[name]) for name in kept)
+    rows = [2, 1, 2]  # of ant, dog, none in cat, dog, none
+    assert torch.equal(new["embed_label.weight"], old["embed_label.weight"][rows])
+    (image / "weights.pt").unlink()  # is not needed any more
+    run_training(video, "--resume", "--steps", "2")
 
 
-# ---- Weights to sample from
-
-
-@both_modes
-def test_shipped_weights_sample_in_a_fresh_clone(mode, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mode, prediction", [("flow", None), ("ddim", "velocity")])
+def test_shipped_weights_are_the_paper_s_and_sample_in_a_fresh_clone(mode, prediction, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert find_weights(mode, 3) == ROOT / "weights" / f"{mode}-3.pt"
-    assert (ROOT / "weights" / f"{mode}-3.pt").stat().st_size < 8e6
+    for stages in (1, 3):
+        path = find_weights(mode, stages)
+        assert path == SHIPPED / f"{mode}-{stages}.pt" and path.stat().st_size < 8e6
+        p = make_pyramid(load_weights(path))
+        assert (p.mode, p.stages, p.factor, p.shift, p.prediction) == (mode, stages, (2, 1, 1), 1.0, prediction)
     sample.main(["--mode", mode, "--stages", "3", "--number", "2", "--steps", "3", "--label", "7", "--guidance", "2"])
     assert "steps 1-1-1 (noisiest stage first) with euler: 3.5 full-rate" in capsys.readouterr().out  # two calls a step
     with Image.open(tmp_path / "samples" / f"{mode}-3-000.gif") as gif:
@@ -313,105 +277,53 @@ def test_shipped_weights_sample_in_a_fresh_clone(mode, tmp_path, monkeypatch, ca
     assert (tmp_path / "samples" / f"{mode}-3-001.png").exists()
 
 
-@both_modes
-@pytest.mark.parametrize("stages", [1, 3])
-def test_shipped_weights_are_of_the_paper_s_pyramid_without_a_shift(mode, stages):
-    weights = load_weights(find_weights(mode, stages))
-    p = make_pyramid(weights)
-    assert (weights.pyramid, weights.shift, weights.stages) == ("time", 1.0, stages)
-    assert (p.mode, p.stages, p.factor, p.shift) == (mode, stages, (2, 1, 1), 1.0)
-    assert p.prediction == {"flow": None, "ddim": "velocity"}[mode] and weights.model.config.factor == (2, 1, 1)
-
-
 def test_the_newest_matching_run_is_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for index, (name, mode) in enumerate([("old", "flow"), ("new", "flow"), ("other", "ddim")]):
-        run_training(Path("runs") / name, "--steps", "1", "--mode", mode)
-        os.utime(Path("runs") / name / "weights.pt", (index, index))
-    assert find_weights("flow", 3) == Path("runs/new/weights.pt")
-    assert find_weights("ddim", 3) == Path("runs/other/weights.pt")
-    run_training(Path("runs") / "newest", "--steps", "1", "--pyramid", "space", "--patch", "4")
-    assert find_weights("flow", 3) == Path("runs/new/weights.pt")
-    assert find_weights("flow", 3, "space") == Path("runs/newest/weights.pt")
-    Path("runs/new/weights.pt").write_bytes(b"torn")
-    assert find_weights("flow", 3) == Path("runs/old/weights.pt")
+    paths = {name: Path("runs") / name / "weights.pt" for name in ("old", "new", "ddim", "space")}
+    for age, (name, changes) in enumerate(zip(paths, ({}, {}, {"mode": "ddim"}, {"pyramid": "space"}), strict=True)):
+        paths[name].parent.mkdir(parents=True)
+        torch.save(shipped(**changes), paths[name])
+        os.utime(paths[name], (age, age))
+    assert find_weights("flow", 3) == paths["new"] and find_weights("ddim", 3) == paths["ddim"]
+    assert find_weights("flow", 3, "space") == paths["space"]
+    paths["new"].write_bytes(b"torn")
+    assert find_weights("flow", 3) == paths["old"]
     assert "passed over: runs/new/weights.pt" in capsys.readouterr().err
 
 
-# ---- Files from elsewhere
+def test_weights_say_where_their_stages_end_and_wrong_ends_are_damage(tmp_path):
+    torch.save(shipped(ends=[0.5, 0.25, 0.0]), tmp_path / "x.pt")
+    assert make_pyramid(load_weights(tmp_path / "x.pt")).ends == (0, 0.25, 0.5)  # by index: the noisiest stage last
+    for wrong in ([0.5, 0.25], [0.25, 0.5, 0.0], "half", [0.5, 0.25, 0.1]):
+        torch.save(shipped(ends=wrong), tmp_path / "x.pt")
+        with pytest.raises(ValueError, match="is damaged: .*ends"):
+            load_weights(tmp_path / "x.pt")
 
 
 def test_code_in_a_file_of_tensors_is_never_run(tmp_path, capsys):
     """Weights, checkpoints and latents. That it would run without weights_only shows that the test can fail."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "data").mkdir()
-    mark = tmp_path / "run-by-hostile-code"
-    save_hostile(tmp_path / "hostile.pt")
-    for path in (tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "weights.pt", tmp_path / "data" / "clip.pt"):
-        path.write_bytes((tmp_path / "hostile.pt").read_bytes())
+    hostile, mark = tmp_path / "hostile.pt", tmp_path / "run-by-hostile-code"
+    save_hostile(hostile)
+    for path in ("run/checkpoint.pt", "run/weights.pt", "data/clip.pt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(hostile, tmp_path / path)
     for main, *words in (
         (sample.main, "--checkpoint", tmp_path / "run"),
-        (sample.main, "--checkpoint", tmp_path / "hostile.pt"),
         (metrics.main, "quality", "--checkpoint", tmp_path / "run"),
         (train.main, "--resume", "--out", tmp_path / "run"),
-        (train.main, "--init", tmp_path / "hostile.pt", "--out", tmp_path / "other"),
+        (train.main, "--init", hostile, "--out", tmp_path / "other"),
         (train.main, "--data", tmp_path / "data", "--out", tmp_path / "other"),
     ):
         fails_with_one_line(capsys, main, *words)
         assert not mark.exists()
-    torch.load(tmp_path / "hostile.pt", weights_only=False)
+    torch.load(hostile, weights_only=False)
     assert mark.exists()
 
 
-def test_names_in_data_and_weights_are_never_paths(tmp_path, monkeypatch):
-    """A mode or a class called ../x: nothing is written but where it was asked for."""
-    good = torch.load(ROOT / "weights" / "flow-3.pt", weights_only=True)
+def test_labels_in_weights_are_never_paths(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    torch.save(good | {"classes": ["../x", "/y", *good["classes"][2:]]}, "names.pt")
-    torch.save(good | {"mode": "../flow"}, "mode.pt")
-    torch.save(good | {"pyramid": "../time"}, "pyramid.pt")
+    torch.save(shipped(classes=["../x", *"123456789"]), "names.pt")
     sample.main(["--checkpoint", "names.pt", "--label", "../x", "--number", "1", "--steps", "3"])
-    for name in ("mode.pt", "pyramid.pt"):
-        with pytest.raises(SystemExit):
-            sample.main(["--checkpoint", name, "--number", "1", "--steps", "3"])
     assert sorted(path.name for path in Path("samples").iterdir()) == ["names-000.gif", "names-000.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("a loader's process was killed"), DataError("gone"), MemoryError()])
-def test_a_step_that_fails_does_not_lose_those_before_it(tmp_path, capsys, monkeypatch, error):
-    whole = run_training(tmp_path / "whole", "--steps", "6")
-    optimize = train.optimize
-
-    def fail(state, *rest):
-        if state.step == 4:
-            raise error
-        optimize(state, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "optimize", fail)
-        with pytest.raises((SystemExit, RuntimeError)):
-            train.main([*TINY, "--out", str(tmp_path / "run"), "--steps", "6"])
-    assert "step 4: saved, as the next step failed" in capsys.readouterr().err
-    assert_same_weights(run_training(tmp_path / "run", "--resume"), whole)
-
-
-@both_modes
-def test_stages_that_end_where_asked_are_trained_saved_resumed_and_sampled(mode, tmp_path, capsys):
-    options = ["--mode", mode, "--ends", "0.5", "0.25", "0"]
-    run_training(tmp_path / "run", *options, "--steps", "2")
-    content = run_training(tmp_path / "run", "--resume", "--steps", "3")
-    assert content["ends"] == content["args"]["ends"] == [0.5, 0.25, 0.0]
-    weights = load_weights(tmp_path / "run" / "weights.pt")
-    assert make_pyramid(weights).ends == (0, 0.25, 0.5)  # by index: the noisiest stage has the longer half
-    asked = []
-    make_pyramid(weights).sample(lambda x, t, k: asked.append((k, t[0].item())) or 0 * x, (1, 1, 8, 16, 16), 4)
-    assert [k for k, _ in asked] == [2, 2, 1, 0] and asked[2][1] < 0.6
-    capsys.readouterr()
-    assert fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--ends", 0.6, 0.25, 0)
-    content = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
-    for wrong in ([0.5, 0.25], [0.25, 0.5, 0.0], "half", [0.5, 0.25, 0.1]):
-        torch.save(content | {"ends": wrong}, tmp_path / "wrong.pt")
-        with pytest.raises(ValueError, match="is damaged: .*ends"):
-            load_weights(tmp_path / "wrong.pt")
