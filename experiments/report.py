@@ -40,9 +40,9 @@ Table = tuple[list, list[list]]  # its header and its rows
 
 
 def markdown(header: list, rows: list[list]) -> str:
-    """The table as Markdown, a line for each row. Hyphens between numbers do not break: 10-10-10 stays on one line."""
-    cells = [[re.sub(r"(?<=\d)-(?=\d)", "\u2011", str(cell)) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *cells]) + "\n"
+    """The table as Markdown, a line for each row."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
 @cache
@@ -128,7 +128,8 @@ def make_page(texts: str, results: Path) -> str:
             if number >= len(found):
                 raise ValueError(f"{TEXTS} asks for table {number} of {name}, which has {len(found)}")
             missing.discard((name, number))
-            shown.append(markdown(*found[number]))
+            table = markdown(*found[number])  # its step counts, as 10-10-10, stay on one line
+            shown.append(re.sub(r"\| \d+(-\d+)+ \|", lambda cell: cell[0].replace("-", "\u2011"), table))
         return "\n".join(shown).rstrip()
 
     page = re.sub(r"^\{\{(.+)\}\}$", tables, texts, flags=re.MULTILINE)

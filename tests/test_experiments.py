@@ -417,6 +417,9 @@ def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the
     frames = metrics.real_clips(105, 3)[:, :, ::4].repeat_interleave(2, dim=2)  # as blurred as stage 2 leaves them
     noise = (calls[0][1] - pyramid[1].gamma_start * frames) / pyramid[1].sigma_start
     assert noise.std().item() == pytest.approx(1, abs=0.02) and (noise * frames).mean().abs() < 0.02
+    pairs = calls[2][1].unflatten(2, (8, 2))  # renoised: a pair's mean is the frame before, scaled
+    torch.testing.assert_close(pairs.mean(3), pyramid[0].gamma_start / pyramid[1].gamma_end * calls[1][1])
+    assert pairs.diff(dim=3).std() > 0.1
 
 
 def test_traits_are_read_and_compared_with_those_of_real_clips():
