@@ -25,7 +25,7 @@ from experiments.metrics import (
     sample_clips,
     spread,
 )
-from experiments.runs import FRONT, SEEDS, Cell, front_row, full_rate_calls, measured, stored, trained
+from experiments.runs import FRONT, SEEDS, Cell, front_row, full_rate_calls, measured, stored, trained, training_seeds
 from experiments.variants import FAST
 from model import DiT
 from tpdiff import Pyramid, randn, split_steps, upsample
@@ -35,7 +35,9 @@ SYSTEMS = {"vanilla": "flow-1", "time": "flow-3", "space and time": "flow-3-spac
 
 def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: str, percent: int = 100) -> list:
     """All scores of runs with nine Euler steps, by what they are called in the figure, and of each training seed."""
-    cells = {title: [Cell(run + seed, 9, percent=percent) for seed in SEEDS] for title, run in runs.items()}
+    cells = {
+        title: [Cell(run + seed, 9, percent=percent) for seed in training_seeds(args)] for title, run in runs.items()
+    }
     cells = {f"{title}, {full_rate_calls(each[0], args):.4g} calls": each for title, each in cells.items()}
     bars = {title: [mean(measured(cell, args)["judge_distance"]) for cell in each] for title, each in cells.items()}
     real = mean(measured(Cell("real"), args)["judge_distance"])
@@ -90,7 +92,9 @@ def others(data: MovingDigits, reference: int, seed: int, number: int) -> Tensor
 def longer(args: argparse.Namespace) -> list:
     """Clips of 32 frames by models trained on 16, beside clips of 16: the pyramids and vanilla, nine Euler steps."""
     rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
-    runs = [(f"{system}, {SEEDS[seed]}", run + seed) for system, run in SYSTEMS.items() for seed in SEEDS]
+    runs = [
+        (f"{system}, {SEEDS[seed]}", run + seed) for system, run in SYSTEMS.items() for seed in training_seeds(args)
+    ]
     for (title, run), frames in product([*runs, ("real", "real")], (16, 32)):
         if run == "real":
             make = partial(others, real_data(frames), args.reference)
@@ -124,7 +128,7 @@ def alike(args: argparse.Namespace) -> list:
     real = real_clips(0, args.reference)
     limit = real.diff(dim=2).square().mean((1, 3, 4)).median().item() / 10
     rows, curves = [["real", "", "", *(f"{share:.2%}" for share in share_alike(real, limit).values())]], {}
-    for system, solver, seed, steps in product(SYSTEMS, ("euler", "ab2"), SEEDS, (3, 9, 30)):
+    for system, solver, seed, steps in product(SYSTEMS, ("euler", "ab2"), training_seeds(args), (3, 9, 30)):
         run = SYSTEMS[system] + seed
         weights = weights_of(run, args)
         make = partial(sample_clips, weights, make_pyramid(weights), steps, solver, args.batch)
@@ -143,7 +147,9 @@ def alike(args: argparse.Namespace) -> list:
 def fast(args: argparse.Namespace) -> list:
     """Digits three times as fast, in training and in sampling: the time pyramid and vanilla, nine Euler steps."""
     rows, bars = [], {}
-    for (title, run), quick, seed in product((("vanilla", "flow-1"), ("time", "flow-3")), (False, True), SEEDS):
+    for (title, run), quick, seed in product(
+        (("vanilla", "flow-1"), ("time", "flow-3")), (False, True), training_seeds(args)
+    ):
         name = run + "-fast" * quick + seed
         weights = weights_of(name, args)
         make = partial(sample_clips, weights, make_pyramid(weights), 9, "euler", args.batch)
@@ -202,7 +208,7 @@ def diversity(args: argparse.Namespace) -> list:
     with labels."""
     kinds = {"aligned": "flow-3", "nearest noise": "flow-3-nearest", "at random": "flow-3-none", "real": "real"}
     rows, bars, metrics = [], {}, partial(overlaps, reference=args.reference)
-    for (title, run), seed in product(kinds.items(), SEEDS):
+    for (title, run), seed in product(kinds.items(), training_seeds(args)):
         if run == "real" and seed:
             continue
         run += seed
@@ -255,7 +261,7 @@ def rival(args: argparse.Namespace) -> list:
     that was trained, over the cost of sampling."""
     rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
     shape, pyramid = (1, 1, 16, 32, 32), Pyramid("flow", 3)
-    for seed, steps in product(SEEDS, (6, 9, 15, 30)):
+    for seed, steps in product(training_seeds(args), (6, 9, 15, 30)):
         makes = {}
         for name, run in (("vanilla", "flow-1"), ("trained on the pyramid", "flow-3")):
             weights = weights_of(run + seed, args)

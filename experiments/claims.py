@@ -28,7 +28,6 @@ from experiments.runs import (
     FRONT,
     RENOISING,
     SCORES,
-    SEEDS,
     Cell,
     clips_of,
     front_row,
@@ -38,6 +37,7 @@ from experiments.runs import (
     seconds_a_step,
     train_options,
     train_words,
+    training_seeds,
 )
 from experiments.timing import alternate, in_milliseconds, quartiles
 from model import DiT, DiTConfig
@@ -98,7 +98,7 @@ def training(args: argparse.Namespace) -> list:
         words = {system: train_words(f"{mode}-{system}", args) for system in SYSTEMS}
         trial, curves = 2 if args.smoke else 40, {}
         turns = [{name: seconds_a_step(each, trial) for name, each in words.items()} for _ in range(args.repeats)]
-        for (seed, shown), (system, title) in itertools.product(SEEDS.items(), SYSTEMS.items()):
+        for (seed, shown), (system, title) in itertools.product(training_seeds(args).items(), SYSTEMS.items()):
             run = f"{mode}-{system}{seed}"
             pace = statistics.median(turn[system] for turn in turns)
             whole, cells = pace * train_options(run, args).steps, [Cell(run, 9, percent=each) for each in percents]
@@ -123,7 +123,7 @@ def training(args: argparse.Namespace) -> list:
 def alignment(args: argparse.Namespace) -> list:
     """Table 3: training with alignment, with the nearest of eight noises, and without, nine Euler steps. And how much
     of the target's variance alignment removes."""
-    runs = [f"flow-3{kind}{seed}" for seed in SEEDS for kind in ("", "-nearest", "-none")]
+    runs = [f"flow-3{kind}{seed}" for seed in training_seeds(args) for kind in ("", "-nearest", "-none")]
     rows = [[run, *scores_row(Cell(run, 9), args)] for run in (*runs, "real")]
     figure, batches = {}, (4, 16) if args.smoke else (4, 16, 64, 256)
     for mode, k in itertools.product(("flow", "ddim"), range(3)):
@@ -163,7 +163,10 @@ def renoising(args: argparse.Namespace) -> list:
 def early(args: argparse.Namespace) -> list:
     """Fig. 8: clips at 10, 25 and 50% of training, the time pyramid beside vanilla; at 25 and 50% how many frames are
     legible, and how much clips flicker. Nine Euler steps."""
-    runs, rows = [f"{mode}-{stages}{seed}" for mode in ("flow", "ddim") for seed in SEEDS for stages in (3, 1)], []
+    runs, rows = (
+        [f"{mode}-{stages}{seed}" for mode in ("flow", "ddim") for seed in training_seeds(args) for stages in (3, 1)],
+        [],
+    )
     pictures = {
         f"{run}, {percent}%": clips_of(Cell(run, 9, percent=percent), args, args.seeds[0], 8)[5:8]
         for percent, run in itertools.product((10, 25, 50), ("flow-3", "flow-1", "ddim-3", "ddim-1"))

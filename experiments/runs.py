@@ -85,6 +85,11 @@ class Cell:
     renoising: str = "paper"
 
 
+def training_seeds(args: argparse.Namespace) -> dict[str, str]:
+    """SEEDS; with --smoke the first alone."""
+    return dict(list(SEEDS.items())[: 1 if args.smoke else None])
+
+
 def train_words(run: str, args: argparse.Namespace) -> list[str]:
     """A run's options for train.py as words."""
     return RUNS[run].split() + (TINY.split() if args.smoke else [])
