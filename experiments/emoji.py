@@ -3,7 +3,7 @@
   python -m experiments.emoji --out data/emoji64
 
 Each clip is 64x64 on white, every second picture, at 12 a second; stills and clips of less than 16 pictures then are
-left out. About 550 MB are downloaded, and nothing is kept of them but the clips. They go into three folders, `train`,
+left out. Some 550 MB are downloaded, and nothing is kept of them but the clips. They go into three folders, `train`,
 `settings` (to choose settings on) and `held-out`, and there into one for each first code point, which is a clip's
 label. A first code point is in one of the three alone, as names that begin alike are variants of one clip.
 """
@@ -57,9 +57,8 @@ def every_second_picture(content: bytes, size: int = 64) -> list[Image.Image]:
     return pictures
 
 
-def write_clips(package: bytes, out: Path) -> int:
-    """Writes the clips of a package's file; how many they are. A clip that is there already stays."""
-    count = 0
+def write_clips(package: bytes, out: Path) -> None:
+    """Writes the clips of a package's file. A clip that is there already stays."""
     with tarfile.open(fileobj=io.BytesIO(package)) as archive:
         for member in tqdm(archive.getmembers(), unit="file"):
             name = Path(member.name).name
@@ -75,8 +74,6 @@ def write_clips(package: bytes, out: Path) -> int:
                 aside = path.with_suffix(".tmp")  # so that a stopped command leaves no half clip
                 first.save(aside, "WEBP", save_all=True, append_images=rest, duration=83, quality=90, method=2)
                 aside.replace(path)
-            count += 1
-    return count
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,8 +81,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/emoji64"), help="folder for the clips")
     args = parser.parse_args(argv)
     with one_sentence(parser, "not enough memory"):
-        count = sum(write_clips(download(package), args.out) for package in PACKAGES)
-    print(f"{count} clips in {args.out}")
+        megabytes = 0
+        for package in PACKAGES:
+            content = download(package)
+            write_clips(content, args.out)
+            megabytes += len(content) / 1e6
+    print(f"downloaded {megabytes:.0f} MB")
+    for part in ("train", "settings", "held-out"):
+        labels = sum(1 for _ in (args.out / part).glob("*/"))
+        print(f"{args.out / part}: {len(list((args.out / part).glob('*/*.webp')))} clips with {labels} labels")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def draw_curves(
 
 def draw_bars(bars: dict[str, list[float]], title: str, label: str, path: Path, real: float | None = None) -> None:
     """A bar for each name, as long as the mean of its values, with a dot for each; `real` as in `draw_curves`."""
-    figure, axes = pyplot().subplots(figsize=(7, 3), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, max(3, 0.25 * len(bars))), layout="constrained")
     for place, values in enumerate(bars.values()):
         axes.barh(place, statistics.mean(values), color=f"C{place}", alpha=0.5)
         axes.plot(values, [place] * len(values), "ko", markersize=4)

@@ -5,7 +5,7 @@ where a number comes from.
   python -m experiments.report --check    says whether they are up to date, and ends with 1 if not
 
 A line {{training.json}} of texts.md stands for every table of that file of results/, {{training.json 0 2}} for the
-first and the third. The command that made them stands above the first. In claims.txt, the other README's table,
+first and the third. The command that made them stands above the first. In claims.txt, that part of the other README,
 {{latency.json 0 "flow 8 time" "times as fast"}} stands for a number: of table 0 the row that begins so, in that column.
 """
 

@@ -311,7 +311,8 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
             first.save(path, save_all=True, append_images=rest, duration=42, lossless=True)
             archive.add(path, f"package/assets/{name}.webp")
         archive.add(__file__, "package/README.md")
-    assert emoji.write_clips(package.getvalue(), tmp_path) == 2
+    emoji.write_clips(package.getvalue(), tmp_path)
+    assert len(list(tmp_path.glob("*/*/*"))) == 2
     with Image.open(tmp_path / emoji.part_of("1f300") / "1f300" / "1f300.webp") as clip:
         assert clip.size == (64, 64) and clip.n_frames == 36 and clip.convert("RGB").getpixel((9, 9)) == (255,) * 3
         clip.seek(5)
