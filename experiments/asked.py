@@ -301,9 +301,9 @@ def from_true_start(weights: Weights, first: int, steps: int, batch: int, refere
 
 def straight(args: argparse.Namespace) -> list:
     """Where a digit leaves its straight path: clips of the shipped weights of flow, with few solver steps and with
-    many, from noise and from a later stage's true start. And of short runs: the usual one, one whose noisier stages are
-    trained more often, and one of a wider model."""
-    rows, bars, short = [], {}, {"": "short run", "-odds": "short run, 4 2 1", "-wide": "short run, wider"}
+    many, from noise and from a later stage's true start. And of short runs: the usual one, and one whose noisier stages
+    are trained more often, in equal time."""
+    rows, bars, short = [], {}, {"": "short run", "-odds": "short run, stages trained 4 2 1"}
     cases = [("vanilla", "shipped-flow-1", 0, 9), ("vanilla", "shipped-flow-1", 0, 30)]
     cases += [("time", "shipped-flow-3", first, steps) for first, steps in ((2, 3), (2, 10), (2, 30), (1, 10), (0, 10))]
     cases += [(title, f"flow-3{end}", first, 10) for end, title in short.items() for first in (2, 1, 0)]

@@ -42,7 +42,6 @@ OPTIONS |= {f"flow-3-{kind}": f"--mode flow {STEPS['3']} --align {kind}" for kin
 OPTIONS |= {"flow-3-1-1-2": f"--mode flow {STEPS['3']} --ends 0.75 0.5 0"}
 OPTIONS |= {"flow-3-2-1-1": f"--mode flow {STEPS['3']} --ends 0.5 0.25 0"}
 OPTIONS |= {"flow-3-odds": "--mode flow --stages 3 --stage-odds 4 2 1 --steps 3750"}  # in the time of flow-3
-OPTIONS |= {"flow-3-wide": f"--mode flow {STEPS['3']} --width 192 --heads 8"}
 RUNS = {run + seed: f"{words} --seed {1 if not seed else 2}" for run, words in OPTIONS.items() for seed in SEEDS}
 RUNS |= {f"shipped-{mode}-{n}": f"--mode {mode} --stages {n} --seed 1" for mode in ("flow", "ddim") for n in (3, 1)}
 TINY = "--steps 20 --width 16 --depth 1 --heads 2 --batch 2 --sample-interval 1000"  # of --smoke
