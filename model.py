@@ -204,9 +204,6 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.depth))
         self.final_condition = nn.Linear(width, 2 * width)
         self.unembed = nn.Linear(width, pixels)
-        self._initialize()
-
-    def _initialize(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
