@@ -12,10 +12,10 @@ import struct
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -175,11 +175,9 @@ def _probe(files: tuple[Path, ...]) -> Source:
             durations = [] if image.format in ("JPEG", "MPO") else _durations(image, path)
         if len(durations) < 2:
             return Source(files, "stills", tuple(range(len(files))), len(files), **shape)
-        *times, end = np.cumsum([0, *durations]).round().astype(int).tolist()
-        in_hundredths = suffix == ".gif"
-        times, end = ([time // 10 for time in times], end // 10) if in_hundredths else (times, end)
-        unit = Fraction(1, 100 if in_hundredths else 1000)
-        return Source(files, "animation", tuple(times), end, unit, usual_distance(times), **shape)
+        tick = 10 if suffix == ".gif" else 1  # milliseconds, in which the file counts
+        *times, end = (np.cumsum([0, *durations]).round().astype(int) // tick).tolist()
+        return Source(files, "animation", tuple(times), end, Fraction(tick, 1000), usual_distance(times), **shape)
     except Exception as error:  # Pillow, FFmpeg, torch and numpy raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if isinstance(error, DataError) else "cannot be decoded"
         return Source(files, "broken", note=reason)
@@ -187,16 +185,15 @@ def _probe(files: tuple[Path, ...]) -> Source:
 
 def _durations(image: Image.Image, path: Path) -> list[float]:
     """Milliseconds that each picture of an animation is shown. Up to 10 stand for 100, as all browsers have it."""
-    found, first = [], int(getattr(image, "default_image", False))  # a PNG's poster is not part of its animation
     if image.format == "WEBP":  # Pillow would decode each picture to say how long it is shown
         found = _webp_durations(path.read_bytes())
     else:
-        for number in range(first, getattr(image, "n_frames", 1)):
-            try:
+        found, first = [], int(getattr(image, "default_image", False))  # a PNG's poster is not part of its animation
+        numbers = range(first, getattr(image, "n_frames", 1))
+        with suppress(Exception):  # cut off: what is there is a shorter clip
+            for number in numbers:
                 image.seek(number)
-            except Exception:  # cut off: what is there is a shorter clip
-                break
-            found.append(image.info.get("duration", 0))
+                found.append(image.info.get("duration", 0))
     return [duration if duration > 10 else 100 for duration in found]
 
 
@@ -220,34 +217,22 @@ def import_av(path: Path):
     return av
 
 
-def _open_video(av, path: Path):
-    return av.open(f"file:{path}")  # "file:", lest a name with a colon be taken for a protocol
-
-
-def _video_stream(container):
-    """The first that is no cover picture."""
-    streams = [stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic]
-    if not streams:
-        raise DataError("has no video in it")
-    return streams[0]
-
-
-def _decode(av, container, stream) -> Iterator:
-    """The stream's frames from here on, without those that cannot be decoded or that the decoder marks as corrupt."""
-    decoder = _decoder(av, stream)
-    for packet in container.demux(stream):
-        yield from _frames_of(av, decoder, packet)
-
-
-def _decoder(av, stream):
-    """FFmpeg's own decoders of VP8 and VP9 leave transparency out."""
-    with_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
-    if with_alpha and stream.metadata.get("alpha_mode") == "1":
-        return av.CodecContext.create(with_alpha, "r")
-    return stream.codec_context
+@contextmanager
+def _open_video(av, path: Path) -> Iterator[tuple]:
+    """The container, its first stream that is no cover picture, and the decoder of that."""
+    with av.open(f"file:{path}") as container:  # "file:", lest a name with a colon be taken for a protocol
+        streams = [each for each in container.streams.video if not each.disposition & each.disposition.attached_pic]
+        if not streams:
+            raise DataError("has no video in it")
+        stream, decoder = streams[0], streams[0].codec_context
+        with_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)  # FFmpeg's own leave transparency out
+        if with_alpha and stream.metadata.get("alpha_mode") == "1":
+            decoder = av.CodecContext.create(with_alpha, "r")
+        yield container, stream, decoder
 
 
 def _frames_of(av, decoder, packet) -> list:
+    """A packet's frames, without those that cannot be decoded or that the decoder marks as corrupt."""
     with suppress(av.FFmpegError):
         return [frame for frame in decoder.decode(packet) if not frame.is_corrupt]
     return []
@@ -256,10 +241,9 @@ def _frames_of(av, decoder, packet) -> list:
 def _probe_video(av, path: Path) -> Source:
     """When a video's frames are shown: by its packets; or by decoding it, if they cannot tell or may have been cut."""
     packets, frames, whole = [], [], path.suffix.lower() not in CUT_ANYWHERE
-    with _open_video(av, path) as container:
-        stream = _video_stream(container)
-        decoder, unit, delayed = _decoder(av, stream), stream.time_base, stream.codec_context.has_b_frames
-        rate = stream.average_rate or stream.guessed_rate or 25
+    with _open_video(av, path) as (container, stream, decoder):
+        unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate or 25
+        delayed = stream.codec_context.has_b_frames
         for packet in container.demux(stream):
             whole = whole and not packet.is_corrupt
             if packet.size and not packet.is_discard:  # an edit list's: decoded, and not shown
@@ -273,8 +257,8 @@ def _probe_video(av, path: Path) -> Source:
     # A stream whose frames are shown in another order than stored, and whose times say otherwise, has wrong times.
     in_order = None in times or len(set(times)) < len(times) or (delayed and times == sorted(times))
     if in_order or not whole:
-        with _open_video(av, path) as container:
-            decoded = _decode(av, container, _video_stream(container))
+        with _open_video(av, path) as (container, stream, decoder):
+            decoded = chain.from_iterable(_frames_of(av, decoder, packet) for packet in container.demux(stream))
             stamps = [(frame.pts, frame.dts, frame.duration or 0) for frame in decoded]
     if in_order:
         times, last = best_effort([stamp[:2] for stamp in stamps], 1 / (rate * unit)), stamps[-1][2]
@@ -346,11 +330,13 @@ def _read_video(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
     av = import_av(path)
     # So many seconds before the first one wanted: what follows a key frame may need frames before it, and be left out.
     for back in (math.inf,) if source.in_order else (0, 1, 10, math.inf):
-        with _open_video(av, path) as container, suppress(*() if back == math.inf else (av.FFmpegError,)):
-            stream, target = _video_stream(container), first - back / source.unit
+        may_fail = () if back == math.inf else (av.FFmpegError,)
+        with _open_video(av, path) as (container, stream, decoder), suppress(*may_fail):
+            target = first - back / source.unit
             if target > source.times[0]:
                 container.seek(int(target), stream=stream)
-            for number, frame in enumerate(_decode(av, container, stream)):
+            decoded = chain.from_iterable(_frames_of(av, decoder, packet) for packet in container.demux(stream))
+            for number, frame in enumerate(decoded):
                 time = source.times[number] if source.in_order else frame.pts
                 if time == source.times[due[0]]:
                     yield due.pop(0), _upright(frame, stream.sample_aspect_ratio)
