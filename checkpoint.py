@@ -16,8 +16,8 @@ import os
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -99,16 +99,13 @@ def load_file(path: Path, *keys: str) -> dict:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
     content = {"pyramid": "time", "shift": 1.0, "ends": None} | content  # older ones are of the paper's pyramid
-    head, size = {name: content[name] for name in SETTINGS}, content["size"]
-    numbers = [content["stages"], content["frames"], *(size if isinstance(size, tuple) and len(size) == 2 else [size])]
-    try:
+    head = {name: content[name] for name in SETTINGS}
+    with suppress(KeyError, TypeError, ValueError, IndexError, RuntimeError):
         make_pyramid(Namespace(**head))
-        known = all(type(n) is int and n > 0 for n in numbers)
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
-        known = False
-    if not known:
-        raise ValueError(f"{path} is damaged: {head}")
-    return content
+        numbers = content["stages"], content["frames"], *height_width(content["size"])
+        if all(type(number) is int and number > 0 for number in numbers):
+            return content
+    raise ValueError(f"{path} is damaged: {head}")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -261,19 +258,6 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
     write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
     if state.best < best:
         keep_as(newest, "checkpoint-best.pt")
-
-
-@contextmanager
-def saved_if_it_fails(state, dataset: Dataset, args: Namespace, world: int, first: bool) -> Iterator[None]:
-    """Around a training step: if it raises, because clips or a loader's process are gone or memory is short, the steps
-    before it are saved. On rank 0, and not if there was none since the last save."""
-    try:
-        yield
-    except Exception as error:
-        if first and state.step > 0:
-            save(state, dataset, args, world)
-            print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
-        raise error
 
 
 def start_metrics(path: Path, step: int) -> None:

@@ -338,10 +338,8 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
     if state.skipped_in_a_row == MOST_SKIPPED:
         path = args.out / "checkpoint.pt"
         last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        raise SystemExit(
-            f"train.py: the gradient was NaN or infinite {MOST_SKIPPED} steps in a row, last at step {state.step}, "
-            f"stage {k}: try a lower --lr in a new run; {last}"
-        )
+        when = f"{MOST_SKIPPED} steps in a row, last at step {state.step}, stage {k}"
+        raise SystemExit(f"train.py: the gradient was NaN or infinite {when}: try a lower --lr in a new run; {last}")
 
 
 @torch.no_grad()
@@ -384,8 +382,13 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
     mark, clips = time.perf_counter(), 0
     while state.step < args.steps:
         k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
-        with disk.saved_if_it_fails(state, dataset, args, world, first):
+        try:
             optimize(state, model, pyramid, batches, k, args)
+        except Exception:  # clips or a loader's process are gone, or memory is short: the steps before are kept
+            if first and state.step > 0:
+                disk.save(state, dataset, args, world)
+                print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
+            raise
         bar.update()
         clips += batch_sizes(args)[k] * args.accumulate * world
         end = stop.agreed() or state.step == args.steps

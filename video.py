@@ -13,7 +13,7 @@ from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -126,9 +126,8 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 
 def _to_row(source: Source) -> dict:
-    row = asdict(source)
-    del row["files"]
-    return row | {name: [row[name].numerator, row[name].denominator] for name in ("unit", "period")}
+    fractions = {name: getattr(source, name).as_integer_ratio() for name in ("unit", "period")}
+    return {name: value for name, value in vars(source).items() if name != "files"} | fractions
 
 
 def _from_row(files: tuple[Path, ...], row: dict) -> Source:
