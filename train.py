@@ -295,14 +295,13 @@ def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args: Nam
     """The EMA model's loss at each stage, k = 0 first, on clips that training never sees, with the same noise and
     times at every call: checkpoints can be compared by it, those of several runs too. None without such clips, or, as
     is said then, if something goes wrong: it shall not cost the run."""
-    losses, device, fixed = [], model.unembed.weight.device, Namespace(**vars(args) | {"seed": 0, "label_dropout": 0.0})
+    losses, fixed = [], {"seed": 0, "label_dropout": 0.0, "workers": 0, "accumulate": 1}
     try:
         for k, size in enumerate(batch_sizes(args) if clips else ()):
-            batches, total, count = TrainingBatches(clips, fixed, 0, 1, k), 0.0, math.ceil(HELD_OUT / size)
-            for x_start, x_end, u, y in map(batches.__getitem__, range(count)):
-                x_start, x_end, y = (each if each is None else each.to(device) for each in (x_start, x_end, y))
-                total += training_loss(model, pyramid, x_start, x_end, u, y, k, args).item()
-            losses.append(total / count)
+            options = Namespace(**vars(args) | fixed | {"steps": math.ceil(HELD_OUT / size)})
+            batches = make_batches(clips, options, 0, 0, 1, model.unembed.weight.device, k)
+            of_batches = [training_loss(model, pyramid, *batch, k, args).item() for batch in batches]
+            losses.append(sum(of_batches) / len(of_batches))
     except Exception as error:
         print(f"no held-out loss this time ({cli.reason(error)})", file=sys.stderr)
         return None
@@ -423,28 +422,25 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
 
 def main(argv: list[str] | None = None) -> None:
     cli.keep_memory()
-    parser, started = make_parser(), False
+    parser, ready = make_parser(), None
     try:
-        args, checkpoint = parse_args(argv)
-        ready = set_up(args, checkpoint)
-        started = True
+        with cli.one_sentence(parser, NO_MEMORY):
+            args, checkpoint = parse_args(argv)
+            ready = set_up(args, checkpoint)
         raise SystemExit(train(args, *ready))
     except DataError as error:  # from a loader's process it comes with that one's traceback in front
         parser.error(str(error).strip().splitlines()[-1].removeprefix("video.DataError: "))
     except OSError as error:
-        advice = f"; once that is mended, continue with --resume --out {args.out}" if started else ""
-        parser.error(f"{error}{advice}")
-    except (ValueError, RuntimeError, MemoryError) as error:
+        parser.error(f"{error}; once that is mended, continue with --resume --out {args.out}")
+    except (RuntimeError, MemoryError) as error:
         if cli.is_out_of_memory(error):
             parser.error(NO_MEMORY)
-        if isinstance(error, ValueError) and not started:
-            parser.error(str(error))
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        ended = f"another process of the run has ended ({str(error).splitlines()[0]})"
+        ended = f"another process of the run has ended ({cli.reason(error)})"
         raise SystemExit(f"train.py: {ended}; continue with --resume --out {args.out}") from None
     finally:
-        if dist.is_initialized() and not started:
+        if dist.is_initialized() and ready is None:
             dist.destroy_process_group()
 
 
