@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -118,9 +117,7 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"{error}{advice}") from None
 
 
-def args_to_resume(
-    parser: ArgumentParser, argv: list[str] | None, out: Path, free: Sequence[str]
-) -> tuple[Namespace, dict]:
+def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, free: set[str]) -> tuple[Namespace, dict]:
     """The run's own arguments, those in `free` as `argv` has them, and its checkpoint. Raises ValueError if `argv`
     would change another."""
     checkpoint = load_checkpoint(out / "checkpoint.pt")
@@ -128,7 +125,7 @@ def args_to_resume(
         raise ValueError(f"{out} was trained with --time-shift, a shift of each stage that is no more: start anew")
     parser.set_defaults(**{"shift": checkpoint["args"].pop("time_shift", 1.0)} | checkpoint["args"])
     args = parser.parse_args(argv)
-    for name in vars(args).keys() - set(free):
+    for name in vars(args).keys() - free:
         was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
         if was != now:
             raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")

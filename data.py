@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from video import NO_TIMES, SUFFIXES, DataError, Source, find_sources, import_av, open_latent, read_images
+from video import SUFFIXES, DataError, Source, find_sources, import_av, open_latent, read_images
 
 HELD_OUT_SEED = 2**40  # of digits; --seed is below 2^63, and seldom this
 
@@ -167,7 +167,7 @@ class FolderClips(Dataset):
             f"that {source.note}": source.kind == "broken",
             "stills": stills and source.frames == 1,
             "stills beside videos or animations": stills and source.files[0].parent in moving,
-            NO_TIMES: self.fps and not source.unit,
+            "that state no times, which --fps needs": self.fps and not source.unit,
             f"shorter than {self.span} frames": source.frames < self.span,
             f"latents smaller than {self.size}": source.kind == "latent" and too_small,
             "in no sub-folder, so without a label": self.labels and self._class_name(source) is None,

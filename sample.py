@@ -1,6 +1,7 @@
 """Sample clips from trained weights: `python sample.py --stages 3` writes a GIF and a PNG strip and says where."""
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -42,29 +43,25 @@ def replayed(predict: Callable) -> Callable:
     over before Python has launched the next; for a large one the recording costs less than a call."""
     graphs, calls, pool = {}, Counter(), torch.cuda.graph_pool_handle()  # graphs that take turns share their memory
 
-    @torch.no_grad()
     def call(x: Tensor, t: Tensor, k: int) -> Tensor:
         key = k, x.shape
         calls[key] += 1
-        if calls[key] < 3:
-            return predict(x, t, k)
-        if key not in graphs:
-            graph, inputs, own = torch.cuda.CUDAGraph(), (x.clone(), t.clone()), torch.cuda.current_stream()
-            # thread_local: a loader's thread may pin memory. The streams: this one also after a failure
-            with torch.cuda.stream(own), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                output = predict(*inputs, k)
-            graphs[key] = graph, inputs, output
-        graph, inputs, output = graphs[key]
-        for kept, given in zip(inputs, (x, t), strict=True):
-            kept.copy_(given)
-        graph.replay()
-        return output.clone()
+        with torch.no_grad(), torch.cuda.device(x.device):
+            if calls[key] < 3:
+                return predict(x, t, k)
+            if key not in graphs:
+                graph, inputs, own = torch.cuda.CUDAGraph(), (x.clone(), t.clone()), torch.cuda.current_stream()
+                # thread_local: a loader's thread may pin memory. The streams: this one also after a failure
+                with torch.cuda.stream(own), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                    output = predict(*inputs, k)
+                graphs[key] = graph, inputs, output
+            graph, inputs, output = graphs[key]
+            for kept, given in zip(inputs, (x, t), strict=True):
+                kept.copy_(given)
+            graph.replay()
+            return output.clone()
 
-    def on_its_device(x: Tensor, t: Tensor, k: int) -> Tensor:
-        with torch.cuda.device(x.device):
-            return call(x, t, k)
-
-    return on_its_device
+    return call
 
 
 def with_products_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
@@ -91,18 +88,10 @@ def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: a
 
 
 def generate(
-    weights: Weights,
-    pyramid: Pyramid,
-    labels: Tensor | None,
-    number: int,
-    steps: int | list[int] = 30,
-    solver: str = "euler",
-    guidance: float = 1.0,
-    seed: int = 0,
-    precision: str = "auto",
-    progress: bool = False,
-    first: int = 0,
-) -> Tensor:
+    weights: Weights, pyramid: Pyramid, labels: Tensor | None, number: int,
+    steps: int | list[int] = 30, solver: str = "euler", guidance: float = 1.0,
+    seed: int = 0, precision: str = "auto", progress: bool = False, first: int = 0,
+) -> Tensor:  # fmt: skip
     """`number` clips (B, C, T, H, W) from number `first` on. Clip i's noise depends on `seed` and i alone."""
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, *height_width(weights.size))
@@ -150,11 +139,8 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
 
 def free_name(stem: Path) -> Path:
     """`stem` with the first number at which there is no such file."""
-    for index in range(1_000_000):
-        candidate = stem.with_name(f"{stem.name}-{index:03d}")
-        if not any(candidate.with_suffix(suffix).exists() for suffix in SUFFIXES):
-            return candidate
-    raise ValueError(f"{stem.parent} is full")
+    names = (stem.with_name(f"{stem.name}-{number:03d}") for number in itertools.count())
+    return next(name for name in names if not any(name.with_suffix(suffix).exists() for suffix in SUFFIXES))
 
 
 def make_parser() -> cli.Parser:

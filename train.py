@@ -14,7 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -37,8 +37,8 @@ from sample import save_preview
 from tpdiff import Generators, Pyramid, align, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
-FREE = ("steps", "out", "resume", "workers", "device", "compile", "gradient_checkpointing", "sample_number")
-FREE += ("log_interval", "sample_interval", "save_interval", "keep_interval")
+FREE = {"steps", "out", "resume", "workers", "device", "compile", "gradient_checkpointing", "sample_number"}
+FREE |= {"log_interval", "sample_interval", "save_interval", "keep_interval"}
 HELD_OUT = 64  # clips that a loss is measured on
 MOST_SKIPPED = 10
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
@@ -208,9 +208,7 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Ten
     return align(x0_stage, noise) if args.align == "assignment" else noise  # Algorithm 1
 
 
-def draw(
-    x0: Tensor, labels: Tensor, classes: int, pyramid: Pyramid, k: int, numbers: Sequence[int], args: Namespace
-) -> tuple:
+def draw(x0: Tensor, labels: Tensor, classes: int, pyramid: Pyramid, k: int, numbers: range, args: Namespace) -> tuple:
     """The end points of clips `x0` (B, C, T, H, W) at stage k, places u (B,) between them, and labels (B,): `classes`
     where one is dropped, None where the data has none (-1). Sample n's draws come from a generator of its own."""
     generators = [generator_for(args.seed, cli.TRAINING, number) for number in numbers]

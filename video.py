@@ -31,7 +31,6 @@ LATENTS = (".npy", ".pt")
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
 INDEX_FORMAT = 2  # of the file that keeps what the headers said; raised when old ones can no longer be read
 LATENT_CHANNELS = (4, 8, 12, 16, 24, 32, 48, 64, 128, 256)  # that VAEs have
-NO_TIMES = "that state no times, which --fps needs"
 
 
 class DataError(ValueError):
