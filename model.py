@@ -155,13 +155,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, space: Tensor, time: Tensor, rows: int) -> Tensor:
         """x (B, T, N, D) of N patches in `rows`, condition (B, D), rotations by place and by time. The time enters the
         temporal attention alone: with that attention's gate at zero a video model is its image model on every frame."""
-        parts = self.condition(condition)[:, None, None].to(x.dtype).chunk(6, dim=-1)  # 6 x (B, 1, 1, D)
-        shift, scale, gate = parts[:3]
+        shift, scale, gate, *mlp = self.condition(condition)[:, None, None].to(x.dtype).chunk(6, dim=-1)  # (B, 1, 1, D)
         x = torch.addcmul(x, gate, self.spatial(modulate(x, shift, scale), space))
         if self.temporal is not None:
             shift, scale, gate = self.temporal_condition(condition)[:, None, None].to(x.dtype).chunk(3, dim=-1)
             x = torch.addcmul(x, gate, self.temporal(modulate(x, shift, scale), time))
-        shift, scale, gate = parts[3:]
+        shift, scale, gate = mlp
         y = modulate(x, shift, scale)
         if self.neighbours is not None:
             frames = y.unflatten(2, (rows, -1)).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, D, rows, columns)
@@ -231,8 +230,7 @@ class DiT(nn.Module):
         self.load_state_dict(weights, strict=False)
 
     def compile_blocks(self) -> None:
-        """torch.compile, one graph a stage: all blocks share it. The model as a whole would compile every block anew,
-        for the same speed."""
+        """torch.compile, one graph a stage for all blocks: the whole model would compile each anew, no faster."""
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -313,10 +311,8 @@ class Captured(nn.Module):
 def make_optimizers(model: DiT, kind: str, lr: float, weight_decay: float, dtype: torch.dtype) -> list[Optimizer]:
     """AdamW for everything; or, if `kind` is "muon", at the same learning rate, Muon (in `dtype`) for the matrices of
     the attentions and MLPs and AdamW for the rest."""
-    matrices = []
-    if kind == "muon":
-        named = model.blocks.named_parameters()
-        matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "condition" not in name]
+    named = model.blocks.named_parameters() if kind == "muon" else ()
+    matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "condition" not in name]
     others = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     return [adamw, Muon(matrices, lr, weight_decay, dtype)] if matrices else [adamw]
