@@ -41,9 +41,8 @@ def make_pyramid(run, kind: type = Pyramid) -> Pyramid:
     """The pyramid of a `run`, which is arguments of train.py or Weights. In ddim mode the network says the velocity.
     That is past the paper, which finetunes a model that predicts noise: trained from scratch on noise, no digit stayed
     legible. Raises ValueError, as Pyramid does."""
-    prediction = {"flow": None, "ddim": "velocity"}[run.mode]
-    options = {"shift": run.shift, "ends": run.ends and run.ends[::-1], "prediction": prediction}
-    return kind(run.mode, run.stages, factor=FACTORS[run.pyramid], **options)
+    options = {"factor": FACTORS[run.pyramid], "shift": run.shift, "ends": run.ends and run.ends[::-1]}
+    return kind(run.mode, run.stages, prediction={"flow": None, "ddim": "velocity"}[run.mode], **options)
 
 
 def check_size(args: Namespace) -> None:
@@ -118,8 +117,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, free: set[str]) -> tuple[Namespace, dict]:
-    """The run's own arguments, those in `free` as `argv` has them, and its checkpoint. Raises ValueError if `argv`
-    would change another."""
+    """The run's arguments, those in `free` by `argv`, and its checkpoint. Raises ValueError if it changes another."""
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     if checkpoint["args"].get("time_shift", 1.0) != 1 and checkpoint["args"]["stages"] > 1:
         raise ValueError(f"{out} was trained with --time-shift, a shift of each stage that is no more: start anew")
@@ -172,11 +170,10 @@ def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     for path in runs:
         try:
             content = load_file(path)
+            if (content["mode"], content["stages"], content["pyramid"]) == (mode, stages, pyramid):
+                return path
         except ValueError as error:
             print(f"passed over: {error}", file=sys.stderr)
-            continue
-        if (content["mode"], content["stages"], content["pyramid"]) == (mode, stages, pyramid):
-            return path
     shipped = SHIPPED / f"{run_name(mode, stages, pyramid)}.pt"
     if not shipped.exists():
         flags = f"--mode {mode} --stages {stages} --pyramid {pyramid}"

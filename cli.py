@@ -114,8 +114,7 @@ def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
 
 
 def in_turn(rank: int, make: Callable):
-    """What `make` returns: called by rank 0 first, so that the others find what it wrote. Raises ValueError on all
-    ranks if it fails on one."""
+    """What `make` returns, called by rank 0 first: others need what it writes. If one fails, all raise ValueError."""
     result, problem = None, ""
     if rank > 0:
         dist.barrier()

@@ -146,15 +146,15 @@ class FolderClips(Dataset):
         if self.held_out:
             self.sources = self._part()
         whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items())]
+        why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
         self.summary = f"{name}: {files} files found, {used} used, {clips}"
         if not self.sources:
-            why = f"skipped: {'; '.join(whys) or 'none'}"
             raise DataError(f"{self.summary}; {why}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
         self._settle_channels()
         kinds, warned = self._described()
-        self.summary += f" ({kinds}); skipped: {'; '.join(whys) or 'none'}{warned}"
+        self.summary += f" ({kinds}); {why}{warned}"
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]
         self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
@@ -264,8 +264,7 @@ class FolderClips(Dataset):
             latent = open_latent(source.files[0])
             if latent.shape != (source.channels, source.frames, source.height, source.width):
                 raise DataError("has changed since the start")
-            latent = latent[:, wanted.start : wanted.stop : wanted.step, y : y + height, x : x + width]
-            latent = latent.float() * self.latent_scale
+            latent = latent[:, list(wanted), y : y + height, x : x + width].float() * self.latent_scale
             if not latent.isfinite().all():
                 raise DataError("holds NaN or infinite numbers")
             return latent
@@ -298,9 +297,8 @@ class FolderClips(Dataset):
 
 
 def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
-    """What train.py's arguments ask for: the clips under `args.data`, or the moving digits. Its attribute `judged_on`
-    is the clips that `args.held_out` keeps from it, of digits those of a seed of their own, or None. Raises
-    DataError."""
+    """What train.py's arguments ask for: clips under `args.data`, or moving digits. Its attribute `judged_on` is the
+    clips that `args.held_out` keeps from it, of digits those of a seed of their own, or None. Raises DataError."""
     if not args.data:
         shape = args.frames, args.size or 32, args.digits
         dataset = MovingDigits(*shape, args.seed)
@@ -356,8 +354,7 @@ def save_video(clips: Tensor, path: Path, columns: int | None = None, scale: int
         stream.width, stream.height = (size + size % 2 for size in frames[0].size)  # 4:2:0 wants even numbers
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            even = Image.new("RGB", (stream.width, stream.height), frame.getpixel((0, 0)))
-            even.paste(frame)
+            even = ImageOps.expand(frame, (0, 0, frame.width % 2, frame.height % 2), frame.getpixel((0, 0)))
             container.mux(stream.encode(av.VideoFrame.from_image(even)))
         container.mux(stream.encode(None))
 

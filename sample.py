@@ -65,8 +65,7 @@ def replayed(predict: Callable) -> Callable:
 
 
 def with_products_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, its matrices in bfloat16 once and for all: autocast would convert them at every call, for the same
-    clips."""
+    """The model, its matrices in bfloat16 for good: autocast would convert them at every call, for the same clips."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             module.bfloat16()

@@ -376,8 +376,8 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
     model = fast_form(state.model, args, device)
     batches = make_batches(dataset, args, state.step, rank, world, device)
     bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first)
-    mark, clips = time.perf_counter(), 0
-    while state.step < args.steps:
+    mark, clips, end = time.perf_counter(), 0, state.step >= args.steps
+    while not end:
         k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
         try:
             optimize(state, model, pyramid, batches, k, args)
@@ -404,8 +404,6 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
             if sample_due and first and args.sample_number:
                 save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
             mark, clips = time.perf_counter(), 0
-        if end:
-            break
     bar.close()
     del model  # or DDP holds the process group last and joins gloo's threads while it keeps the lock they wait for
     if dist.is_initialized():

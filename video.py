@@ -88,7 +88,6 @@ def usual_distance(times: list[int]) -> Fraction:
 
 def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
     """All clips under the folder but those beside the index. A file that has not changed since is not opened again.
-
     `series`: stills whose numbers run on are one clip; else each is a clip of one frame."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
@@ -273,12 +272,11 @@ def best_effort(stamps: list[tuple[int | None, int | None]], period: Fraction) -
     """Rising times of decoded frames from their (pts, dts), after FFmpeg's rule: of the two the one that has gone
     backwards less often; and where neither moves on, one period after the frame before."""
     times, faults, last = [], [0, 0], [-math.inf, -math.inf]
-    for pair in stamps:
-        for which, stamp in enumerate(pair):
+    for pts, dts in stamps:
+        for which, stamp in enumerate((pts, dts)):
             if stamp is not None:
                 faults[which] += stamp <= last[which]
                 last[which] = stamp
-        pts, dts = pair
         time = pts if pts is not None and (dts is None or faults[0] <= faults[1]) else dts
         if times and (time is None or time <= times[-1]):
             time = times[-1] + max(1, round(period))
@@ -348,8 +346,7 @@ def _read_video(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
 
 
 def _upright(frame, pixel_aspect) -> Image.Image:
-    """A video's frame as it is meant to be seen: transparent where it is, with square pixels, turned and mirrored as
-    the file says."""
+    """A video's frame as its file means it: transparent where it is, of square pixels, turned and mirrored."""
     alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA") if alpha else frame.to_image()
     if pixel_aspect and pixel_aspect != 1:
