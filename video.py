@@ -102,7 +102,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         if source.kind == "video":
             import_av(files[0])  # also if the index knows the file
         if source.kind != "broken":
-            rows[name] = {"key": key} | _to_row(source)
+            rows[name] = {"key": key} | vars(replace(source, files=()))
         return source
 
     sources, without = [], index.parent.resolve() if index else None
@@ -110,11 +110,9 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         source = look(files)
         whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
         sources += [source] if whole else [look((file,)) for file in files]
-    if index and rows != known:
+    if index:
         index.parent.mkdir(parents=True, exist_ok=True)
-        aside = index.with_name(index.name + ".tmp")
-        aside.write_text(json.dumps(rows))
-        os.replace(aside, index)
+        index.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
     return sources
 
 
@@ -123,14 +121,9 @@ def _stamp(file: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def _to_row(source: Source) -> dict:
-    fractions = {name: getattr(source, name).as_integer_ratio() for name in ("unit", "period")}
-    return {name: value for name, value in vars(source).items() if name != "files"} | fractions
-
-
 def _from_row(files: tuple[Path, ...], row: dict) -> Source:
     row = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name != "key"}
-    return Source(files, **row | {name: Fraction(*row[name]) for name in ("unit", "period")})
+    return Source(**row | {"files": files} | {name: Fraction(*row[name]) for name in ("unit", "period")})
 
 
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
@@ -326,8 +319,7 @@ def _read_video(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
     av = import_av(path)
     # So many seconds before the first one wanted: what follows a key frame may need frames before it, and be left out.
     for back in (math.inf,) if source.in_order else (0, 1, 10, math.inf):
-        may_fail = () if back == math.inf else (av.FFmpegError,)
-        with _open_video(av, path) as (container, stream, decoder), suppress(*may_fail):
+        with _open_video(av, path) as (container, stream, decoder), suppress(av.FFmpegError if back < math.inf else ()):
             target = first - back / source.unit
             if target > source.times[0]:
                 container.seek(int(target), stream=stream)
