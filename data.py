@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from video import SUFFIXES, DataError, Source, find_sources, import_av, open_latent, read_images
 
 HELD_OUT_SEED = 2**40  # of digits; --seed is below 2^63, and seldom this
+DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")  # flags of folders
 
 
 def _random(*seed: int) -> np.random.Generator:
@@ -132,7 +133,6 @@ class FolderClips(Dataset):
     def __post_init__(self):
         name, self.folder = self.folder, Path(self.folder)
         self.span = (self.frames - 1) * self.frame_stride + 1
-        height_width(self.size or 1)  # raises what is no size
         self.cache, self.room, self.passed_over = {}, self.cache_bytes, Counter()
         found = find_sources(self.folder, self.index, series=self.span > 1)
         found = [source.at_rate(self.fps) if self.fps and source.unit else source for source in found]
@@ -304,8 +304,8 @@ def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
         dataset = MovingDigits(*shape, args.seed)
         dataset.judged_on = MovingDigits(*shape, HELD_OUT_SEED) if args.held_out else None
         return dataset
-    names = ("frame_stride", "flip", "grayscale", "latent_scale", "fps", "from_start", "held_out")
-    options = {name: getattr(args, name) for name in names} | {"labels": args.labels == "folder", "index": index}
+    options = {name: getattr(args, name) for name in (*DATA_ONLY, "held_out")}
+    options |= {"labels": bool(args.labels), "index": index}
     dataset, held_out = FolderClips(args.data, args.frames, args.size, args.seed, **options), None
     if args.held_out:
         held_out = FolderClips(args.data, args.frames, args.size, 0, **options | {"flip": False}, validation=True)

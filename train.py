@@ -31,7 +31,7 @@ import checkpoint as disk
 import cli
 from checkpoint import FACTORS, make_pyramid, run_name
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
-from data import DataError, height_width, open_data
+from data import DATA_ONLY, DataError, height_width, open_data
 from model import Captured, DiT, DiTConfig, make_optimizers
 from sample import save_preview
 from tpdiff import Generators, Pyramid, align, draw_nearest, randn
@@ -42,7 +42,6 @@ FREE |= {"log_interval", "sample_interval", "save_interval", "keep_interval"}
 HELD_OUT = 64  # clips that a loss is measured on
 MOST_SKIPPED = 10
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
-DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")
 
 
 def make_parser() -> cli.Parser:
