@@ -130,16 +130,6 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
     return args, checkpoint
 
 
-def restore(state, content: dict) -> None:
-    """Gives a new `state` (train.State) what a checkpoint holds."""
-    state.model.load_state_dict(content["model"])
-    state.ema.load_state_dict(content["ema"])
-    for optimizer, own in zip(state.optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(own)
-    for name in COUNTS:
-        setattr(state, name, content[name])
-
-
 def weight_file(path: Path) -> Path:
     """The file itself, or the weights in a run's folder."""
     return path / "weights.pt" if path.is_dir() else path

@@ -289,8 +289,7 @@ class FolderClips(Dataset):
 
     def _pass_over(self, file: Path, error: Exception) -> None:
         """Says so at the first, the tenth, the hundredth time."""
-        self.passed_over[file] += 1
-        times = self.passed_over[file]
+        times = self.passed_over[file] = self.passed_over[file] + 1
         if times in (1, 10, 100, 1000):
             reason = str(error) if isinstance(error, DataError) else f"cannot be decoded: {error}"
             warnings.warn(f"{file} is skipped ({times} times so far): it {reason}", stacklevel=3)

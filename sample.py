@@ -183,8 +183,7 @@ def run(args: argparse.Namespace) -> None:
     labels = choose_labels(weights.classes, args.number, args.label)
     if labels is None and args.guidance != 1:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")
-    steps = args.steps[0] if len(args.steps) == 1 else args.steps
-    pyramid = make_pyramid(weights)
+    pyramid, steps = make_pyramid(weights), args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages, pyramid.lengths)
     out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out
     of_a_run = path.stem.startswith(("weights", "checkpoint"))

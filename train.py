@@ -280,11 +280,14 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     losses, since_judged = torch.zeros(2, 2, args.stages, device=device)
     dtype = torch.bfloat16 if use_bf16(args.precision, device) else torch.float32
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
-    state = State(model, ema, optimizers, losses, since_judged)
+    optimizers, counts = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype), {}
     if checkpoint:
-        disk.restore(state, checkpoint)
-    return state
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        for optimizer, own in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        counts = {name: checkpoint[name] for name in disk.COUNTS}
+    return State(model, ema, optimizers, losses, since_judged, **counts)
 
 
 @torch.no_grad()
