@@ -146,8 +146,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         if len(content["classes"]) != model.config.classes or model.config.stages != content["stages"]:
             raise ValueError("its labels or stages are not those of its model")
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
+        raise ValueError(f"{path} does not fit this version of the model ({str(error).splitlines()[0]})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
     head = {name: content[name] for name in (*SETTINGS, "step")} | {"latent_scale": content.get("latent_scale")}

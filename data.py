@@ -153,8 +153,7 @@ class FolderClips(Dataset):
         if not self.sources:
             raise DataError(f"{self.summary}; {why}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
         self._settle_channels()
-        kinds, warned = self._described()
-        self.summary += f" ({kinds}); {why}{warned}"
+        self.summary += self._described(why)
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]
         self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
@@ -202,8 +201,8 @@ class FolderClips(Dataset):
                 raise DataError(f"{self.folder} holds latents of {sizes[0]} and {sizes[-1]}: --size crops them alike")
             self.size = sizes[0] if sizes[0][0] != sizes[0][1] else sizes[0][0]
 
-    def _described(self) -> tuple[str, str]:
-        """What the clips were understood to be, in words, and lines of warnings."""
+    def _described(self, skipped: str) -> str:
+        """The end of the summary: what the clips were understood to be, what was skipped, and lines of warnings."""
         notes = defaultdict(list)
         for source in self.sources:
             notes[source.note].append(source.files[0])
@@ -224,7 +223,7 @@ class FolderClips(Dataset):
             counts = Counter(source.kind for source in self.sources)
             names = {"video": "videos", "animation": "animations", "stills": stills}
             kinds = ", ".join(f"{counts[kind]} {name}" for kind, name in names.items() if counts[kind])
-        return kinds, "".join(f"\nwarning: {text}" for text in warned)
+        return f" ({kinds}); {skipped}" + "".join(f"\nwarning: {text}" for text in warned)
 
     def _class_name(self, source: Source) -> str | None:
         """The sub-folder of the folder that the clip is in."""

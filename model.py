@@ -72,7 +72,6 @@ def spatial_angles(rows: int, columns: int, count: int, stride: tuple[int, int],
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864): turns neighbouring channels of `x` (..., d) by the angles whose cosines and
     sines are `rotation` (..., d / 2, 2), so that attention sees how far apart two tokens are.
-
     A pair is a complex number: one kernel instead of seven, a fifth of the time on CPU. Compiled code fuses the seven,
     and knows no complex numbers."""
     pairs = x.unflatten(-1, (-1, 2))
@@ -139,7 +138,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Spatial attention, temporal attention, MLP; adaLN-Zero on each, so that a new block is the identity.
-
     The temporal attention has its own `temporal_condition`; an image model has neither. Of `convolution` the MLP's
     input is a patch plus what a 3x3 convolution, one filter a channel, adds of its neighbours: at first nothing."""
 
@@ -320,7 +318,6 @@ def make_optimizers(model: DiT, kind: str, lr: float, weight_decay: float, dtype
 
 class Muon(Optimizer):
     """Momentum made orthogonal, for matrices, scaled to the size of AdamW's updates (arXiv 2502.16982).
-
     The same update as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which always works in bfloat16, one matrix at
     a time: on a CPU without bf16 units that takes longer than the model's forward and backward. Here matrices of a
     shape go together, in `dtype`."""

@@ -102,10 +102,9 @@ def generate(
 
 
 def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None:
-    """Writes step-N of a run: --sample-number clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they
-    are latents. The noises are the same every time, so that progress shows. `batch` clips at a time, as training takes,
-    and of large clips fewer than asked for: no more than 16 million pixels. What goes wrong is said on stderr, and
-    does not end the run."""
+    """Writes step-N of a run: --sample-number clips by the EMA weights, 30 Euler steps, as a GIF, or .npy of latents.
+    The noises are always the same, so that progress shows. `batch` clips at a time, as training takes, and of large
+    clips fewer: 16 million pixels at most. What goes wrong is said on stderr, and does not end the run."""
     height, width = height_width(weights.size)
     number = max(1, min(args.sample_number, MOST_PIXELS // (weights.frames * height * width)))
     pyramid, labels, clips = make_pyramid(weights), choose_labels(weights.classes, number), []

@@ -40,7 +40,6 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Source:
     """A clip on disk: one file, or numbered stills.
-
     Picture i is on the screen from times[i] until the next one's time, and the last until `end`, in units of `unit`
     seconds. Counted at a rate, with `period` units from one frame to the next, frame number j is the picture that is on
     the screen at times[0] + (j + 1/2) period. Stills and latents state no times: their unit is 0, and they are one
