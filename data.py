@@ -140,12 +140,11 @@ class FolderClips(Dataset):
         self.sources, skipped = [], defaultdict(list)
         for source in found:
             reason = self._reason_to_skip(source, moving)
-            self.sources += [source] if reason is None else []
+            self.sources += [] if reason else [source]
             skipped[reason].extend(source.files)
-        skipped.pop(None, None)
         if self.held_out:
             self.sources = self._part()
-        whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items())]
+        whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
@@ -158,8 +157,8 @@ class FolderClips(Dataset):
         self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
 
-    def _reason_to_skip(self, source: Source, moving: set[Path]) -> str | None:
-        """The first that holds, or None."""
+    def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
+        """The first that holds, or "" for a clip that can be used."""
         (height, width), stills = height_width(self.size or 1), source.kind == "stills" and self.span > 1
         too_small = source.height < height or source.width < width
         reasons = {
@@ -171,7 +170,7 @@ class FolderClips(Dataset):
             f"latents smaller than {self.size}": source.kind == "latent" and too_small,
             "in no sub-folder, so without a label": self.labels and self._class_name(source) is None,
         }
-        return next((reason for reason, holds in reasons.items() if holds), None)
+        return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _few(self, files: list[Path]) -> str:
         """The names of the first three."""

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import struct
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -174,27 +173,22 @@ def _probe(files: tuple[Path, ...]) -> Source:
 
 def _durations(image: Image.Image, path: Path) -> list[float]:
     """Milliseconds that each picture of an animation is shown. Up to 10 stand for 100, as all browsers have it."""
+    found = []
     if image.format == "WEBP":  # Pillow would decode each picture to say how long it is shown
-        found = _webp_durations(path.read_bytes())
+        content, place = path.read_bytes(), 12
+        while place + 8 <= len(content):  # a chunk of the container: its name, its size, what is in it
+            name, size = content[place : place + 4], int.from_bytes(content[place + 4 : place + 8], "little")
+            if name == b"ANMF" and place + 8 + size <= len(content):  # after its picture's place and size: three bytes
+                found.append(int.from_bytes(content[place + 20 : place + 23], "little"))
+            place += 8 + size + size % 2
     else:
-        found, first = [], int(getattr(image, "default_image", False))  # a PNG's poster is not part of its animation
+        first = int(getattr(image, "default_image", False))  # a PNG's poster is not part of its animation
         numbers = range(first, getattr(image, "n_frames", 1))
         with suppress(Exception):  # cut off: what is there is a shorter clip
             for number in numbers:
                 image.seek(number)
                 found.append(image.info.get("duration", 0))
     return [duration if duration > 10 else 100 for duration in found]
-
-
-def _webp_durations(content: bytes) -> list[int]:
-    """Of the ANMF chunks of a WebP file's container: three bytes after its picture's place and size."""
-    found, place = [], 12
-    while place + 8 <= len(content):
-        name, size = struct.unpack_from("<4sI", content, place)
-        if name == b"ANMF" and place + 8 + size <= len(content):
-            found.append(int.from_bytes(content[place + 20 : place + 23], "little"))
-        place += 8 + size + size % 2
-    return found
 
 
 def import_av(path: Path):
