@@ -110,7 +110,9 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         sources += [source] if whole else [look((file,)) for file in files]
     if index:
         index.parent.mkdir(parents=True, exist_ok=True)
-        index.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
+        aside = index.with_name(index.name + ".tmp")
+        aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
+        os.replace(aside, index)
     return sources
 
 
@@ -182,8 +184,7 @@ def _durations(image: Image.Image, path: Path) -> list[float]:
                 found.append(int.from_bytes(content[place + 20 : place + 23], "little"))
             place += 8 + size + size % 2
     else:
-        first = int(getattr(image, "default_image", False))  # a PNG's poster is not part of its animation
-        numbers = range(first, getattr(image, "n_frames", 1))
+        numbers = range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))  # past a poster
         with suppress(Exception):  # cut off: what is there is a shorter clip
             for number in numbers:
                 image.seek(number)
