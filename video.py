@@ -96,11 +96,12 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
 
     def look(files: tuple[Path, ...]) -> Source:
         name, key = str(files[0]), [len(files), *_stamp(files[0])]
-        source = _from_row(files, known[name]) if name in known and known[name]["key"] == key else _probe(files)
+        same = name in known and known[name]["key"] == key
+        source = _from_row(files, known[name]) if same else _probe(files)
         if source.kind == "video":
             import_av(files[0])  # also if the index knows the file
         if source.kind != "broken":
-            rows[name] = {"key": key} | vars(replace(source, files=()))
+            rows[name] = known[name] if same else {"key": key} | vars(replace(source, files=()))
         return source
 
     sources, without = [], index.parent.resolve() if index else None
@@ -108,7 +109,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         source = look(files)
         whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
         sources += [source] if whole else [look((file,)) for file in files]
-    if index:
+    if index and rows != known:
         index.parent.mkdir(parents=True, exist_ok=True)
         aside = index.with_name(index.name + ".tmp")
         aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
