@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from video import SUFFIXES, DataError, Source, find_sources, import_av, open_latent, read_images
 
 HELD_OUT_SEED = 2**40  # of digits; --seed is below 2^63, and seldom this
-DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")  # flags of folders
+DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")  # of no use for digits
 
 
 def _random(*seed: int) -> np.random.Generator:
@@ -158,7 +158,7 @@ class FolderClips(Dataset):
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
 
     def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
-        """The first that holds, or "" for a clip that can be used."""
+        """Why a clip cannot be used, the first reason of several; "" if it can."""
         (height, width), stills = height_width(self.size or 1), source.kind == "stills" and self.span > 1
         too_small = source.height < height or source.width < width
         reasons = {
@@ -177,7 +177,7 @@ class FolderClips(Dataset):
         return ", ".join(str(file.relative_to(self.folder)) for file in files[:3]) + ", ..." * (len(files) > 3)
 
     def _part(self) -> list[Source]:
-        """The clips that are held out, or the others, in the order of their names. The hashes of these decide."""
+        """The clips that are held out, or the others, in the order of their names, whose hashes decide."""
         sources = {source.files[0].relative_to(self.folder): source for source in self.sources}
         names = sorted(sources, key=lambda name: hashlib.sha256(str(name).encode()).digest())
         count = max(1, round(self.held_out * len(names)))
