@@ -16,8 +16,7 @@ import os
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -42,9 +41,8 @@ def make_pyramid(run, kind: type = Pyramid) -> Pyramid:
     """The pyramid of a `run`, which is arguments of train.py or Weights. In ddim mode the network says the velocity.
     That is past the paper, which finetunes a model that predicts noise: trained from scratch on noise, no digit stayed
     legible. Raises ValueError, as Pyramid does."""
-    prediction = {"flow": None, "ddim": "velocity"}[run.mode]
-    options = {"shift": run.shift, "ends": run.ends and run.ends[::-1], "prediction": prediction}
-    return kind(run.mode, run.stages, factor=FACTORS[run.pyramid], **options)
+    options = {"factor": FACTORS[run.pyramid], "shift": run.shift, "ends": run.ends and run.ends[::-1]}
+    return kind(run.mode, run.stages, prediction={"flow": None, "ddim": "velocity"}[run.mode], **options)
 
 
 def check_size(args: Namespace) -> None:
@@ -99,16 +97,13 @@ def load_file(path: Path, *keys: str) -> dict:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
     content = {"pyramid": "time", "shift": 1.0, "ends": None} | content  # older ones are of the paper's pyramid
-    head, size = {name: content[name] for name in SETTINGS}, content["size"]
-    numbers = [content["stages"], content["frames"], *(size if isinstance(size, tuple) and len(size) == 2 else [size])]
-    try:
+    head = {name: content[name] for name in SETTINGS}
+    with suppress(KeyError, TypeError, ValueError, IndexError, RuntimeError):
         make_pyramid(Namespace(**head))
-        known = all(type(n) is int and n > 0 for n in numbers)
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
-        known = False
-    if not known:
-        raise ValueError(f"{path} is damaged: {head}")
-    return content
+        numbers = content["stages"], content["frames"], *height_width(content["size"])
+        if all(type(number) is int and number > 0 for number in numbers):
+            return content
+    raise ValueError(f"{path} is damaged: {head}")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -121,31 +116,18 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"{error}{advice}") from None
 
 
-def args_to_resume(
-    parser: ArgumentParser, argv: list[str] | None, out: Path, free: Sequence[str]
-) -> tuple[Namespace, dict]:
-    """The run's own arguments, those in `free` as `argv` has them, and its checkpoint. Raises ValueError if `argv`
-    would change another."""
+def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, free: set[str]) -> tuple[Namespace, dict]:
+    """The run's arguments, those in `free` by `argv`, and its checkpoint. Raises ValueError if it changes another."""
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     if checkpoint["args"].get("time_shift", 1.0) != 1 and checkpoint["args"]["stages"] > 1:
         raise ValueError(f"{out} was trained with --time-shift, a shift of each stage that is no more: start anew")
     parser.set_defaults(**{"shift": checkpoint["args"].pop("time_shift", 1.0)} | checkpoint["args"])
     args = parser.parse_args(argv)
-    for name in vars(args).keys() - set(free):
+    for name in vars(args).keys() - free:
         was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
         if was != now:
             raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     return args, checkpoint
-
-
-def restore(state, content: dict) -> None:
-    """Gives a new `state` (train.State) what a checkpoint holds."""
-    state.model.load_state_dict(content["model"])
-    state.ema.load_state_dict(content["ema"])
-    for optimizer, own in zip(state.optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(own)
-    for name in COUNTS:
-        setattr(state, name, content[name])
 
 
 def weight_file(path: Path) -> Path:
@@ -164,8 +146,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         if len(content["classes"]) != model.config.classes or model.config.stages != content["stages"]:
             raise ValueError("its labels or stages are not those of its model")
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not fit this version of the model ({reason})") from None
+        raise ValueError(f"{path} does not fit this version of the model ({str(error).splitlines()[0]})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
     head = {name: content[name] for name in (*SETTINGS, "step")} | {"latent_scale": content.get("latent_scale")}
@@ -178,11 +159,10 @@ def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     for path in runs:
         try:
             content = load_file(path)
+            if (content["mode"], content["stages"], content["pyramid"]) == (mode, stages, pyramid):
+                return path
         except ValueError as error:
             print(f"passed over: {error}", file=sys.stderr)
-            continue
-        if (content["mode"], content["stages"], content["pyramid"]) == (mode, stages, pyramid):
-            return path
     shipped = SHIPPED / f"{run_name(mode, stages, pyramid)}.pt"
     if not shipped.exists():
         flags = f"--mode {mode} --stages {stages} --pyramid {pyramid}"
@@ -261,19 +241,6 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
     write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
     if state.best < best:
         keep_as(newest, "checkpoint-best.pt")
-
-
-@contextmanager
-def saved_if_it_fails(state, dataset: Dataset, args: Namespace, world: int, first: bool) -> Iterator[None]:
-    """Around a training step: if it raises, because clips or a loader's process are gone or memory is short, the steps
-    before it are saved. On rank 0, and not if there was none since the last save."""
-    try:
-        yield
-    except Exception as error:
-        if first and state.step > 0:
-            save(state, dataset, args, world)
-            print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
-        raise error
 
 
 def start_metrics(path: Path, step: int) -> None:

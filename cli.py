@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import numpy as np
@@ -57,13 +57,10 @@ def real_number(low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number in [low, high]."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a number in [{low:g}, {high:g}], not {text!r}")
-        return value
+        with suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"must be a number in [{low:g}, {high:g}], not {text!r}")
 
     return parse
 
@@ -117,8 +114,7 @@ def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
 
 
 def in_turn(rank: int, make: Callable):
-    """What `make` returns: called by rank 0 first, so that the others find what it wrote. Raises ValueError on all
-    ranks if it fails on one."""
+    """What `make` returns, called by rank 0 first: others need what it writes. If one fails, all raise ValueError."""
     result, problem = None, ""
     if rank > 0:
         dist.barrier()

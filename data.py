@@ -21,9 +21,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from video import NO_TIMES, SUFFIXES, DataError, Source, find_sources, import_av, open_latent, read_images
+from video import SUFFIXES, DataError, Source, find_sources, import_av, open_latent, read_images
 
 HELD_OUT_SEED = 2**40  # of digits; --seed is below 2^63, and seldom this
+DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")  # of no use for digits
 
 
 def _random(*seed: int) -> np.random.Generator:
@@ -63,10 +64,8 @@ def bounce(start: float, velocity: float, frames: int, room: float) -> np.ndarra
 
 class MovingDigits(Dataset):
     """Bouncing digits on black, (1, T, H, W), made on the fly from a seed; the label is the first digit.
-
     A digit is 5/8 of the frame's shorter side high, its start uniform, its speed uniform in `speeds`.
-    Raises DataError if that side is under 16 pixels or there is no frame or digit.
-    """
+    Raises DataError if that side is under 16 pixels or there is no frame or digit."""
 
     channels, latent, digest = 1, False, ""
     speeds = 1 / 40, 1 / 16  # least and most, in shorter sides a frame
@@ -113,8 +112,7 @@ class FolderClips(Dataset):
     RGB on white, or grey; cropped at their centre to the shape wanted and resized. Latents are cropped at their centre
     and have no range. Every epoch goes through the clips in a new order. What cannot be used is named in `summary` with
     its reason; a file that turns out damaged or changed when it is read is named in a warning and passed over.
-    Raises DataError if the folder does not exist, holds nothing usable or mixes pictures with latents.
-    """
+    Raises DataError if the folder does not exist, holds nothing usable or mixes pictures with latents."""
 
     folder: str | Path
     frames: int = 16
@@ -135,7 +133,6 @@ class FolderClips(Dataset):
     def __post_init__(self):
         name, self.folder = self.folder, Path(self.folder)
         self.span = (self.frames - 1) * self.frame_stride + 1
-        height_width(self.size or 1)  # raises what is no size
         self.cache, self.room, self.passed_over = {}, self.cache_bytes, Counter()
         found = find_sources(self.folder, self.index, series=self.span > 1)
         found = [source.at_rate(self.fps) if self.fps and source.unit else source for source in found]
@@ -143,56 +140,48 @@ class FolderClips(Dataset):
         self.sources, skipped = [], defaultdict(list)
         for source in found:
             reason = self._reason_to_skip(source, moving)
-            self.sources += [source] if reason is None else []
+            self.sources += [] if reason else [source]
             skipped[reason].extend(source.files)
-        skipped.pop(None, None)
         if self.held_out:
-            self.sources = self._part(sorted(self.sources, key=lambda source: self._hash(source)))
-        whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items())]
+            self.sources = self._part()
+        whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
+        why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
         self.summary = f"{name}: {files} files found, {used} used, {clips}"
         if not self.sources:
-            why = f"skipped: {'; '.join(whys) or 'none'}"
             raise DataError(f"{self.summary}; {why}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
         self._settle_channels()
-        self.summary += f" ({self._kinds()}); skipped: {'; '.join(whys) or 'none'}{self._warnings()}"
+        self.summary += self._described(why)
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]
         self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
 
-    def _reason_to_skip(self, source: Source, moving: set[Path]) -> str | None:
-        if source.kind == "broken":
-            return f"that {source.note}"
-        if source.kind == "stills" and self.span > 1:
-            if source.frames == 1:
-                return "stills"
-            if source.files[0].parent in moving:
-                return "stills beside videos or animations"
-        if self.fps and not source.unit:
-            return NO_TIMES
-        if source.frames < self.span:
-            return f"shorter than {self.span} frames"
-        if source.kind == "latent" and self.size is not None:
-            height, width = height_width(self.size)
-            if source.height < height or source.width < width:
-                return f"latents smaller than {self.size}"
-        if self.labels and self._class_name(source) is None:
-            return "in no sub-folder, so without a label"
-        return None
+    def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
+        """Why a clip cannot be used, the first reason of several; "" if it can."""
+        (height, width), stills = height_width(self.size or 1), source.kind == "stills" and self.span > 1
+        too_small = source.height < height or source.width < width
+        reasons = {
+            f"that {source.note}": source.kind == "broken",
+            "stills": stills and source.frames == 1,
+            "stills beside videos or animations": stills and source.files[0].parent in moving,
+            "that state no times, which --fps needs": self.fps and not source.unit,
+            f"shorter than {self.span} frames": source.frames < self.span,
+            f"latents smaller than {self.size}": source.kind == "latent" and too_small,
+            "in no sub-folder, so without a label": self.labels and self._class_name(source) is None,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _few(self, files: list[Path]) -> str:
         """The names of the first three."""
         return ", ".join(str(file.relative_to(self.folder)) for file in files[:3]) + ", ..." * (len(files) > 3)
 
-    def _hash(self, source: Source) -> bytes:
-        return hashlib.sha256(str(source.files[0].relative_to(self.folder)).encode()).digest()
-
-    def _part(self, sources: list[Source]) -> list[Source]:
-        """The clips that are held out, or the others, in the order of their names."""
-        count = max(1, round(self.held_out * len(sources)))
-        chosen = sources[:count] if self.validation else sources[count:]
-        return sorted(chosen, key=lambda source: source.files)
+    def _part(self) -> list[Source]:
+        """The clips that are held out, or the others, in the order of their names, whose hashes decide."""
+        sources = {source.files[0].relative_to(self.folder): source for source in self.sources}
+        names = sorted(sources, key=lambda name: hashlib.sha256(str(name).encode()).digest())
+        count = max(1, round(self.held_out * len(names)))
+        return [sources[name] for name in sorted(names[:count] if self.validation else names[count:])]
 
     def _settle_channels(self) -> None:
         kinds = {(source.kind == "latent", source.channels): source.files[0] for source in self.sources}
@@ -211,36 +200,29 @@ class FolderClips(Dataset):
                 raise DataError(f"{self.folder} holds latents of {sizes[0]} and {sizes[-1]}: --size crops them alike")
             self.size = sizes[0] if sizes[0][0] != sizes[0][1] else sizes[0][0]
 
-    def _kinds(self) -> str:
-        """What the clips were understood to be, in words."""
-        counts = Counter(source.kind for source in self.sources)
-        names = {"video": "videos", "animation": "animations", "stills": "series of stills"}
-        if self.span == 1:
-            names["stills"] = "stills"
-        if not self.latent:
-            return ", ".join(f"{counts[kind]} {name}" for kind, name in names.items() if counts[kind])
-        frames = sorted({source.frames for source in self.sources})
-        lengths = " to ".join(map(str, dict.fromkeys((frames[0], frames[-1]))))
-        shape = f"{self.sources[0].height}x{self.sources[0].width}"
-        about = f"{lengths} frames of {shape}, standard deviation {self._deviation():.2g}"
-        return f"latents of {self.channels} channels, {about}"
-
-    def _deviation(self) -> float:
-        """Of up to eight files, once scaled."""
-        some = self.sources[:: max(1, len(self.sources) // 8)][:8]
-        deviations = [open_latent(source.files[0]).float().std() for source in some]
-        return torch.stack(deviations).mean().item() * self.latent_scale
-
-    def _warnings(self) -> str:
+    def _described(self, skipped: str) -> str:
+        """The end of the summary: what the clips were understood to be, what was skipped, and lines of warnings."""
         notes = defaultdict(list)
         for source in self.sources:
-            if source.note:
-                notes[source.note].append(source.files[0])
-        warned = [f"{self._few(files)} {note}" for note, files in notes.items()]
-        if self.latent and not 0.5 < (deviation := self._deviation()) < 2:
-            scale = f"; --latent-scale {self.latent_scale / deviation:.3g} makes it 1" if deviation > 0 else ""
-            warned.append(f"the latents' standard deviation is {deviation:.2g}, far from noise's, which is 1{scale}")
-        return "".join(f"\nwarning: {text}" for text in warned)
+            notes[source.note].append(source.files[0])
+        warned = [f"{self._few(files)} {note}" for note, files in notes.items() if note]
+        if self.latent:
+            some = self.sources[:: max(1, len(self.sources) // 8)][:8]
+            deviations = torch.stack([open_latent(source.files[0]).float().std() for source in some])
+            deviation = deviations.mean().item() * self.latent_scale
+            if not 0.5 < deviation < 2:
+                hint = f"; --latent-scale {self.latent_scale / deviation:.3g} makes it 1" if deviation > 0 else ""
+                warned.append(f"the latents' standard deviation is {deviation:.2g}, far from noise's, which is 1{hint}")
+            frames = sorted({source.frames for source in self.sources})
+            lengths = " to ".join(map(str, dict.fromkeys((frames[0], frames[-1]))))
+            about = f"{lengths} frames of {some[0].height}x{some[0].width}, standard deviation {deviation:.2g}"
+            kinds = f"latents of {self.channels} channels, {about}"
+        else:
+            stills = "series of stills" if self.span > 1 else "stills"
+            counts = Counter(source.kind for source in self.sources)
+            names = {"video": "videos", "animation": "animations", "stills": stills}
+            kinds = ", ".join(f"{counts[kind]} {name}" for kind, name in names.items() if counts[kind])
+        return f" ({kinds}); {skipped}" + "".join(f"\nwarning: {text}" for text in warned)
 
     def _class_name(self, source: Source) -> str | None:
         """The sub-folder of the folder that the clip is in."""
@@ -280,8 +262,7 @@ class FolderClips(Dataset):
             latent = open_latent(source.files[0])
             if latent.shape != (source.channels, source.frames, source.height, source.width):
                 raise DataError("has changed since the start")
-            latent = latent[:, wanted.start : wanted.stop : wanted.step, y : y + height, x : x + width]
-            latent = latent.float() * self.latent_scale
+            latent = latent[:, list(wanted), y : y + height, x : x + width].float() * self.latent_scale
             if not latent.isfinite().all():
                 raise DataError("holds NaN or infinite numbers")
             return latent
@@ -306,24 +287,22 @@ class FolderClips(Dataset):
 
     def _pass_over(self, file: Path, error: Exception) -> None:
         """Says so at the first, the tenth, the hundredth time."""
-        self.passed_over[file] += 1
-        times = self.passed_over[file]
+        times = self.passed_over[file] = self.passed_over[file] + 1
         if times in (1, 10, 100, 1000):
             reason = str(error) if isinstance(error, DataError) else f"cannot be decoded: {error}"
             warnings.warn(f"{file} is skipped ({times} times so far): it {reason}", stacklevel=3)
 
 
 def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
-    """What train.py's arguments ask for: the clips under `args.data`, or the moving digits. Its attribute `judged_on`
-    is the clips that `args.held_out` keeps from it, of digits those of a seed of their own, or None. Raises
-    DataError."""
+    """What train.py's arguments ask for: clips under `args.data`, or moving digits. Its attribute `judged_on` is the
+    clips that `args.held_out` keeps from it, of digits those of a seed of their own, or None. Raises DataError."""
     if not args.data:
         shape = args.frames, args.size or 32, args.digits
         dataset = MovingDigits(*shape, args.seed)
         dataset.judged_on = MovingDigits(*shape, HELD_OUT_SEED) if args.held_out else None
         return dataset
-    names = ("frame_stride", "flip", "grayscale", "latent_scale", "fps", "from_start", "held_out")
-    options = {name: getattr(args, name) for name in names} | {"labels": args.labels == "folder", "index": index}
+    options = {name: getattr(args, name) for name in (*DATA_ONLY, "held_out")}
+    options |= {"labels": bool(args.labels), "index": index}
     dataset, held_out = FolderClips(args.data, args.frames, args.size, args.seed, **options), None
     if args.held_out:
         held_out = FolderClips(args.data, args.frames, args.size, 0, **options | {"flip": False}, validation=True)
@@ -360,8 +339,7 @@ def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale:
     """A grid of clips (B, C, T, H, W) as one looping animated GIF. Its frames last whole hundredths of a second, so
     that they are as long as asked for on the average. Of equal frames in a row Pillow writes one that lasts longer."""
     frames = grid_frames(clips, columns, scale)
-    ends = [round(100 * (number + 1) / fps) for number in range(len(frames))]
-    durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    durations = [10 * (round(100 * (number + 1) / fps) - round(100 * number / fps)) for number in range(len(frames))]
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
@@ -373,8 +351,7 @@ def save_video(clips: Tensor, path: Path, columns: int | None = None, scale: int
         stream.width, stream.height = (size + size % 2 for size in frames[0].size)  # 4:2:0 wants even numbers
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            even = Image.new("RGB", (stream.width, stream.height), frame.getpixel((0, 0)))
-            even.paste(frame)
+            even = ImageOps.expand(frame, (0, 0, frame.width % 2, frame.height % 2), frame.getpixel((0, 0)))
             container.mux(stream.encode(av.VideoFrame.from_image(even)))
         container.mux(stream.encode(None))
 

@@ -8,11 +8,12 @@ video of the same shape comes out.
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 LONGEST = 100.0  # patches or frames; with the usual 10,000 most frequencies would be constant over a clip
@@ -34,12 +35,11 @@ class DiTConfig:
     convolution: bool = False  # True: each MLP sees a patch's neighbours too, through a 3x3 depthwise convolution
 
     def __post_init__(self):
-        for name in ("channels", "patch", "width", "depth", "heads", "stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("channels", "patch", "width", "depth", "heads", "stages", "classes"):
+            least = 0 if name == "classes" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         object.__setattr__(self, "factor", tuple(self.factor))  # a list could not be looked up by
-        if self.classes < 0:
-            raise ValueError(f"classes must be at least 0, not {self.classes}")
         if self.width % (4 * self.heads):
             raise ValueError(f"width {self.width} must divide by 4 times the number of heads, {self.heads}")
 
@@ -57,34 +57,23 @@ def embed_angles(angle: Tensor) -> Tensor:
 
 def temporal_positions(frames: int, stride: int, device: torch.device | str | None = None) -> Tensor:
     """When the frames of a stage are shown, counted in full-rate frames (index times the stage's stride): (frames,).
-
-    Frame 2 at half the rate and frame 4 at the full rate show the same instant, so they get the same position.
-    """
+    Frame 2 at half the rate and frame 4 at the full rate show the same instant, so they get the same position."""
     return torch.arange(frames, device=device) * stride
 
 
-def spatial_positions(patches: int, stride: int, device: torch.device | str | None = None) -> Tensor:
-    """Where the patches of a stage are along one axis, counted in full-rate patches: (patches,). A patch stands for
-    `stride` of them, and its position is their centre."""
-    return torch.arange(patches, device=device) * stride + (stride - 1) / 2
-
-
-def spatial_angles(
-    rows: int, columns: int, count: int, stride: tuple[int, int], device: torch.device | str | None = None
-) -> Tensor:
-    """2-D positions of a frame's patches, row by row, half the angles for each axis: (rows * columns, count)."""
-    y = angles(spatial_positions(rows, stride[0], device), count // 2, LONGEST)[:, None].expand(-1, columns, -1)
-    x = angles(spatial_positions(columns, stride[1], device), count // 2, LONGEST)[None].expand(rows, -1, -1)
-    return torch.cat([y, x], dim=-1).flatten(0, 1)
+def spatial_angles(rows: int, columns: int, count: int, stride: tuple[int, int], device: torch.device) -> Tensor:
+    """2-D positions of a frame's patches, row by row, half the angles for each axis: (rows * columns, count). Counted
+    in full-rate patches: a patch of a stage stands for `stride` of them, and its position is their centre."""
+    y = angles(torch.arange(rows, device=device) * stride[0] + (stride[0] - 1) / 2, count // 2, LONGEST)
+    x = angles(torch.arange(columns, device=device) * stride[1] + (stride[1] - 1) / 2, count // 2, LONGEST)
+    return torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], dim=-1).flatten(0, 1)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864): turns neighbouring channels of `x` (..., d) by the angles whose cosines and
     sines are `rotation` (..., d / 2, 2), so that attention sees how far apart two tokens are.
-
     A pair is a complex number: one kernel instead of seven, a fifth of the time on CPU. Compiled code fuses the seven,
-    and knows no complex numbers.
-    """
+    and knows no complex numbers."""
     pairs = x.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
@@ -101,8 +90,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The number of tokens decides, and no timing, so that a run can be repeated. `python -m experiments.sizes attention`
     measured it: on an H100 writing out pays up to 16 tokens. On a CPU it pays where gradients are wanted, up to 64 in
-    fp32 and 128 in bf16, in which the fused kernel is up to 11 times as slow as in fp32.
-    """
+    fp32 and 128 in bf16, in which the fused kernel is up to 11 times as slow as in fp32."""
     tokens, on_cpu, is_bf16 = q.shape[-2], q.device.type == "cpu", q.dtype == torch.bfloat16
     most = (128 if is_bf16 else 64) * torch.is_grad_enabled() if on_cpu else 16
     if tokens > most:
@@ -144,16 +132,12 @@ class Attention(nn.Module):
         """`rotation`: of queries and keys by the tokens' positions, (T or 1, N or 1, 1, heads, d / 2, 2)."""
         qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=3)
         parts = *rotate(qk, rotation).unbind(3), v.squeeze(3)  # (B, T, N, heads, d) each
-        if self.dim == 2:
-            y = attention(*(part.transpose(2, 3) for part in parts)).transpose(2, 3)
-        else:
-            y = attention(*(part.permute(0, 2, 3, 1, 4) for part in parts)).permute(0, 3, 1, 2, 4)
+        y = attention(*(part.movedim(self.dim, -2) for part in parts)).movedim(-2, self.dim)
         return self.out(y.flatten(-2))  # (B, T, N, D)
 
 
 class Block(nn.Module):
     """Spatial attention, temporal attention, MLP; adaLN-Zero on each, so that a new block is the identity.
-
     The temporal attention has its own `temporal_condition`; an image model has neither. Of `convolution` the MLP's
     input is a patch plus what a 3x3 convolution, one filter a channel, adds of its neighbours: at first nothing."""
 
@@ -169,13 +153,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, space: Tensor, time: Tensor, rows: int) -> Tensor:
         """x (B, T, N, D) of N patches in `rows`, condition (B, D), rotations by place and by time. The time enters the
         temporal attention alone: with that attention's gate at zero a video model is its image model on every frame."""
-        parts = self.condition(condition)[:, None, None].to(x.dtype).chunk(6, dim=-1)  # 6 x (B, 1, 1, D)
-        shift, scale, gate = parts[:3]
+        shift, scale, gate, *mlp = self.condition(condition)[:, None, None].to(x.dtype).chunk(6, dim=-1)  # (B, 1, 1, D)
         x = torch.addcmul(x, gate, self.spatial(modulate(x, shift, scale), space))
         if self.temporal is not None:
             shift, scale, gate = self.temporal_condition(condition)[:, None, None].to(x.dtype).chunk(3, dim=-1)
             x = torch.addcmul(x, gate, self.temporal(modulate(x, shift, scale), time))
-        shift, scale, gate = parts[3:]
+        shift, scale, gate = mlp
         y = modulate(x, shift, scale)
         if self.neighbours is not None:
             frames = y.unflatten(2, (rows, -1)).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, D, rows, columns)
@@ -218,34 +201,25 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(config.depth))
         self.final_condition = nn.Linear(width, 2 * width)
         self.unembed = nn.Linear(width, pixels)
-        self._initialize()
-
-    def _initialize(self) -> None:
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.5)  # as large as the time embedding, so that labels count early
-            elif isinstance(module, nn.Conv2d):
-                nn.init.zeros_(module.weight)
+            if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.zeros_(module.bias)
-        # adaLN-Zero: all gates start at 0, so every block is the identity and the output is 0.
-        conditions = [module for name, module in self.named_modules() if name.endswith("condition")]
-        for linear in [*conditions, self.unembed]:
-            nn.init.zeros_(linear.weight)
+            # adaLN-Zero: gates and convolutions start at 0, so every block is the identity and the output is 0.
+            if name.endswith(("condition", "neighbours", "unembed")):
+                nn.init.zeros_(module.weight)
 
     @torch.no_grad()
     def start_from(self, other: "DiT") -> None:
         """Copies another model's weights. Temporal attention and convolutions that `other` lacks stay the identity, and
-        the embedding of its one stage goes to all: so every frame comes out as the image model makes it.
-
-        Raises ValueError if the models differ in anything else.
-        """
-        alone = other.config.stages == 1
-        grown = {"temporal": not other.config.temporal, "stages": alone, "factor": alone}
-        grown["convolution"] = not other.config.convolution
-        for name, given in asdict(other.config).items():
+        the embedding of its one stage goes to all: so every frame comes out as the image model makes it. Raises
+        ValueError if the models differ in anything else."""
+        was, alone = other.config, other.config.stages == 1
+        grown = {"temporal": not was.temporal, "convolution": not was.convolution, "stages": alone, "factor": alone}
+        for name, given in asdict(was).items():
             wanted = getattr(self.config, name)
             if given != wanted and not grown.get(name):
                 raise ValueError(f"a model of {name} {wanted} cannot start from one of {name} {given}")
@@ -254,8 +228,7 @@ class DiT(nn.Module):
         self.load_state_dict(weights, strict=False)
 
     def compile_blocks(self) -> None:
-        """torch.compile, one graph a stage: all blocks share it. The model as a whole would compile every block anew,
-        for the same speed."""
+        """torch.compile, one graph a stage for all blocks: the whole model would compile each anew, no faster."""
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -267,10 +240,8 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, stage: int, y: Tensor | None = None) -> Tensor:
         """x (B, C, T, H, W) as large as `stage` has it (1 / factor^stage of the full size), t (B,) in [0, 1],
         y (B,) labels in [0, classes], where `classes` is the null label, as is y = None. Returns x's shape and dtype.
-
-        Raises ValueError if H or W does not divide by the patch, the channels differ, the stage is unknown, or
-        labels are given to an unconditional model.
-        """
+        Raises ValueError if H or W does not divide by the patch, the channels differ, the stage is unknown, or labels
+        are given to an unconditional model."""
         channels, patch = self.config.channels, self.config.patch
         (B, C, T, H, W), dtype = x.shape, x.dtype
         if channels != C or H % patch or W % patch:
@@ -292,12 +263,10 @@ class DiT(nn.Module):
         x = self.embed_patch(x.reshape(B, T, rows * columns, -1))  # (B, T, N, D)
         embedding, space, time = positions_of(self.config, stage, T, rows, columns, x.dtype, x.device)
         x = x + embedding
+        again = self.gradient_checkpointing and torch.is_grad_enabled()  # in backward; nothing in a block is random
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-                x = checkpoint(block, x, condition, space, time, rows, **options)
-            else:
-                x = block(x, condition, space, time, rows)
+            run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
+            x = run(x, condition, space, time, rows)
         shift, scale = self.final_condition(condition)[:, None, None].to(x.dtype).chunk(2, dim=-1)
         x = self.unembed(modulate(x, shift, scale)).to(dtype)  # the clip's own, also under autocast
 
@@ -322,8 +291,7 @@ class Captured(nn.Module):
 
     `inputs`: for each stage a batch (x, t) or (x, t, y) on the GPU; all later batches have these shapes. `bf16`: record
     under autocast. The graphs keep their memory: the activations of the largest stage, and gradients for each. A replay
-    writes over the last one's gradients, so there must be one backward pass a step and no more.
-    """
+    writes over the last one's gradients, so there must be one backward pass a step and no more."""
 
     def __init__(self, model: DiT, inputs: list[tuple[Tensor, ...]], bf16: bool):
         super().__init__()
@@ -338,31 +306,27 @@ class Captured(nn.Module):
         return self.at_stage[k](x, t) if y is None else self.at_stage[k](x, t, y)
 
 
-def make_optimizers(
-    model: DiT, kind: str, lr: float, weight_decay: float, dtype: torch.dtype
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: DiT, kind: str, lr: float, weight_decay: float, dtype: torch.dtype) -> list[Optimizer]:
     """AdamW for everything; or, if `kind` is "muon", at the same learning rate, Muon (in `dtype`) for the matrices of
     the attentions and MLPs and AdamW for the rest."""
-    matrices = []
-    if kind == "muon":
-        named = model.blocks.named_parameters()
-        matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "condition" not in name]
+    named = model.blocks.named_parameters() if kind == "muon" else ()
+    matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "condition" not in name]
     others = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     return [adamw, Muon(matrices, lr, weight_decay, dtype)] if matrices else [adamw]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum made orthogonal, for matrices, scaled to the size of AdamW's updates (arXiv 2502.16982).
-
     The same update as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which always works in bfloat16, one matrix at
     a time: on a CPU without bf16 units that takes longer than the model's forward and backward. Here matrices of a
-    shape go together, in `dtype`.
-    """
+    shape go together, in `dtype`."""
 
     def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
         self.dtype = dtype
+        for parameter in parameters:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -371,19 +335,14 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 same_shape[parameter.shape].append(parameter)
             for shape, parameters in same_shape.items():
-                update = orthogonalize(torch.stack(self._momentum(parameters, group["momentum"])).to(self.dtype))
+                gradients = [parameter.grad for parameter in parameters]
+                means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+                torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # by one step: Nesterov's
+                update = orthogonalize(torch.stack(ahead).to(self.dtype))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * math.sqrt(max(shape))
                 torch._foreach_add_(parameters, update.to(parameters[0].dtype).unbind(), alpha=-group["lr"] * scale)
-
-    def _momentum(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
-        """Nesterov's: the gradients' running means, one step ahead."""
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers, gradients = zip(*((self.state[p]["momentum_buffer"], p.grad) for p in parameters), strict=True)
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        return torch._foreach_lerp(gradients, buffers, momentum)
 
 
 def orthogonalize(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Sample clips from trained weights: `python sample.py --stages 3` writes a GIF and a PNG strip and says where."""
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -42,34 +43,29 @@ def replayed(predict: Callable) -> Callable:
     over before Python has launched the next; for a large one the recording costs less than a call."""
     graphs, calls, pool = {}, Counter(), torch.cuda.graph_pool_handle()  # graphs that take turns share their memory
 
-    @torch.no_grad()
     def call(x: Tensor, t: Tensor, k: int) -> Tensor:
         key = k, x.shape
         calls[key] += 1
-        if calls[key] < 3:
-            return predict(x, t, k)
-        if key not in graphs:
-            graph, inputs, own = torch.cuda.CUDAGraph(), (x.clone(), t.clone()), torch.cuda.current_stream()
-            # thread_local: a loader's thread may pin memory. The streams: this one also after a failure
-            with torch.cuda.stream(own), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                output = predict(*inputs, k)
-            graphs[key] = graph, inputs, output
-        graph, inputs, output = graphs[key]
-        for kept, given in zip(inputs, (x, t), strict=True):
-            kept.copy_(given)
-        graph.replay()
-        return output.clone()
+        with torch.no_grad(), torch.cuda.device(x.device):
+            if calls[key] < 3:
+                return predict(x, t, k)
+            if key not in graphs:
+                graph, inputs, own = torch.cuda.CUDAGraph(), (x.clone(), t.clone()), torch.cuda.current_stream()
+                # thread_local: a loader's thread may pin memory. The streams: this one also after a failure
+                with torch.cuda.stream(own), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                    output = predict(*inputs, k)
+                graphs[key] = graph, inputs, output
+            graph, inputs, output = graphs[key]
+            for kept, given in zip(inputs, (x, t), strict=True):
+                kept.copy_(given)
+            graph.replay()
+            return output.clone()
 
-    def on_its_device(x: Tensor, t: Tensor, k: int) -> Tensor:
-        with torch.cuda.device(x.device):
-            return call(x, t, k)
-
-    return on_its_device
+    return call
 
 
 def with_products_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, its matrices in bfloat16 once and for all: autocast would convert them at every call, for the same
-    clips."""
+    """The model, its matrices in bfloat16 for good: autocast would convert them at every call, for the same clips."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             module.bfloat16()
@@ -91,18 +87,10 @@ def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: a
 
 
 def generate(
-    weights: Weights,
-    pyramid: Pyramid,
-    labels: Tensor | None,
-    number: int,
-    steps: int | list[int] = 30,
-    solver: str = "euler",
-    guidance: float = 1.0,
-    seed: int = 0,
-    precision: str = "auto",
-    progress: bool = False,
-    first: int = 0,
-) -> Tensor:
+    weights: Weights, pyramid: Pyramid, labels: Tensor | None, number: int,
+    steps: int | list[int] = 30, solver: str = "euler", guidance: float = 1.0,
+    seed: int = 0, precision: str = "auto", progress: bool = False, first: int = 0,
+) -> Tensor:  # fmt: skip
     """`number` clips (B, C, T, H, W) from number `first` on. Clip i's noise depends on `seed` and i alone."""
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, *height_width(weights.size))
@@ -114,10 +102,9 @@ def generate(
 
 
 def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None:
-    """Writes step-N of a run: --sample-number clips by the EMA weights, 30 Euler steps, as a GIF, or as .npy if they
-    are latents. The noises are the same every time, so that progress shows. `batch` clips at a time, as training takes,
-    and of large clips fewer than asked for: no more than 16 million pixels. What goes wrong is said on stderr, and
-    does not end the run."""
+    """Writes step-N of a run: --sample-number clips by the EMA weights, 30 Euler steps, as a GIF, or .npy of latents.
+    The noises are always the same, so that progress shows. `batch` clips at a time, as training takes, and of large
+    clips fewer: 16 million pixels at most. What goes wrong is said on stderr, and does not end the run."""
     height, width = height_width(weights.size)
     number = max(1, min(args.sample_number, MOST_PIXELS // (weights.frames * height * width)))
     pyramid, labels, clips = make_pyramid(weights), choose_labels(weights.classes, number), []
@@ -150,11 +137,8 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
 
 def free_name(stem: Path) -> Path:
     """`stem` with the first number at which there is no such file."""
-    for index in range(1_000_000):
-        candidate = stem.with_name(f"{stem.name}-{index:03d}")
-        if not any(candidate.with_suffix(suffix).exists() for suffix in SUFFIXES):
-            return candidate
-    raise ValueError(f"{stem.parent} is full")
+    names = (stem.with_name(f"{stem.name}-{number:03d}") for number in itertools.count())
+    return next(name for name in names if not any(name.with_suffix(suffix).exists() for suffix in SUFFIXES))
 
 
 def make_parser() -> cli.Parser:
@@ -198,8 +182,7 @@ def run(args: argparse.Namespace) -> None:
     labels = choose_labels(weights.classes, args.number, args.label)
     if labels is None and args.guidance != 1:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")
-    steps = args.steps[0] if len(args.steps) == 1 else args.steps
-    pyramid = make_pyramid(weights)
+    pyramid, steps = make_pyramid(weights), args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages, pyramid.lengths)
     out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out
     of_a_run = path.stem.startswith(("weights", "checkpoint"))

@@ -310,9 +310,8 @@ class Pyramid:
         grid = [self._unshifted(t), self._unshifted(stage.t_end)]
         times = self._shifted(torch.linspace(*grid, steps + 1, dtype=torch.float64, device="cpu"))
         gammas, sigmas = self.gamma_sigma(times)
-        ratio = (
-            (times - stage.t_end) / (stage.t_start - stage.t_end) if self.mode == "flow" else sigmas / gammas
-        )  # t', r
+        length = stage.t_start - stage.t_end
+        ratio = (times - stage.t_end) / length if self.mode == "flow" else sigmas / gammas  # t', r
         position, gammas, sigmas, before = ratio.tolist(), gammas.tolist(), sigmas.tolist(), None
         for i in _progress_bar(steps, k) if progress else range(steps):
             output = predict(x.to(dtype), times[i].to(x).expand(x.shape[0]), k)
@@ -356,10 +355,9 @@ def _per_clip(value: Tensor, like: Tensor) -> Tensor:
 
 def _checked(output: Tensor, x: Tensor, where: str) -> Tensor:
     """What `predict` returned for `x`, in x's dtype. Raises ValueError if it cannot be a prediction."""
-    if not isinstance(output, Tensor) or output.shape != x.shape:
-        got = (
-            f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"{type(output).__name__}, not a tensor,"
-        )
+    is_tensor = isinstance(output, Tensor)
+    if not is_tensor or output.shape != x.shape:
+        got = f"shape {tuple(output.shape)}" if is_tensor else f"{type(output).__name__}, not a tensor,"
         hint = "of a diffusers model return .sample, or pass return_dict=False and return what it gives at [0]"
         raise ValueError(f"predict returned {got} for x of {tuple(x.shape)} at {where}: {hint}")
     if not output.isfinite().all():

@@ -14,7 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,18 +31,17 @@ import checkpoint as disk
 import cli
 from checkpoint import FACTORS, make_pyramid, run_name
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
-from data import DataError, height_width, open_data
+from data import DATA_ONLY, DataError, height_width, open_data
 from model import Captured, DiT, DiTConfig, make_optimizers
 from sample import save_preview
 from tpdiff import Generators, Pyramid, align, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
-FREE = ("steps", "out", "resume", "workers", "device", "compile", "gradient_checkpointing", "sample_number")
-FREE += ("log_interval", "sample_interval", "save_interval", "keep_interval")
+FREE = {"steps", "out", "resume", "workers", "device", "compile", "gradient_checkpointing", "sample_number"}
+FREE |= {"log_interval", "sample_interval", "save_interval", "keep_interval"}
 HELD_OUT = 64  # clips that a loss is measured on
 MOST_SKIPPED = 10
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
-DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")
 
 
 def make_parser() -> cli.Parser:
@@ -208,9 +207,7 @@ def draw_noise(x0_stage: Tensor, generators: Generators, args: Namespace) -> Ten
     return align(x0_stage, noise) if args.align == "assignment" else noise  # Algorithm 1
 
 
-def draw(
-    x0: Tensor, labels: Tensor, classes: int, pyramid: Pyramid, k: int, numbers: Sequence[int], args: Namespace
-) -> tuple:
+def draw(x0: Tensor, labels: Tensor, classes: int, pyramid: Pyramid, k: int, numbers: range, args: Namespace) -> tuple:
     """The end points of clips `x0` (B, C, T, H, W) at stage k, places u (B,) between them, and labels (B,): `classes`
     where one is dropped, None where the data has none (-1). Sample n's draws come from a generator of its own."""
     generators = [generator_for(args.seed, cli.TRAINING, number) for number in numbers]
@@ -283,11 +280,14 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     losses, since_judged = torch.zeros(2, 2, args.stages, device=device)
     dtype = torch.bfloat16 if use_bf16(args.precision, device) else torch.float32
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype)
-    state = State(model, ema, optimizers, losses, since_judged)
+    optimizers, counts = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype), {}
     if checkpoint:
-        disk.restore(state, checkpoint)
-    return state
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        for optimizer, own in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        counts = {name: checkpoint[name] for name in disk.COUNTS}
+    return State(model, ema, optimizers, losses, since_judged, **counts)
 
 
 @torch.no_grad()
@@ -295,14 +295,13 @@ def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args: Nam
     """The EMA model's loss at each stage, k = 0 first, on clips that training never sees, with the same noise and
     times at every call: checkpoints can be compared by it, those of several runs too. None without such clips, or, as
     is said then, if something goes wrong: it shall not cost the run."""
-    losses, device, fixed = [], model.unembed.weight.device, Namespace(**vars(args) | {"seed": 0, "label_dropout": 0.0})
+    losses, fixed = [], {"seed": 0, "label_dropout": 0.0, "workers": 0, "accumulate": 1}
     try:
         for k, size in enumerate(batch_sizes(args) if clips else ()):
-            batches, total, count = TrainingBatches(clips, fixed, 0, 1, k), 0.0, math.ceil(HELD_OUT / size)
-            for x_start, x_end, u, y in map(batches.__getitem__, range(count)):
-                x_start, x_end, y = (each if each is None else each.to(device) for each in (x_start, x_end, y))
-                total += training_loss(model, pyramid, x_start, x_end, u, y, k, args).item()
-            losses.append(total / count)
+            options = Namespace(**vars(args) | fixed | {"steps": math.ceil(HELD_OUT / size)})
+            batches = make_batches(clips, options, 0, 0, 1, model.unembed.weight.device, k)
+            of_batches = [training_loss(model, pyramid, *batch, k, args).item() for batch in batches]
+            losses.append(sum(of_batches) / len(of_batches))
     except Exception as error:
         print(f"no held-out loss this time ({cli.reason(error)})", file=sys.stderr)
         return None
@@ -338,10 +337,8 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
     if state.skipped_in_a_row == MOST_SKIPPED:
         path = args.out / "checkpoint.pt"
         last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        raise SystemExit(
-            f"train.py: the gradient was NaN or infinite {MOST_SKIPPED} steps in a row, last at step {state.step}, "
-            f"stage {k}: try a lower --lr in a new run; {last}"
-        )
+        when = f"{MOST_SKIPPED} steps in a row, last at step {state.step}, stage {k}"
+        raise SystemExit(f"train.py: the gradient was NaN or infinite {when}: try a lower --lr in a new run; {last}")
 
 
 @torch.no_grad()
@@ -381,11 +378,16 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
     model = fast_form(state.model, args, device)
     batches = make_batches(dataset, args, state.step, rank, world, device)
     bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first)
-    mark, clips = time.perf_counter(), 0
-    while state.step < args.steps:
+    mark, clips, end = time.perf_counter(), 0, state.step >= args.steps
+    while not end:
         k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
-        with disk.saved_if_it_fails(state, dataset, args, world, first):
+        try:
             optimize(state, model, pyramid, batches, k, args)
+        except Exception:  # clips or a loader's process are gone, or memory is short: the steps before are kept
+            if first and state.step > 0:
+                disk.save(state, dataset, args, world)
+                print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
+            raise
         bar.update()
         clips += batch_sizes(args)[k] * args.accumulate * world
         end = stop.agreed() or state.step == args.steps
@@ -404,8 +406,6 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
             if sample_due and first and args.sample_number:
                 save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
             mark, clips = time.perf_counter(), 0
-        if end:
-            break
     bar.close()
     del model  # or DDP holds the process group last and joins gloo's threads while it keeps the lock they wait for
     if dist.is_initialized():
@@ -420,28 +420,25 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
 
 def main(argv: list[str] | None = None) -> None:
     cli.keep_memory()
-    parser, started = make_parser(), False
+    parser, ready = make_parser(), None
     try:
-        args, checkpoint = parse_args(argv)
-        ready = set_up(args, checkpoint)
-        started = True
+        with cli.one_sentence(parser, NO_MEMORY):
+            args, checkpoint = parse_args(argv)
+            ready = set_up(args, checkpoint)
         raise SystemExit(train(args, *ready))
     except DataError as error:  # from a loader's process it comes with that one's traceback in front
         parser.error(str(error).strip().splitlines()[-1].removeprefix("video.DataError: "))
     except OSError as error:
-        advice = f"; once that is mended, continue with --resume --out {args.out}" if started else ""
-        parser.error(f"{error}{advice}")
-    except (ValueError, RuntimeError, MemoryError) as error:
+        parser.error(f"{error}; once that is mended, continue with --resume --out {args.out}")
+    except (RuntimeError, MemoryError) as error:
         if cli.is_out_of_memory(error):
             parser.error(NO_MEMORY)
-        if isinstance(error, ValueError) and not started:
-            parser.error(str(error))
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        ended = f"another process of the run has ended ({str(error).splitlines()[0]})"
+        ended = f"another process of the run has ended ({cli.reason(error)})"
         raise SystemExit(f"train.py: {ended}; continue with --resume --out {args.out}") from None
     finally:
-        if dist.is_initialized() and not started:
+        if dist.is_initialized() and ready is None:
             dist.destroy_process_group()
 
 

@@ -8,14 +8,13 @@ import json
 import math
 import os
 import re
-import struct
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ LATENTS = (".npy", ".pt")
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
 INDEX_FORMAT = 2  # of the file that keeps what the headers said; raised when old ones can no longer be read
 LATENT_CHANNELS = (4, 8, 12, 16, 24, 32, 48, 64, 128, 256)  # that VAEs have
-NO_TIMES = "that state no times, which --fps needs"
 
 
 class DataError(ValueError):
@@ -41,7 +39,6 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Source:
     """A clip on disk: one file, or numbered stills.
-
     Picture i is on the screen from times[i] until the next one's time, and the last until `end`, in units of `unit`
     seconds. Counted at a rate, with `period` units from one frame to the next, frame number j is the picture that is on
     the screen at times[0] + (j + 1/2) period. Stills and latents state no times: their unit is 0, and they are one
@@ -89,7 +86,6 @@ def usual_distance(times: list[int]) -> Fraction:
 
 def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
     """All clips under the folder but those beside the index. A file that has not changed since is not opened again.
-
     `series`: stills whose numbers run on are one clip; else each is a clip of one frame."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
@@ -100,11 +96,12 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
 
     def look(files: tuple[Path, ...]) -> Source:
         name, key = str(files[0]), [len(files), *_stamp(files[0])]
-        source = _from_row(files, known[name]) if name in known and known[name]["key"] == key else _probe(files)
+        same = name in known and known[name]["key"] == key
+        source = _from_row(files, known[name]) if same else _probe(files)
         if source.kind == "video":
             import_av(files[0])  # also if the index knows the file
         if source.kind != "broken":
-            rows[name] = {"key": key} | _to_row(source)
+            rows[name] = known[name] if same else {"key": key} | vars(replace(source, files=()))
         return source
 
     sources, without = [], index.parent.resolve() if index else None
@@ -115,7 +112,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
     if index and rows != known:
         index.parent.mkdir(parents=True, exist_ok=True)
         aside = index.with_name(index.name + ".tmp")
-        aside.write_text(json.dumps(rows))
+        aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
         os.replace(aside, index)
     return sources
 
@@ -125,15 +122,9 @@ def _stamp(file: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def _to_row(source: Source) -> dict:
-    row = asdict(source)
-    del row["files"]
-    return row | {name: [row[name].numerator, row[name].denominator] for name in ("unit", "period")}
-
-
 def _from_row(files: tuple[Path, ...], row: dict) -> Source:
     row = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name != "key"}
-    return Source(files, **row | {name: Fraction(*row[name]) for name in ("unit", "period")})
+    return Source(**row | {"files": files} | {name: Fraction(*row[name]) for name in ("unit", "period")})
 
 
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
@@ -175,11 +166,9 @@ def _probe(files: tuple[Path, ...]) -> Source:
             durations = [] if image.format in ("JPEG", "MPO") else _durations(image, path)
         if len(durations) < 2:
             return Source(files, "stills", tuple(range(len(files))), len(files), **shape)
-        *times, end = np.cumsum([0, *durations]).round().astype(int).tolist()
-        in_hundredths = suffix == ".gif"
-        times, end = ([time // 10 for time in times], end // 10) if in_hundredths else (times, end)
-        unit = Fraction(1, 100 if in_hundredths else 1000)
-        return Source(files, "animation", tuple(times), end, unit, usual_distance(times), **shape)
+        tick = 10 if suffix == ".gif" else 1  # milliseconds, in which the file counts
+        *times, end = (np.cumsum([0, *durations]).round().astype(int) // tick).tolist()
+        return Source(files, "animation", tuple(times), end, Fraction(tick, 1000), usual_distance(times), **shape)
     except Exception as error:  # Pillow, FFmpeg, torch and numpy raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if isinstance(error, DataError) else "cannot be decoded"
         return Source(files, "broken", note=reason)
@@ -187,28 +176,21 @@ def _probe(files: tuple[Path, ...]) -> Source:
 
 def _durations(image: Image.Image, path: Path) -> list[float]:
     """Milliseconds that each picture of an animation is shown. Up to 10 stand for 100, as all browsers have it."""
-    found, first = [], int(getattr(image, "default_image", False))  # a PNG's poster is not part of its animation
+    found = []
     if image.format == "WEBP":  # Pillow would decode each picture to say how long it is shown
-        found = _webp_durations(path.read_bytes())
+        content, place = path.read_bytes(), 12
+        while place + 8 <= len(content):  # a chunk of the container: its name, its size, what is in it
+            name, size = content[place : place + 4], int.from_bytes(content[place + 4 : place + 8], "little")
+            if name == b"ANMF" and place + 8 + size <= len(content):  # after its picture's place and size: three bytes
+                found.append(int.from_bytes(content[place + 20 : place + 23], "little"))
+            place += 8 + size + size % 2
     else:
-        for number in range(first, getattr(image, "n_frames", 1)):
-            try:
+        numbers = range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))  # past a poster
+        with suppress(Exception):  # cut off: what is there is a shorter clip
+            for number in numbers:
                 image.seek(number)
-            except Exception:  # cut off: what is there is a shorter clip
-                break
-            found.append(image.info.get("duration", 0))
+                found.append(image.info.get("duration", 0))
     return [duration if duration > 10 else 100 for duration in found]
-
-
-def _webp_durations(content: bytes) -> list[int]:
-    """Of the ANMF chunks of a WebP file's container: three bytes after its picture's place and size."""
-    found, place = [], 12
-    while place + 8 <= len(content):
-        name, size = struct.unpack_from("<4sI", content, place)
-        if name == b"ANMF" and place + 8 + size <= len(content):
-            found.append(int.from_bytes(content[place + 20 : place + 23], "little"))
-        place += 8 + size + size % 2
-    return found
 
 
 def import_av(path: Path):
@@ -220,34 +202,22 @@ def import_av(path: Path):
     return av
 
 
-def _open_video(av, path: Path):
-    return av.open(f"file:{path}")  # "file:", lest a name with a colon be taken for a protocol
-
-
-def _video_stream(container):
-    """The first that is no cover picture."""
-    streams = [stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic]
-    if not streams:
-        raise DataError("has no video in it")
-    return streams[0]
-
-
-def _decode(av, container, stream) -> Iterator:
-    """The stream's frames from here on, without those that cannot be decoded or that the decoder marks as corrupt."""
-    decoder = _decoder(av, stream)
-    for packet in container.demux(stream):
-        yield from _frames_of(av, decoder, packet)
-
-
-def _decoder(av, stream):
-    """FFmpeg's own decoders of VP8 and VP9 leave transparency out."""
-    with_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
-    if with_alpha and stream.metadata.get("alpha_mode") == "1":
-        return av.CodecContext.create(with_alpha, "r")
-    return stream.codec_context
+@contextmanager
+def _open_video(av, path: Path) -> Iterator[tuple]:
+    """The container, its first stream that is no cover picture, and the decoder of that."""
+    with av.open(f"file:{path}") as container:  # "file:", lest a name with a colon be taken for a protocol
+        streams = [each for each in container.streams.video if not each.disposition & each.disposition.attached_pic]
+        if not streams:
+            raise DataError("has no video in it")
+        stream, decoder = streams[0], streams[0].codec_context
+        with_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)  # FFmpeg's own leave transparency out
+        if with_alpha and stream.metadata.get("alpha_mode") == "1":
+            decoder = av.CodecContext.create(with_alpha, "r")
+        yield container, stream, decoder
 
 
 def _frames_of(av, decoder, packet) -> list:
+    """A packet's frames, without those that cannot be decoded or that the decoder marks as corrupt."""
     with suppress(av.FFmpegError):
         return [frame for frame in decoder.decode(packet) if not frame.is_corrupt]
     return []
@@ -256,10 +226,9 @@ def _frames_of(av, decoder, packet) -> list:
 def _probe_video(av, path: Path) -> Source:
     """When a video's frames are shown: by its packets; or by decoding it, if they cannot tell or may have been cut."""
     packets, frames, whole = [], [], path.suffix.lower() not in CUT_ANYWHERE
-    with _open_video(av, path) as container:
-        stream = _video_stream(container)
-        decoder, unit, delayed = _decoder(av, stream), stream.time_base, stream.codec_context.has_b_frames
-        rate = stream.average_rate or stream.guessed_rate or 25
+    with _open_video(av, path) as (container, stream, decoder):
+        unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate or 25
+        delayed = stream.codec_context.has_b_frames
         for packet in container.demux(stream):
             whole = whole and not packet.is_corrupt
             if packet.size and not packet.is_discard:  # an edit list's: decoded, and not shown
@@ -273,8 +242,8 @@ def _probe_video(av, path: Path) -> Source:
     # A stream whose frames are shown in another order than stored, and whose times say otherwise, has wrong times.
     in_order = None in times or len(set(times)) < len(times) or (delayed and times == sorted(times))
     if in_order or not whole:
-        with _open_video(av, path) as container:
-            decoded = _decode(av, container, _video_stream(container))
+        with _open_video(av, path) as (container, stream, decoder):
+            decoded = chain.from_iterable(_frames_of(av, decoder, packet) for packet in container.demux(stream))
             stamps = [(frame.pts, frame.dts, frame.duration or 0) for frame in decoded]
     if in_order:
         times, last = best_effort([stamp[:2] for stamp in stamps], 1 / (rate * unit)), stamps[-1][2]
@@ -291,12 +260,11 @@ def best_effort(stamps: list[tuple[int | None, int | None]], period: Fraction) -
     """Rising times of decoded frames from their (pts, dts), after FFmpeg's rule: of the two the one that has gone
     backwards less often; and where neither moves on, one period after the frame before."""
     times, faults, last = [], [0, 0], [-math.inf, -math.inf]
-    for pair in stamps:
-        for which, stamp in enumerate(pair):
+    for pts, dts in stamps:
+        for which, stamp in enumerate((pts, dts)):
             if stamp is not None:
                 faults[which] += stamp <= last[which]
                 last[which] = stamp
-        pts, dts = pair
         time = pts if pts is not None and (dts is None or faults[0] <= faults[1]) else dts
         if times and (time is None or time <= times[-1]):
             time = times[-1] + max(1, round(period))
@@ -346,11 +314,12 @@ def _read_video(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
     av = import_av(path)
     # So many seconds before the first one wanted: what follows a key frame may need frames before it, and be left out.
     for back in (math.inf,) if source.in_order else (0, 1, 10, math.inf):
-        with _open_video(av, path) as container, suppress(*() if back == math.inf else (av.FFmpegError,)):
-            stream, target = _video_stream(container), first - back / source.unit
+        with _open_video(av, path) as (container, stream, decoder), suppress(av.FFmpegError if back < math.inf else ()):
+            target = first - back / source.unit
             if target > source.times[0]:
                 container.seek(int(target), stream=stream)
-            for number, frame in enumerate(_decode(av, container, stream)):
+            decoded = chain.from_iterable(_frames_of(av, decoder, packet) for packet in container.demux(stream))
+            for number, frame in enumerate(decoded):
                 time = source.times[number] if source.in_order else frame.pts
                 if time == source.times[due[0]]:
                     yield due.pop(0), _upright(frame, stream.sample_aspect_ratio)
@@ -364,8 +333,7 @@ def _read_video(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
 
 
 def _upright(frame, pixel_aspect) -> Image.Image:
-    """A video's frame as it is meant to be seen: transparent where it is, with square pixels, turned and mirrored as
-    the file says."""
+    """A video's frame as its file means it: transparent where it is, of square pixels, turned and mirrored."""
     alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA") if alpha else frame.to_image()
     if pixel_aspect and pixel_aspect != 1:
