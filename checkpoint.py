@@ -50,7 +50,7 @@ def check_size(args: Namespace) -> None:
     divisors = [args.patch * n ** (args.stages - 1) for n in FACTORS[args.pyramid][1:]]
     if any(length % divisor for length, divisor in zip(height_width(args.size or divisors), divisors, strict=True)):
         why = f"--patch {args.patch}, {args.stages} stages in {args.pyramid}"
-        raise ValueError(f"--size {args.size} must divide by {divisors}: {why}")
+        raise ValueError(f"--size {args.size} must be a multiple of {divisors}, height and width: {why}")
 
 
 def run_name(mode: str, stages: int, pyramid: str) -> str:
@@ -89,7 +89,8 @@ def load_file(path: Path, *keys: str) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        text = str(error) or type(error).__name__  # of foreign files torch advises to run what is in them
+        reason = "it is of another kind" if "weights_only" in text else text.splitlines()[0]
         raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py (format {FORMAT})")
@@ -166,7 +167,7 @@ def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     shipped = SHIPPED / f"{run_name(mode, stages, pyramid)}.pt"
     if not shipped.exists():
         flags = f"--mode {mode} --stages {stages} --pyramid {pyramid}"
-        raise ValueError(f"no weights for {flags}: none in runs/, none shipped; to train them: python train.py {flags}")
+        raise ValueError(f"no weights for {flags}: none in runs/, and no {shipped}; to train them: train.py {flags}")
     return shipped
 
 

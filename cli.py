@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        print(f"{self.prog}: {message}" + "; --help lists all" * message.startswith("unrecognized"), file=sys.stderr)
         raise SystemExit(2)
 
 

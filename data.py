@@ -147,7 +147,9 @@ class FolderClips(Dataset):
         whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
+        self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
+        clips += f" with {len(self.classes)} labels" if self.labels else ""
         self.summary = f"{name}: {files} files found, {used} used, {clips}"
         if not self.sources:
             raise DataError(f"{self.summary}; {why}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
@@ -155,7 +157,6 @@ class FolderClips(Dataset):
         self.summary += self._described(why)
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]
         self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
-        self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
 
     def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
         """Why a clip cannot be used, the first reason of several; "" if it can."""

@@ -41,7 +41,7 @@ class DiTConfig:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         object.__setattr__(self, "factor", tuple(self.factor))  # a list could not be looked up by
         if self.width % (4 * self.heads):
-            raise ValueError(f"width {self.width} must divide by 4 times the number of heads, {self.heads}")
+            raise ValueError(f"width {self.width} must be a multiple of {4 * self.heads}, 4 times the number of heads")
 
 
 def angles(positions: Tensor, count: int, longest: float) -> Tensor:

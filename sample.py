@@ -142,9 +142,8 @@ def free_name(stem: Path) -> Path:
 
 
 def make_parser() -> cli.Parser:
-    example = "example: python sample.py --stages 3 --label 7 --guidance 2"
-    about = {"description": "Sample clips from trained weights, as a GIF and a PNG strip.", "epilog": example}
-    parser = cli.Parser(prog="sample.py", **about)
+    about = {"description": "Sample clips from trained weights, as a GIF and a PNG strip."}
+    parser = cli.Parser(prog="sample.py", **about, epilog="example: python sample.py --stages 3 --label 7 --guidance 2")
     add = parser.add_argument
     add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
     add("--stages", type=positive_int, help="stages; 1 is vanilla [the checkpoint's, else 3]")
@@ -199,7 +198,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--out {out}: {file} exists already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    print(f"weights: {path} ({weights.mode}, {cli.count(weights.stages, 'stage')}, step {weights.step})")
+    files[0].touch()  # rather than to find out after sampling that this cannot be written
+    files[0].unlink()
+    stages = f"{cli.count(weights.stages, 'stage')} in {weights.pyramid}" if weights.stages > 1 else "1 stage"
+    print(f"weights: {path} ({weights.mode}, {stages}, step {weights.step})")
     start = time.perf_counter()
     options = steps, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()

@@ -71,7 +71,7 @@ def make_parser() -> cli.Parser:
     add("--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="factor that brings latents to unit size")
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip, any number")
-    size = "height and width, or one number for both; must divide by the patch and by what --pyramid halves [32; of "
+    size = "height and width, or one number for both; multiples of the patch and of what --pyramid halves [32; of "
     add("--size", type=positive_int, nargs="+", action=cli.OneOrMore, help=size + "latents all they have]")
     add("--workers", type=non_negative_int, help="processes that prepare clips [4 with a GPU; else 1, 0 for digits]")
     add = parser.add_argument_group("model").add_argument
@@ -132,6 +132,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
     if args.ends and (len(args.ends) != stages or args.ends[-1] != 0):
         raise ValueError(f"--ends needs a time for each of --stages {stages}, noisiest first and the last 0")
+    if args.frames == 1 and stages > 1 and args.pyramid == "time":
+        raise ValueError("--frames 1 has no frame rate to halve: add --stages 1, or --pyramid space")
     args.size = args.size if args.size or args.data else 32
     disk.check_size(args)
     make_pyramid(args)  # refuses stages that the schedule has no noise for
@@ -240,9 +242,8 @@ def fast_form(model: DiT, args: Namespace, device: torch.device) -> torch.nn.Mod
     pyramid, inputs = make_pyramid(args), []
     for k, batch in enumerate(batch_sizes(args)):
         shape = pyramid.shape((batch, model.config.channels, args.frames, *height_width(args.size)), k)
-        inputs.append((torch.zeros(shape, device=device), torch.full((batch,), 0.5, device=device)))
-        if model.config.classes:
-            inputs[-1] += (torch.zeros(batch, dtype=torch.long, device=device),)
+        labels = (torch.zeros(batch, dtype=torch.long, device=device),) if model.config.classes else ()
+        inputs.append((torch.zeros(shape, device=device), torch.full((batch,), 0.5, device=device), *labels))
     return Captured(model, inputs, use_bf16(args.precision, device))
 
 

@@ -61,7 +61,8 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
         animation(tmp_path / "clips" / name / "a.gif", 8)
     options = "--steps 2 --frames 7 --mode ddim --sample-interval 2 --labels folder --data".split()
     run_training(tmp_path / "run", *options, str(tmp_path / "clips"))
-    assert (tmp_path / "run" / "step-0000002.gif").exists() and "2 used" in capsys.readouterr().out
+    assert (tmp_path / "run" / "step-0000002.gif").exists()
+    assert "2 used, 2 clips of 16 frames in all with 2 labels (2 animations)" in capsys.readouterr().out
     words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 3, "--mode", "ddim"]
     assert "its labels are cat, dog" in fails_with_one_line(capsys, sample.main, *words, "--label", "cow")
     run_sample(*words, "--label", "cat", "--guidance", 2, "--solver", "ab2", "--steps", 4, 2, 1)
@@ -122,9 +123,10 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--seed 1e5", "--seed"), ("--label cat", "cat is unknown to the model: its labels are 0, 1, 2"),
     ("--checkpoint {tmp}", "weights.pt does not exist"), ("--checkpoint {tmp}/gone.pt", "gone.pt does not exist"),
     ("--checkpoint {tmp}/bare.pt", "lacks classes"), ("--checkpoint {tmp}/hostile.pt", "not a whole checkpoint"),
-    ("--checkpoint {tmp}/empty.pt", "not a whole checkpoint"), ("--checkpoint {tmp}/text.pt", "not a whole"),
+    ("--checkpoint {tmp}/empty.pt", "not a whole checkpoint"), ("--checkpoint {tmp}/text.pt", "it is of another kind"),
     ("--checkpoint {tmp}/cut.pt", "not a whole checkpoint"), ("--out {tmp}/text.pt/a", "File exists"),
     ("--out {tmp}/taken.gif", "taken.png exists already"),
+    ("--chekpoint a", "--chekpoint a; --help lists all"), ("--out /proc/a --number 10000000", "No such file"),
 ])  # fmt: skip
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

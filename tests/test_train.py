@@ -334,8 +334,9 @@ def folder(tmp_path_factory) -> Path:
     "words, message",
     [
         *[(words, f"argument {words.split()[0]}: must be a") for words in BAD_NUMBERS.split(",")],
-        ("--size 30", "--size 30 must divide by [4, 4]: --patch 4, 3 stages in time"),
-        ("--size 24 16 --pyramid space-time", "must divide by [16, 16]: --patch 4, 3 stages in space-time"),
+        ("--size 30", "--size 30 must be a multiple of [4, 4], height and width: --patch 4, 3 stages in time"),
+        ("--size 24 16 --pyramid space-time", "of [16, 16], height and width: --patch 4, 3 stages in space-time"),
+        ("--frames 1", "--frames 1 has no frame rate to halve: add --stages 1, or --pyramid space"),
         ("--size 16 16 16", "a size is one number, or height and width, not (16, 16, 16)"),
         ("--size 8 32", "size >= 16, frames and digits >= 1, not (8, 32)"),
         ("--mode ddim --stages 40", "use fewer stages"),
@@ -347,7 +348,7 @@ def folder(tmp_path_factory) -> Path:
         ("--ends 0.25 0.5 0", "ends must be 3 times that begin with 0, rise and stay below 1"),
         ("--candidates 4", "--candidates has no meaning with --align assignment"),
         ("--labels folder", "--labels has no meaning without --data"),
-        ("--width 30", "width 30 must divide by 4 times the number of heads, 4"),
+        ("--width 30", "width 30 must be a multiple of 16, 4 times the number of heads"),
         ("--width 1099511627776", "not enough memory"),
         ("--out {data}/file", "File exists"),
         ("--resume", "checkpoint.pt does not exist"),
@@ -433,4 +434,4 @@ def test_workers_are_as_many_as_the_help_says(monkeypatch):
 def test_latents_are_taken_whole_where_no_size_is_given(tmp_path, capsys):
     torch.save(torch.randn(4, 9, 8, 16), tmp_path / "a.pt")
     words = ["--data", tmp_path, "--frames", 8, "--patch", 3, "--out", tmp_path / "run"]
-    assert "--size (8, 16) must divide by [3, 3]" in fails_with_one_line(capsys, train.main, *words)
+    assert "--size (8, 16) must be a multiple of [3, 3]" in fails_with_one_line(capsys, train.main, *words)
