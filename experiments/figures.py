@@ -176,9 +176,10 @@ def main(argv: list[str] | None = None) -> None:
     example = "example: python -m experiments.figures stages"
     parser = Parser(prog="experiments.figures", description=__doc__, epilog=example)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    runs = {"losses": {"epilog": "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"}}
-    adds = {name: commands.add_parser(name, **runs.get(name, {})) for name in ("losses", "windows", "stages")}
-    adds = {name: command.add_argument for name, command in adds.items()}
+    runs, adds = {"losses": {"epilog": "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"}}, {}
+    for name, draw in {"losses": draw_losses, "windows": draw_windows, "stages": draw_stages}.items():
+        purpose = " ".join(draw.__doc__.split(".")[0].split())
+        adds[name] = commands.add_parser(name, help=purpose, description=purpose, **runs.get(name, {})).add_argument
     adds["losses"]("runs", type=Path, nargs="+", help="folders of runs")
     adds["stages"]("--checkpoint", type=Path, default=SHIPPED / "flow-3.pt", help="weights of three stages")
     adds["stages"]("--label", type=non_negative_int, default=3, help="number of the class to sample")

@@ -295,12 +295,15 @@ def make_parser() -> Parser:
     functions = {"train": train_systems, "scores": scores, "distance": validate, "copies": copies}
     train_, scores_, distance_, copies_ = (add_command(commands, name, each) for name, each in functions.items())
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
-    train_("--trial", type=positive_int, default=50, help="a third of the steps by which a system's pace is measured")
+    trial = "first a run of three times as many steps tells how many a system can make in --seconds"
+    train_("--trial", type=positive_int, default=50, help=trial)
     train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
     train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
     train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4'")
+    scores_("--number", type=whole_number(2), default=192, help="clips that are sampled for each distance")
+    distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
+    copies_("--number", type=whole_number(2), default=192, help="samples, and held-out clips beside them")
     for add in (scores_, distance_, copies_):
-        add("--number", type=whole_number(2), default=192, help="clips that are sampled, or damaged")
         add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables and pictures")
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
         add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")
