@@ -219,9 +219,10 @@ def distances_to(real: Tensor, features: dict[str, Callable]) -> Callable:
     return metrics
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], form: str = ".3g") -> str:
     """The mean, and of several seeds the smallest and the largest value."""
-    return f"{statistics.mean(values):.3g}" + (f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else "")
+    mean, least, most = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} [{least}, {most}]" if len(values) > 1 else mean
 
 
 def sample_clips(

@@ -174,9 +174,10 @@ def scores(args: argparse.Namespace) -> None:
 def gains(ends: dict[str, list]) -> tuple[list, list]:
     """Each pyramid beside vanilla, the means over the seeds: the distance after all the time, and how much of it the
     pyramid needs to reach vanilla's. Nothing without vanilla."""
-    header, curves = ["system", "distance at the end", "of vanilla's", "of the time to vanilla's last distance"], {}
+    header = ["system", "distance at the end", "of vanilla's", "share of vanilla's time to reach its last distance"]
     if "vanilla" not in ends:
         return header, []
+    curves = {}
     for system, runs in ends.items():
         times = [mean(run[index][0] for run in runs) for index in range(len(SHARES))]
         curves[system] = [(time, [run[index][1][0] for run in runs]) for index, time in enumerate(times)]
@@ -185,7 +186,7 @@ def gains(ends: dict[str, list]) -> tuple[list, list]:
         reached = time_to(mean(values), curve)
         at_most = "at most " if reached == curve[0][0] else ""
         share = "not reached" if reached is None else f"{at_most}{reached / time:.2f}"
-        rows.append([system, spread(curve[-1][1]), f"{mean(curve[-1][1]) / mean(values):.2f}", share])
+        rows.append([system, spread(curve[-1][1], ".0f"), f"{mean(curve[-1][1]) / mean(values):.2f}", share])
     return header, rows
 
 
@@ -285,7 +286,7 @@ def copies(args: argparse.Namespace) -> None:
     order = nearest[0].argsort()[:6].tolist()
     pictures = {"samples": made[order], "nearest training clips": torch.stack([windows[index] for index in order])}
     draw_clips(pictures, 2, args.out / "copies.png")
-    header = ["distance from the nearest training clip", "least", "of 10% below", "median", "of 90% below"]
+    header = ["distance from the nearest training clip", "least", "10th percentile", "median", "90th percentile"]
     publish([(header, rows)], args.made_by, args.out / "copies.json")
 
 
