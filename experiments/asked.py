@@ -136,11 +136,10 @@ def alike(args: argparse.Namespace) -> list:
         found = stored(name, run, make, partial(share_alike, limit=limit), args)
         rows.append([run, steps, solver, *(f"{mean(found[which]):.2%}" for which in ("within", "between"))])
         if not seed:
-            points = (steps, [max(100 * share, 0.01) for share in found["within"]])
-            curves.setdefault(f"{system}, {solver}", []).append(points)
+            curves.setdefault(f"{system}, {solver}", []).append((steps, [100 * share for share in found["within"]]))
     share = 100 * share_alike(real, limit)["within"]
-    labels = "Doubled or frozen frames", "solver steps", "% of frames like their pair's other"
-    draw_curves(curves, *labels, args.out / "alike.png", real=share)
+    labels = "Doubled or frozen frames, training seed 1", "solver steps", "% of frames like their pair's other"
+    draw_curves(curves, *labels, args.out / "alike.png", real=share, from_zero=True)
     return [(["run", "steps", "solver", "alike, frames of a pair", "alike, frames of two pairs"], rows)]
 
 
@@ -276,7 +275,7 @@ def rival(args: argparse.Namespace) -> list:
             rows.append([name, SEEDS[seed], steps, f"{cost:.4g}", *scores])
             if not seed:
                 curves.setdefault(name, []).append((cost, found["judge_distance"]))
-    title = "Coarse to fine without training, and with"
+    title = "Coarse to fine, training seed 1"
     draw_curves(curves, title, "full-rate network calls", "judge's distance", args.out / "rival.png")
     return [(["sampled", "training seed", "steps", "full-rate calls", "judge's distance", "one digit"], rows)]
 
@@ -305,7 +304,8 @@ def straight(args: argparse.Namespace) -> list:
     are trained more often, in equal time."""
     rows, bars, short = [], {}, {"": "short run", "-odds": "short run, stages trained 4 2 1"}
     cases = [("vanilla", "shipped-flow-1", 0, 9), ("vanilla", "shipped-flow-1", 0, 30)]
-    cases += [("time", "shipped-flow-3", first, steps) for first, steps in ((2, 3), (2, 10), (2, 30), (1, 10), (0, 10))]
+    ways = (2, 3), (2, 10), (2, 30), (1, 10), (0, 10)
+    cases += [("pyramid in time", "shipped-flow-3", first, steps) for first, steps in ways]
     cases += [(title, f"flow-3{end}", first, 10) for end, title in short.items() for first in (2, 1, 0)]
     for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
         make = partial(others, REAL, args.reference)
@@ -317,7 +317,8 @@ def straight(args: argparse.Namespace) -> list:
         begin = {"real": "", "vanilla": "noise"}.get(title, "noise" if first == 2 else f"true start of stage {first}")
         rows.append([run, begin, steps or "", *(spread(found[name]) for name in names)])
         if title != "real":
-            bars[f"{title}, {begin}, {steps} steps a stage"] = [mean(found["off_track"])]
+            begun, each = begin.replace("true", "the true"), " a stage" * (title != "vanilla")
+            bars[f"{title}, from {begun}, {steps} steps{each}"] = [mean(found["off_track"])]
     title, label = "How far digits are from a straight path", "pixels, at the worst frame"
     draw_bars(bars, title, label, args.out / "straight.png", mean(found["off_track"]))
     scores = ["judge's distance", "legible", "one digit", "straight", "off track, px"]

@@ -6,6 +6,7 @@ python -m experiments.figures losses runs/flow-3 runs/flow-1 --out losses.png
 import itertools
 import json
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from data import height_width, tile, to_images
 from experiments.report import file_to_write
 from sample import make_predict
 from tpdiff import Pyramid, randn
+
+COLOURS = {"vanilla": "C0", "time": "C1", "space": "C2", "space-time": "C3", "space and time": "C3", "real": "black"}
 
 
 def pyplot():
@@ -32,14 +35,15 @@ def pyplot():
 
 def draw_curves(
     curves: dict[str, list], title: str, x_label: str, y_label: str, path: Path,
-    centre: Callable = statistics.mean, real: float | None = None,
+    centre: Callable = statistics.mean, real: float | None = None, from_zero: bool = False,
 ) -> None:  # fmt: skip
-    """Curves of (x, values), both axes logarithmic: the values' centre, their mean over seeds or the median of
-    quartiles, and their range as a band. What names have before their first comma has one colour. `real`: what real
-    clips have, a line across."""
+    """Curves of (x, values): the values' centre, their mean over seeds or the median of quartiles, and their range as a
+    band. What names have before their first comma has one colour, a system the same in all figures. `real`: what real
+    clips have, a line across. Both axes are logarithmic, or `from_zero`: y linear from 0 on."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     dashes = {name.split(", ")[0]: itertools.cycle(("-", "--", ":")) for name in curves}
-    colours = {name: f"C{number}" for number, name in enumerate(dashes)}
+    others = (f"C{number}" for number in itertools.count(4))
+    colours = {name: COLOURS.get(name) or next(others) for name in dashes}
     for name, points in curves.items():
         x, values = zip(*sorted(points), strict=True)
         group = name.split(", ")[0]
@@ -48,10 +52,10 @@ def draw_curves(
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colours[group], alpha=0.2)
     if real is not None:
         axes.axhline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
-    axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+    axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="linear" if from_zero else "log")
     from matplotlib.ticker import LogLocator
 
-    for axis in (axes.xaxis, axes.yaxis):  # 0.6 and 200, in place of powers of ten
+    for axis in (axes.xaxis,) if from_zero else (axes.xaxis, axes.yaxis):  # 0.6 and 200, in place of powers of ten
         axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
@@ -59,23 +63,26 @@ def draw_curves(
     if len(places) <= 4:  # room to name just these
         axes.set_xticks(places)
         axes.set_xticks([], minor=True)
+    axes.set_ylim(bottom=0 if from_zero else None)
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def draw_bars(bars: dict[str, list[float]], title: str, label: str, path: Path, real: float | None = None) -> None:
-    """A bar for each name, as long as the mean of its values, with a dot for each; `real` as in `draw_curves`."""
-    figure, axes = pyplot().subplots(figsize=(7, max(3, 0.25 * len(bars))), layout="constrained")
-    for place, values in enumerate(bars.values()):
-        axes.barh(place, statistics.mean(values), color=f"C{place}", alpha=0.5)
-        axes.plot(values, [place] * len(values), "ko", markersize=4)
-    axes.set_yticks(range(len(bars)), list(bars))
+def draw_bars(bars: dict[str, list[float]], title: str, label: str, path: Path, real: float) -> None:
+    """A bar for each name, as long as the mean of its values, of training seeds, and if there are several a dot for
+    each; `real` as in `draw_curves`."""
+    figure, axes = pyplot().subplots(figsize=(7, max(3, 1 + 0.3 * len(bars))), layout="constrained")
+    bars = {textwrap.fill(name, 48): values for name, values in bars.items()}
+    axes.barh(list(bars), list(map(statistics.mean, bars.values())), color="C0", alpha=0.5)
+    dots = [(value, name) for name, values in bars.items() for value in values if len(values) > 1]
+    if dots:
+        axes.plot(*zip(*dots, strict=True), "ko", markersize=4, label="one training seed")
+    axes.axvline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
     axes.invert_yaxis()
-    if real is not None:
-        axes.axvline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
-        axes.legend(frameon=False)
+    axes.tick_params(axis="y", labelsize=8)
     axes.set(title=title, xlabel=label)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -176,9 +183,10 @@ def main(argv: list[str] | None = None) -> None:
     example = "example: python -m experiments.figures stages"
     parser = Parser(prog="experiments.figures", description=__doc__, epilog=example)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    runs = {"losses": {"epilog": "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"}}
-    adds = {name: commands.add_parser(name, **runs.get(name, {})) for name in ("losses", "windows", "stages")}
-    adds = {name: command.add_argument for name, command in adds.items()}
+    runs, adds = {"losses": {"epilog": "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"}}, {}
+    for name, draw in {"losses": draw_losses, "windows": draw_windows, "stages": draw_stages}.items():
+        purpose = " ".join(draw.__doc__.split(".")[0].split())
+        adds[name] = commands.add_parser(name, help=purpose, description=purpose, **runs.get(name, {})).add_argument
     adds["losses"]("runs", type=Path, nargs="+", help="folders of runs")
     adds["stages"]("--checkpoint", type=Path, default=SHIPPED / "flow-3.pt", help="weights of three stages")
     adds["stages"]("--label", type=non_negative_int, default=3, help="number of the class to sample")

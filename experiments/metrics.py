@@ -219,9 +219,10 @@ def distances_to(real: Tensor, features: dict[str, Callable]) -> Callable:
     return metrics
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], form: str = ".3g") -> str:
     """The mean, and of several seeds the smallest and the largest value."""
-    return f"{statistics.mean(values):.3g}" + (f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else "")
+    mean, least, most = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} [{least}, {most}]" if len(values) > 1 else mean
 
 
 def sample_clips(
@@ -312,11 +313,12 @@ def make_parser() -> Parser:
     add = add_command(commands, "quality", quality)
     checkpoint = "weights.pt or a run's folder, or several [newest in runs/, else shipped]"
     add("--checkpoint", type=Path, nargs="+", help=checkpoint)
-    add("--mode", choices=["flow", "ddim"], default="flow", help="without --checkpoint")
-    add("--stages", type=positive_int, default=3, help="without --checkpoint")
+    add("--mode", choices=["flow", "ddim"], default="flow", help="without --checkpoint: mode of the run to look for")
+    add("--stages", type=positive_int, default=3, help="without --checkpoint: its number of stages")
     add("--steps", type=positive_int, nargs="+", default=[30], help="solver steps, as in sample.py")
     add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
-    add("--data", help="folder of real clips, best held out from training [moving digits]")
+    data = "folder of real clips, best held out from training; at most four windows of each are used [moving digits]"
+    add("--data", help=data)
     add("--frame-stride", type=positive_int, default=1, help="of --data, as in train.py")
     add("--i3d", type=Path, help="of --data: TorchScript file of I3D, for FVD itself")
     add("--json", type=file_to_write, help="file to write the table to as well")
@@ -337,9 +339,8 @@ def add_command(commands, name: str, function: Callable) -> Callable:
 
 def add_scoring(add: Callable) -> None:
     """The options of whatever samples clips and scores them."""
-    add("--number", type=whole_number(2), default=340, help="clips of a sampling seed")
-    reference = "real clips that they are compared with; of a folder, at most four windows a clip"
-    add("--reference", type=whole_number(2), default=4000, help=reference)
+    add("--number", type=whole_number(2), default=340, help="clips that are sampled with each of --seeds")
+    add("--reference", type=whole_number(2), default=4000, help="real clips that samples are compared with")
     add("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="sampling seeds")
     add("--batch", type=positive_int, default=10, help="clips sampled at once; a GPU wants more")
 

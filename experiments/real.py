@@ -174,9 +174,10 @@ def scores(args: argparse.Namespace) -> None:
 def gains(ends: dict[str, list]) -> tuple[list, list]:
     """Each pyramid beside vanilla, the means over the seeds: the distance after all the time, and how much of it the
     pyramid needs to reach vanilla's. Nothing without vanilla."""
-    header, curves = ["system", "distance at the end", "of vanilla's", "of the time to vanilla's last distance"], {}
+    header = ["system", "distance at the end", "of vanilla's", "share of vanilla's time to reach its last distance"]
     if "vanilla" not in ends:
         return header, []
+    curves = {}
     for system, runs in ends.items():
         times = [mean(run[index][0] for run in runs) for index in range(len(SHARES))]
         curves[system] = [(time, [run[index][1][0] for run in runs]) for index, time in enumerate(times)]
@@ -185,7 +186,7 @@ def gains(ends: dict[str, list]) -> tuple[list, list]:
         reached = time_to(mean(values), curve)
         at_most = "at most " if reached == curve[0][0] else ""
         share = "not reached" if reached is None else f"{at_most}{reached / time:.2f}"
-        rows.append([system, spread(curve[-1][1]), f"{mean(curve[-1][1]) / mean(values):.2f}", share])
+        rows.append([system, spread(curve[-1][1], ".0f"), f"{mean(curve[-1][1]) / mean(values):.2f}", share])
     return header, rows
 
 
@@ -285,7 +286,7 @@ def copies(args: argparse.Namespace) -> None:
     order = nearest[0].argsort()[:6].tolist()
     pictures = {"samples": made[order], "nearest training clips": torch.stack([windows[index] for index in order])}
     draw_clips(pictures, 2, args.out / "copies.png")
-    header = ["distance from the nearest training clip", "least", "of 10% below", "median", "of 90% below"]
+    header = ["distance from the nearest training clip", "least", "10th percentile", "median", "90th percentile"]
     publish([(header, rows)], args.made_by, args.out / "copies.json")
 
 
@@ -295,12 +296,15 @@ def make_parser() -> Parser:
     functions = {"train": train_systems, "scores": scores, "distance": validate, "copies": copies}
     train_, scores_, distance_, copies_ = (add_command(commands, name, each) for name, each in functions.items())
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
-    train_("--trial", type=positive_int, default=50, help="a third of the steps by which a system's pace is measured")
+    trial = "first a run of three times as many steps tells how many a system can make in --seconds"
+    train_("--trial", type=positive_int, default=50, help=trial)
     train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
     train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
     train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4'")
+    scores_("--number", type=whole_number(2), default=192, help="clips that are sampled for each distance")
+    distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
+    copies_("--number", type=whole_number(2), default=192, help="samples, and held-out clips beside them")
     for add in (scores_, distance_, copies_):
-        add("--number", type=whole_number(2), default=192, help="clips that are sampled, or damaged")
         add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables and pictures")
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
         add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from cli import Parser, one_sentence
+from cli import Parser, count, one_sentence
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -88,7 +88,7 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     units = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.processor()} ({units}), {torch.get_num_threads()} threads"
+    return f"{names[0] if names else platform.processor()} ({units}), {count(torch.get_num_threads(), 'thread')}"
 
 
 def publish(tables: list[Table], made_by: dict, path: Path | None) -> None:
@@ -108,7 +108,7 @@ def made_by(content: dict) -> str:
     words = [f"`{command}`"] if command else []
     words += [content[name] for name in ("note", "machine", "date") if name in content]
     words += [f"torch {content['torch']}"] if "torch" in content else []
-    return ", ".join(words) + ":\n"
+    return re.sub(r"\b1 threads", "1 thread", ", ".join(words)) + ":\n"
 
 
 def make_page(texts: str, results: Path) -> str:
