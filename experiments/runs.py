@@ -29,8 +29,8 @@ from experiments.report import commit, write_json
 from experiments.variants import varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
-# Every run that a claim needs: options of train.py. A training step of three stages takes 0.63 to 0.68 times as long as
-# one of vanilla, so all runs of a mode have about equal time; `training` measures it.
+# Every run that a claim needs: options of train.py. Planned for equal time within a mode, as if a training step of three
+# stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
 STEPS = {"3": "--stages 3 --steps 3000", "1": "--stages 1 --steps 1900"}
 SPACE = "--stages 3 --pyramid space --batch 32 16 4 --steps 2300"  # small clips take as long as a large one, so more
 STEPS |= {"3-space": SPACE, "3-space-time": "--stages 3 --pyramid space-time --batch 32 16 4 --steps 3300"}
