@@ -132,7 +132,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
     if args.ends and (len(args.ends) != stages or args.ends[-1] != 0):
         raise ValueError(f"--ends needs a time for each of --stages {stages}, noisiest first and the last 0")
-    if args.frames == 1 and stages > 1 and args.pyramid == "time":
+    if args.frames == 1 and stages > 1 and args.pyramid == "time" and not args.resume:
         raise ValueError("--frames 1 has no frame rate to halve: add --stages 1, or --pyramid space")
     args.size = args.size if args.size or args.data else 32
     disk.check_size(args)

@@ -29,8 +29,8 @@ from experiments.report import commit, write_json
 from experiments.variants import varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
-# Every run that a claim needs: options of train.py. Planned for equal time within a mode, as if a training step of three
-# stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
+# Every run that a claim needs: options of train.py. Planned for equal time within a mode, as if a training step of
+# three stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
 STEPS = {"3": "--stages 3 --steps 3000", "1": "--stages 1 --steps 1900"}
 SPACE = "--stages 3 --pyramid space --batch 32 16 4 --steps 2300"  # small clips take as long as a large one, so more
 STEPS |= {"3-space": SPACE, "3-space-time": "--stages 3 --pyramid space-time --batch 32 16 4 --steps 3300"}
@@ -107,7 +107,7 @@ def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
     if run.startswith("shipped") and not args.smoke:
         return SHIPPED / f"{run.removeprefix('shipped-')}.pt"
     folder, steps = args.runs / run, train_options(run, args).steps
-    words = [*train_words(run, args), "--keep-interval", str(steps // 20)]
+    words = [*train_words(run, args), "--keep-interval", str(steps if steps % 20 else steps // 20)]
     path, note = folder / f"weights-{steps * percent // 100}.pt", folder / "options.txt"
     begun, parse = (folder / "checkpoint.pt").exists(), train.make_parser().parse_args
     if begun and (not note.exists() or parse(note.read_text().split()) != parse(words)):

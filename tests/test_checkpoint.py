@@ -250,10 +250,12 @@ def test_a_video_model_starts_from_an_image_model_whose_labels_go_by_name(tmp_pa
     for name in ("old/cat", "old/dog", "new/ant", "new/dog"):
         animation(tmp_path / name / "a.gif", 8)
     words = ["--steps", "1", "--lr", "0", "--weight-decay", "0", "--labels", "folder", "--data"]
-    content = run_training(image, *words, str(tmp_path / "old"), "--frames", "1")
+    content = run_training(image, *words, str(tmp_path / "old"), "--frames", "1", "--stages", "1")
     assert not content["config"]["temporal"] and (image / "step-0000001.gif").exists()
     old = load_weights(image / "weights.pt").model.state_dict()
     new = run_training(video, *words, str(tmp_path / "new"), "--init", str(image))["model"]
+    stage = old.pop("embed_stage.weight")  # one, which goes to all
+    assert torch.equal(new["embed_stage.weight"], stage.expand(3, -1))
     kept = old.keys() - {"embed_label.weight"}
     assert kept < new.keys() and all(torch.equal(new[name], old[name]) for name in kept)
     rows = [2, 1, 2]  # of ant, dog, none in cat, dog, none
