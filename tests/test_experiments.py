@@ -302,7 +302,7 @@ def test_attention_and_training_are_measured_by_size(tmp_path):
     assert all(0 <= float(row[3]) < 2 and float(row[4]) > 0 for row in rows)
 
 
-def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(tmp_path):
+def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(tmp_path, monkeypatch, capsys):
     package = io.BytesIO()
     with tarfile.open(fileobj=package, mode="w:gz") as archive:
         for name, count in {"1f300": 72, "1f468-1f3fb": 70, "1f301": 30}.items():  # one is too short
@@ -311,8 +311,11 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
             first.save(path, save_all=True, append_images=rest, duration=42, lossless=True)
             archive.add(path, f"package/assets/{name}.webp")
         archive.add(__file__, "package/README.md")
-    emoji.write_clips(package.getvalue(), tmp_path)
+    monkeypatch.setattr(emoji, "download", lambda name: package.getvalue())
+    emoji.main(["--out", str(tmp_path)])
     assert len(list(tmp_path.glob("*/*/*"))) == 2
+    said = capsys.readouterr().out
+    assert "downloaded 0 MB" in said and "train: 2 clips with 2 labels" in said and "held-out: 0 clips with 0" in said
     with Image.open(tmp_path / emoji.part_of("1f300") / "1f300" / "1f300.webp") as clip:
         assert clip.size == (64, 64) and clip.n_frames == 36 and clip.convert("RGB").getpixel((9, 9)) == (255,) * 3
         clip.seek(5)
