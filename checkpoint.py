@@ -167,7 +167,7 @@ def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     shipped = SHIPPED / f"{run_name(mode, stages, pyramid)}.pt"
     if not shipped.exists():
         flags = f"--mode {mode} --stages {stages} --pyramid {pyramid}"
-        raise ValueError(f"no weights for {flags}: none in runs/, and no {shipped}; to train them: train.py {flags}")
+        raise ValueError(f"no weights for {flags}: none in runs/, no {shipped.name}; to train: python train.py {flags}")
     return shipped
 
 

@@ -149,7 +149,6 @@ class FolderClips(Dataset):
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
-        clips += f" with {len(self.classes)} labels" if self.labels else ""
         self.summary = f"{name}: {files} files found, {used} used, {clips}"
         if not self.sources:
             raise DataError(f"{self.summary}; {why}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
@@ -288,8 +287,8 @@ class FolderClips(Dataset):
 
     def _pass_over(self, file: Path, error: Exception) -> None:
         """Says so at the first, the tenth, the hundredth time."""
-        times = self.passed_over[file] = self.passed_over[file] + 1
-        if times in (1, 10, 100, 1000):
+        self.passed_over[file] += 1
+        if (times := self.passed_over[file]) in (1, 10, 100, 1000):
             reason = str(error) if isinstance(error, DataError) else f"cannot be decoded: {error}"
             warnings.warn(f"{file} is skipped ({times} times so far): it {reason}", stacklevel=3)
 
@@ -309,6 +308,7 @@ def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
         held_out = FolderClips(args.data, args.frames, args.size, 0, **options | {"flip": False}, validation=True)
         dataset.classes = held_out.classes = tuple(sorted({*dataset.classes, *held_out.classes}))
         dataset.summary += f"\nheld out: {len(held_out.sources)} clips"
+    dataset.summary += f"\nlabels: {len(dataset.classes)}" if args.labels else ""
     dataset.judged_on = held_out
     return dataset
 

@@ -325,14 +325,14 @@ class Muon(Optimizer):
     def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
         self.dtype = dtype
-        for parameter in parameters:
-            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             same_shape = defaultdict(list)
             for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 same_shape[parameter.shape].append(parameter)
             for shape, parameters in same_shape.items():
                 gradients = [parameter.grad for parameter in parameters]

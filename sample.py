@@ -4,6 +4,7 @@ import argparse
 import itertools
 import math
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -198,8 +199,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--out {out}: {file} exists already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    files[0].touch()  # rather than to find out after sampling that this cannot be written
-    files[0].unlink()
+    tempfile.TemporaryFile(dir=out.parent).close()  # what cannot be written shall not be found out after sampling
     stages = f"{cli.count(weights.stages, 'stage')} in {weights.pyramid}" if weights.stages > 1 else "1 stage"
     print(f"weights: {path} ({weights.mode}, {stages}, step {weights.step})")
     start = time.perf_counter()

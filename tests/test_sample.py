@@ -62,7 +62,7 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
     options = "--steps 2 --frames 7 --mode ddim --sample-interval 2 --labels folder --data".split()
     run_training(tmp_path / "run", *options, str(tmp_path / "clips"))
     assert (tmp_path / "run" / "step-0000002.gif").exists()
-    assert "2 used, 2 clips of 16 frames in all with 2 labels (2 animations)" in capsys.readouterr().out
+    assert "2 used, 2 clips of 16 frames in all (2 animations); skipped: none\nlabels: 2\n" in capsys.readouterr().out
     words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 3, "--mode", "ddim"]
     assert "its labels are cat, dog" in fails_with_one_line(capsys, sample.main, *words, "--label", "cow")
     run_sample(*words, "--label", "cat", "--guidance", 2, "--solver", "ab2", "--steps", 4, 2, 1)
