@@ -301,7 +301,8 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] > 0
 
 
-def test_devices_that_are_not_there_are_refused(monkeypatch, capsys):
+def test_devices_that_are_not_there_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # there may be runs where the tests are called
     for there in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(there, "is_available", lambda: False)
     for main, device in itertools.product((train.main, sample.main), ("cuda", "mps")):
