@@ -156,8 +156,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
 
 def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     """The newest run under runs/ that matches, else the shipped weights. Raises ValueError if there are neither."""
-    runs = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in runs:
+    for path in sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             content = load_file(path)
             if (content["mode"], content["stages"], content["pyramid"]) == (mode, stages, pyramid):

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from video import SUFFIXES, DataError, Source, find_sources, import_av, open_latent, read_images
+from video import DataError, Source, find_sources, import_av, open_latent, read_images
 
 HELD_OUT_SEED = 2**40  # of digits; --seed is below 2^63, and seldom this
 DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")  # of no use for digits
@@ -151,7 +151,7 @@ class FolderClips(Dataset):
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
         self.summary = f"{name}: {files} files found, {used} used, {clips}"
         if not self.sources:
-            raise DataError(f"{self.summary}; {why}. Looked for {', '.join(SUFFIXES)} of {self.span}+ frames")
+            raise DataError(f"{self.summary}; {why}. The README lists what clips of {self.span}+ frames may be")
         self._settle_channels()
         self.summary += self._described(why)
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]

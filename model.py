@@ -171,8 +171,7 @@ def positions_of(
     config: DiTConfig, stage: int, frames: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a stage's positions come to: the patches' embedding (N, D), and the rotations' cosines and sines, of the
-    patches (1, N, 1, heads, d / 2, 2) and of the frames (T, 1, 1, heads, d / 2, 2). Kept: they took as long as the
-    model needs for a few frames."""
+    patches (1, N, 1, heads, d / 2, 2) and of the frames (T, 1, 1, heads, d / 2, 2). Kept, as they take long."""
     count, stride = config.width // config.heads // 2, tuple(n**stage for n in config.factor)
     with torch.inference_mode(False):  # what is kept may later be needed where gradients are recorded
         embedding = embed_angles(spatial_angles(rows, columns, config.width // 2, stride[1:], device)).to(dtype)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -129,8 +130,8 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
     """(B,) labels: the `names` in turn, or every class; None for a model without classes. Raises ValueError."""
     for name in names or ():
         if name not in classes:
-            few = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
-            known = f"its labels are {few}" if classes else "it was trained without labels"
+            near = ", ".join(sorted(get_close_matches(name, classes, 10, 0.0))) + ", ..." * (len(classes) > 10)
+            known = f"its labels are {near}; --label alone lists them" if classes else "it was trained without labels"
             raise ValueError(f"--label {name} is unknown to the model: {known}")
     chosen = torch.tensor([classes.index(name) for name in names or classes])
     return chosen[torch.arange(number) % len(chosen)] if classes else None
@@ -154,7 +155,7 @@ def make_parser() -> cli.Parser:
     steps = "solver steps: a total, or one count per stage, noisiest first"
     add("--steps", type=positive_int, nargs="+", default=[30], help=steps)
     add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
-    add("--label", nargs="+", help="classes to sample, in turn [every class]")
+    add("--label", nargs="*", help="classes to sample, in turn [every class]; without a name it lists the classes")
     guidance = "classifier-free guidance scale; other than 1 doubles the cost"
     add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)
     add("--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone")
@@ -179,6 +180,8 @@ def run(args: argparse.Namespace) -> None:
         with_products_in_bf16(weights.model)
     if args.compile:
         weights.model.compile_blocks()
+    if args.label == []:
+        return print(*weights.classes or ["the model has no labels"])
     labels = choose_labels(weights.classes, args.number, args.label)
     if labels is None and args.guidance != 1:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")
@@ -194,18 +197,18 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--out {args.out}: {path} makes latents, which are no pictures; use .npy and decode them")
         import_av(video)  # says what to install
         files = [video]
-    for file in files:
-        if file.exists():
-            raise ValueError(f"--out {out}: {file} exists already; choose another name")
+    if there := [file for file in files if file.exists()]:
+        raise ValueError(f"--out {out}: {there[0]} exists already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-
     tempfile.TemporaryFile(dir=out.parent).close()  # what cannot be written shall not be found out after sampling
     stages = f"{cli.count(weights.stages, 'stage')} in {weights.pyramid}" if weights.stages > 1 else "1 stage"
     print(f"weights: {path} ({weights.mode}, {stages}, step {weights.step})")
     start = time.perf_counter()
     options = steps, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
-    seconds = (time.perf_counter() - start) / args.number
+    said = f"{cli.count(args.number, 'clip')} of {cli.count(weights.frames, 'frame')}"
+    print(f"{said}, {(time.perf_counter() - start) / args.number:.2f} s a clip")
+    print(said_cost(counts, pyramid, clips.shape, args))
     if video in files:
         save_video(clips, video, min(5, args.number), fps=args.fps)
     elif gif in files:
@@ -213,8 +216,6 @@ def run(args: argparse.Namespace) -> None:
         save_strip(clips, strip)
     else:
         save_latents(clips, latents, weights.latent_scale)
-    print(f"{cli.count(args.number, 'clip')} of {cli.count(weights.frames, 'frame')}, {seconds:.2f} s a clip")
-    print(said_cost(counts, pyramid, clips.shape, args))
     print(f"wrote {' and '.join(map(str, files))}")
 
 

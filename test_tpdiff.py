@@ -827,7 +827,7 @@ following.gamma_start / stage.gamma_end * x -> following.gamma_end / stage.gamma
 following.sigma_start * z -> following.sigma_start / math.sqrt(2) * z
 split_steps(steps, self.stages, self.lengths) -> split_steps(steps, self.stages)
 torch.promote_types(dtype, torch.float32)) -> dtype)
-solver, None, dtype, progress -> solver, None, None, progress
+solver, None, dtype, callback -> solver, None, None, callback
 reversed(range(self.stages)), counts -> range(self.stages), counts
 if k > 0: -> if k > 1:
 generator, shapes[k - 1][2]) -> generator)

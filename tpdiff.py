@@ -284,11 +284,12 @@ class Pyramid:
         Raises ValueError if the shape does not fit, a stage gets no step, the solver is unknown, or `predict` returns
         no tensor, another shape, NaN or infinity."""
         counts = split_steps(steps, self.stages, self.lengths)
+        predict = _shown(predict, sum(counts)) if progress else predict
         shapes = [self.shape(shape, k) for k in range(self.stages)]
         x = randn(shapes[-1], generator, device, torch.promote_types(dtype, torch.float32))
         with torch.no_grad():
             for k, count in zip(reversed(range(self.stages)), counts, strict=True):
-                x = self.integrate(predict, x, k, count, solver, None, dtype, progress, callback)
+                x = self.integrate(predict, x, k, count, solver, None, dtype, callback)
                 if k > 0:
                     x = self.renoise(x, k, generator, shapes[k - 1][2])
                     x = _called_back(callback, x, self[k - 1].t_start, k - 1)
@@ -296,7 +297,7 @@ class Pyramid:
 
     def integrate(
         self, predict: Callable, x: Tensor, k: int, steps: int, solver: str = "euler", t: float | None = None,
-        dtype: torch.dtype | None = None, progress: bool = False, callback: Callable | None = None,
+        dtype: torch.dtype | None = None, callback: Callable | None = None,
     ) -> Tensor:  # fmt: skip
         """Eq. 9-10: stage k alone, to its end, from its start `x` or from the time `t` within it. Arguments and what is
         raised as in `sample`, but gradients are recorded. Raises ValueError for a `t` outside of the stage, too."""
@@ -313,7 +314,7 @@ class Pyramid:
         length = stage.t_start - stage.t_end
         ratio = (times - stage.t_end) / length if self.mode == "flow" else sigmas / gammas  # t', r
         position, gammas, sigmas, before = ratio.tolist(), gammas.tolist(), sigmas.tolist(), None
-        for i in _progress_bar(steps, k) if progress else range(steps):
+        for i in range(steps):
             output = predict(x.to(dtype), times[i].to(x).expand(x.shape[0]), k)
             slope = _checked(output, x, f"stage {k}, step {i + 1} of {steps}")
             h, scale = position[i + 1] - position[i], 1.0
@@ -371,7 +372,8 @@ def _called_back(callback: Callable | None, x: Tensor, t: float | Tensor, k: int
     return x if replaced is None else _checked(replaced, x, "a callback")
 
 
-def _progress_bar(steps: int, k: int) -> Iterable[int]:
-    from tqdm import trange  # only here: the rest of the file needs torch and scipy alone
+def _shown(predict: Callable, steps: int) -> Callable:
+    from tqdm import tqdm  # only here: the rest of the file needs torch and scipy alone
 
-    return trange(steps, desc=f"stage {k}", unit="step")
+    bar = tqdm(total=steps, desc="sampling", unit="step")
+    return lambda *inputs: (predict(*inputs), bar.update())[0]
