@@ -25,8 +25,19 @@ from experiments.metrics import (
     sample_clips,
     spread,
 )
-from experiments.runs import FRONT, SEEDS, Cell, front_row, full_rate_calls, measured, stored, trained, training_seeds
-from experiments.variants import FAST
+from experiments.runs import (
+    FRONT,
+    SEEDS,
+    Cell,
+    front_row,
+    full_rate_calls,
+    measured,
+    stored,
+    trained,
+    training_seeds,
+    variant_of,
+)
+from experiments.variants import FAST, varied
 from model import DiT
 from tpdiff import Pyramid, randn, split_steps, upsample
 
@@ -281,18 +292,25 @@ def rival(args: argparse.Namespace) -> list:
 
 
 @torch.inference_mode()
-def from_true_start(weights: Weights, first: int, steps: int, batch: int, reference: int, seed: int, number: int):
+def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, seed: int, number: int) -> Tensor:
     """Clips (B, C, T, H, W) sampled from stage `first` on, which starts where real clips take it (Eq. 7) and not where
-    the stages before have led. `steps` at each stage. The noisiest stage starts from noise, as always."""
+    the stages before have led. `steps` at each stage. The noisiest stage starts from noise, as always. A run that is
+    trained on that stage alone has the shipped weights for the others."""
+    alone = variant_of(run) in ("first", "joint")
+    with varied(variant_of(run)):
+        weights = weights_of(run, args)
+    later = weights_of("shipped-flow-3", args) if alone else weights
     pyramid, clips, device = make_pyramid(weights), [], next(weights.model.parameters()).device
-    for numbers in torch.arange(reference + seed * number, reference + (seed + 1) * number).split(batch):
+    for numbers in torch.arange(args.reference + seed * number, args.reference + (seed + 1) * number).split(args.batch):
         x0, labels = zip(*(REAL[index] for index in numbers.tolist()), strict=True)
         generators = [generator_for(seed, SAMPLING, index) for index in numbers.tolist()]
         x0 = torch.stack(x0).to(device)
         x = pyramid.endpoints(x0, randn(pyramid.shape(x0.shape, first), generators, device), first)[0]
-        predict = sample.make_predict(weights.model, torch.tensor(labels).to(device), 1.0, use_bf16("auto", device))
         for k in reversed(range(first + 1)):
-            x = pyramid.integrate(predict, x, k, steps)
+            model, variant = (weights.model, variant_of(run)) if k == first else (later.model, None)
+            predict = sample.make_predict(model, torch.tensor(labels).to(device), 1.0, use_bf16("auto", device))
+            with varied(variant):
+                x = pyramid.integrate(predict, x, k, steps)
             x = pyramid.renoise(x, k, generators) if k else x
         clips.append(x.cpu())
     return torch.cat(clips)
@@ -300,17 +318,20 @@ def from_true_start(weights: Weights, first: int, steps: int, batch: int, refere
 
 def straight(args: argparse.Namespace) -> list:
     """Where a digit leaves its straight path: clips of the shipped weights of flow, with few solver steps and with
-    many, from noise and from a later stage's true start. And of short runs: the usual one, and one whose noisier stages
-    are trained more often, in equal time."""
+    many, from noise and from a later stage's true start. Of short runs: the usual one, and one whose noisier stages are
+    trained more often, in equal time. And of models of the noisiest stage alone, trained on four times as many clips as
+    the shipped weights had there, one of them with attention over all patches of all frames."""
     rows, bars, short = [], {}, {"": "short run", "-odds": "short run, stages trained 4 2 1"}
     cases = [("vanilla", "shipped-flow-1", 0, 9), ("vanilla", "shipped-flow-1", 0, 30)]
     ways = (2, 3), (2, 10), (2, 30), (1, 10), (0, 10)
     cases += [("pyramid in time", "shipped-flow-3", first, steps) for first, steps in ways]
     cases += [(title, f"flow-3{end}", first, 10) for end, title in short.items() for first in (2, 1, 0)]
+    alone = {"first": "stage 2 trained alone for longer", "joint": "the same, attention over all tokens"}
+    cases += [(title, f"flow-3-{end}", 2, 10) for end, title in alone.items()]
     for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
         make = partial(others, REAL, args.reference)
         if run != "real":
-            make = partial(from_true_start, weights_of(run, args), first, steps, args.batch, args.reference)
+            make = partial(from_true_start, run, first, steps, args)
         name = f"{run}, stage {first} from its true start, {steps} steps a stage"
         found = stored(name, run, make, partial(scored, reference=args.reference), args)
         names = ("judge_distance", "legible", "one_digit", "straight", "off_track")

@@ -26,7 +26,7 @@ from cli import choose_device
 from data import height_width
 from experiments.metrics import JUDGE, digest, digit_metrics, real_clips, sample_clips, scores_of, spread
 from experiments.report import commit, write_json
-from experiments.variants import varied
+from experiments.variants import VARIANTS, varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
 # Every run that a claim needs: options of train.py. Planned for equal time within a mode, as if a training step of
@@ -41,6 +41,7 @@ OPTIONS |= {"flow-1-fast": f"--mode flow {STEPS['1']}"}
 OPTIONS |= {f"flow-3-{kind}": f"--mode flow {STEPS['3']} --align {kind}" for kind in ("nearest", "none")}
 OPTIONS |= {"flow-3-1-1-2": f"--mode flow {STEPS['3']} --ends 0.75 0.5 0"}
 OPTIONS |= {"flow-3-2-1-1": f"--mode flow {STEPS['3']} --ends 0.5 0.25 0"}
+OPTIONS |= {f"flow-3-{kind}": "--mode flow --stages 3 --steps 4000 --batch 16" for kind in ("first", "joint")}
 OPTIONS |= {"flow-3-odds": "--mode flow --stages 3 --stage-odds 4 2 1 --steps 3750"}  # in the time of flow-3
 RUNS = {run + seed: f"{words} --seed {1 if not seed else 2}" for run, words in OPTIONS.items() for seed in SEEDS}
 RUNS |= {f"shipped-{mode}-{n}": f"--mode {mode} --stages {n} --seed 1" for mode in ("flow", "ddim") for n in (3, 1)}
@@ -121,7 +122,7 @@ def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
 
 def variant_of(run: str) -> str | None:
     """What of experiments/variants.py a run is, if anything."""
-    return next((name for name in ("plain", "fast") if name in run.split("-")), None)
+    return next((name for name in VARIANTS if name in run.split("-")), None)
 
 
 def seconds_a_step(words: list[str], trial: int) -> float:

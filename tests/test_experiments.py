@@ -22,7 +22,7 @@ from checkpoint import SHIPPED, load_weights, make_pyramid
 from data import FolderClips, bounce
 from experiments import asked, claims, emoji, figures, metrics, real, report, runs, sizes, speed, variants
 from experiments.timing import in_milliseconds
-from model import Block
+from model import Attention, Block
 from tpdiff import Pyramid
 
 
@@ -416,7 +416,8 @@ def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the
         return torch.zeros_like(x)
 
     monkeypatch.setattr(sample, "make_predict", lambda *_: predict)
-    clips = asked.from_true_start(load_weights(SHIPPED / "flow-3.pt"), 1, 2, 3, 100, 1, 5)
+    args = SimpleNamespace(batch=3, reference=100, smoke=False, runs=None)
+    clips = asked.from_true_start("shipped-flow-3", 1, 2, args, 1, 5)
     assert [k for k, _ in calls] == [1, 1, 0, 0] * 2 and clips.shape == (5, 1, 16, 32, 32)
     frames = metrics.real_clips(105, 3)[:, :, ::4].repeat_interleave(2, dim=2)  # as blurred as stage 2 leaves them
     noise = (calls[0][1] - pyramid[1].gamma_start * frames) / pyramid[1].sigma_start
@@ -424,6 +425,18 @@ def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the
     pairs = calls[2][1].unflatten(2, (8, 2))  # renoised: a pair's mean is the frame before, scaled
     torch.testing.assert_close(pairs.mean(3), pyramid[0].gamma_start / pyramid[1].gamma_end * calls[1][1])
     assert pairs.diff(dim=3).std() > 0.1
+
+    drawn, both = [], {run: load_weights(SHIPPED / "flow-3.pt") for run in ("flow-3-joint", "shipped-flow-3")}
+    monkeypatch.setattr(asked, "weights_of", lambda run, _: both[run])
+
+    def remember(network, *_):
+        return lambda x, t, k: drawn.append((k, network, Attention.forward)) or x
+
+    monkeypatch.setattr(sample, "make_predict", remember)
+    asked.from_true_start("flow-3-joint", 2, 1, args, 0, 1)
+    networks = [both[run].model for run in ("flow-3-joint", "shipped-flow-3", "shipped-flow-3")]
+    assert [(k, network) for k, network, _ in drawn] == list(zip((2, 1, 0), networks, strict=True))
+    assert [forward is variants.joint_attention for *_, forward in drawn] == [True, False, False]
 
 
 def test_traits_are_read_and_compared_with_those_of_real_clips():
@@ -451,13 +464,14 @@ def test_a_variant_changes_one_thing_and_only_while_it_is_asked_for(tmp_path):
         return network(x, torch.tensor([0.5]), 1), network(x, torch.tensor([0.5]), 0), clip[:, 1:], clip[:, :1]
 
     usual, losses = draws(), set()
-    for name, same in (("plain", [False, True, True, True]), ("fast", [True, True, False, True])):
+    cases = {"plain": [False, True, True, True], "fast": [True, True, False, True]}
+    for name, same in (cases | {"first": [True] * 4, "joint": [False, False, True, True]}).items():
         with variants.varied(name):
             assert [torch.equal(*pair) for pair in zip(draws(), usual, strict=True)] == same
         with pytest.raises(SystemExit, match="0"):
             variants.main([name, *TINY, "--steps", "6", "--out", str(tmp_path / name)])
         losses.add(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
-    assert all(map(torch.equal, draws(), usual)) and len(losses) == 2
+    assert all(map(torch.equal, draws(), usual)) and len(losses) == 3  # the gates of joint attention are still shut
     with pytest.raises(ValueError, match="not a checkpoint of this version"):  # sample.py would place frames wrongly
         load_weights(tmp_path / "plain" / "weights.pt")
     with variants.varied("plain"):
