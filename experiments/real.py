@@ -162,7 +162,7 @@ def scores(args: argparse.Namespace) -> None:
     floor = distance(train_clips)["distance"]
     rows.append(["real training clips", "", "", "", "", "", f"{floor:.0f}", ""])
     header = ["run", "steps", "seconds", *(f"distance at {share}%" for share in SHARES)]
-    tables = [([*header, "held-out loss by stage (between seeds only)"], rows)]
+    tables = [([*header, "held-out loss by stage, 0 first (compare seeds only)"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
     publish(tables, args.made_by, args.out / "real.json")
     title, y_label = "Real clips: vanilla and three pyramids", "distance to held-out clips"
