@@ -185,8 +185,8 @@ def sampling(args: argparse.Namespace) -> list:
     """Quality against cost: solver and steps, of the shipped weights of flow. And how nine steps are shared out over
     the stages."""
     counts, cells = (30, 3) if args.smoke else (30, 9, 6, 3), {}
-    for (stages, title), solver in itertools.product(((1, "vanilla"), (3, "time")), ("euler", "ab2")):
-        cells[f"{title}, {solver}"] = [Cell(f"shipped-flow-{stages}", count, solver) for count in counts]
+    for system, solver in itertools.product(("1", "3", "3-space-time"), ("euler", "ab2")):
+        cells[f"{SYSTEMS[system]}, {solver}"] = [Cell(f"shipped-flow-{system}", count, solver) for count in counts]
     curves = {
         name: [(full_rate_calls(cell, args), measured(cell, args)["judge_distance"]) for cell in each]
         for name, each in cells.items()
@@ -194,7 +194,8 @@ def sampling(args: argparse.Namespace) -> list:
     labels = "Quality against cost, flow", "full-rate network calls", "judge's distance"
     real = statistics.mean(measured(Cell("real"), args)["judge_distance"])
     draw_curves(curves, *labels, args.out / "sampling.png", real=real)
-    splits = [Cell("shipped-flow-3", split) for split in (9, (5, 3, 1), (1, 3, 5))]
+    runs = "shipped-flow-3", "shipped-flow-3-space-time"
+    splits = [Cell(run, split) for run in runs for split in (9, (5, 3, 1), (1, 3, 5))]
     tables = itertools.chain.from_iterable(cells.values()), splits
     return [(FRONT, [front_row(cell, args) for cell in each]) for each in tables]
 
