@@ -151,7 +151,7 @@ class FolderClips(Dataset):
         clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
         self.summary = f"{name}: {files} files found, {used} used, {clips}"
         if not self.sources:
-            raise DataError(f"{self.summary}; {why}. The README lists what clips of {self.span}+ frames may be")
+            raise DataError(f"{self.summary}; {why}. Looked for pictures, videos and latents of {self.span}+ frames")
         self._settle_channels()
         self.summary += self._described(why)
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -130,8 +129,8 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
     """(B,) labels: the `names` in turn, or every class; None for a model without classes. Raises ValueError."""
     for name in names or ():
         if name not in classes:
-            near = ", ".join(sorted(get_close_matches(name, classes, 10, 0.0))) + ", ..." * (len(classes) > 10)
-            known = f"its labels are {near}; --label alone lists them" if classes else "it was trained without labels"
+            few = ", ".join(classes[:10]) + ", ...; --list-labels prints all" * (len(classes) > 10)
+            known = f"its labels are {few}" if classes else "it was trained without labels"
             raise ValueError(f"--label {name} is unknown to the model: {known}")
     chosen = torch.tensor([classes.index(name) for name in names or classes])
     return chosen[torch.arange(number) % len(chosen)] if classes else None
@@ -155,7 +154,8 @@ def make_parser() -> cli.Parser:
     steps = "solver steps: a total, or one count per stage, noisiest first"
     add("--steps", type=positive_int, nargs="+", default=[30], help=steps)
     add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
-    add("--label", nargs="*", help="classes to sample, in turn [every class]; without a name it lists the classes")
+    add("--label", nargs="+", help="classes to sample, in turn [every class]")
+    add("--list-labels", action="store_true", help="print the classes of the model, and stop")
     guidance = "classifier-free guidance scale; other than 1 doubles the cost"
     add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)
     add("--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone")
@@ -180,8 +180,8 @@ def run(args: argparse.Namespace) -> None:
         with_products_in_bf16(weights.model)
     if args.compile:
         weights.model.compile_blocks()
-    if args.label == []:
-        return print(*weights.classes or ["the model has no labels"])
+    if args.list_labels:
+        return print(*weights.classes or [f"{path} was trained without labels"], sep="\n")
     labels = choose_labels(weights.classes, args.number, args.label)
     if labels is None and args.guidance != 1:
         raise ValueError("--guidance needs a model trained with labels, and this one has none")

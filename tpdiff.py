@@ -17,7 +17,8 @@ The second line is also x_t = gamma_t X_k + sigma_t eps_k, a whole diffusion fro
 
 import math
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 
 import torch
@@ -281,13 +282,11 @@ class Pyramid:
         device, dtype  of what `predict` takes and of the result. Between steps x is float32 (float64 if asked for).
         callback   callback(x, t, k), after every step and every renoising, with the time (B,) that x now has. What it
                    returns, if not None, replaces x: to hold a first frame, for instance.
-        Raises ValueError if the shape does not fit, a stage gets no step, the solver is unknown, or `predict` returns
-        no tensor, another shape, NaN or infinity."""
+        Raises ValueError if shape, steps or solver do not fit, or `predict` returns another shape, NaN or infinity."""
         counts = split_steps(steps, self.stages, self.lengths)
-        predict = _shown(predict, sum(counts)) if progress else predict
         shapes = [self.shape(shape, k) for k in range(self.stages)]
         x = randn(shapes[-1], generator, device, torch.promote_types(dtype, torch.float32))
-        with torch.no_grad():
+        with torch.no_grad(), _counted(predict, sum(counts)) if progress else nullcontext(predict) as predict:
             for k, count in zip(reversed(range(self.stages)), counts, strict=True):
                 x = self.integrate(predict, x, k, count, solver, None, dtype, callback)
                 if k > 0:
@@ -372,8 +371,9 @@ def _called_back(callback: Callable | None, x: Tensor, t: float | Tensor, k: int
     return x if replaced is None else _checked(replaced, x, "a callback")
 
 
-def _shown(predict: Callable, steps: int) -> Callable:
+@contextmanager
+def _counted(predict: Callable, steps: int) -> Iterator[Callable]:
     from tqdm import tqdm  # only here: the rest of the file needs torch and scipy alone
 
-    bar = tqdm(total=steps, desc="sampling", unit="step")
-    return lambda *inputs: (predict(*inputs), bar.update())[0]
+    with tqdm(total=steps, desc="sampling", unit="step") as bar:
+        yield lambda *inputs: (predict(*inputs), bar.update())[0]

@@ -27,6 +27,7 @@ from experiments.metrics import (
 )
 from experiments.runs import (
     FRONT,
+    LATER,
     SEEDS,
     Cell,
     front_row,
@@ -294,12 +295,13 @@ def rival(args: argparse.Namespace) -> list:
 @torch.inference_mode()
 def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, seed: int, number: int) -> Tensor:
     """Clips (B, C, T, H, W) sampled from stage `first` on, which starts where real clips take it (Eq. 7) and not where
-    the stages before have led. `steps` at each stage. The noisiest stage starts from noise, as always. A run that is
-    trained on that stage alone has the shipped weights for the others."""
-    alone = variant_of(run) in ("first", "joint")
-    with varied(variant_of(run)):
+    the stages before have led. `steps` at each stage. The noisiest stage starts from noise, as always. A run of that
+    stage alone has the weights of LATER for the others."""
+    variant = variant_of(run)
+    with varied(variant):
         weights = weights_of(run, args)
-    later = weights_of("shipped-flow-3", args) if alone else weights
+    own = weights.model, variant
+    others = (weights_of(LATER, args).model, None) if variant in ("first", "joint") else own
     pyramid, clips, device = make_pyramid(weights), [], next(weights.model.parameters()).device
     for numbers in torch.arange(args.reference + seed * number, args.reference + (seed + 1) * number).split(args.batch):
         x0, labels = zip(*(REAL[index] for index in numbers.tolist()), strict=True)
@@ -307,7 +309,7 @@ def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, 
         x0 = torch.stack(x0).to(device)
         x = pyramid.endpoints(x0, randn(pyramid.shape(x0.shape, first), generators, device), first)[0]
         for k in reversed(range(first + 1)):
-            model, variant = (weights.model, variant_of(run)) if k == first else (later.model, None)
+            model, variant = own if k == len(pyramid) - 1 else others
             predict = sample.make_predict(model, torch.tensor(labels).to(device), 1.0, use_bf16("auto", device))
             with varied(variant):
                 x = pyramid.integrate(predict, x, k, steps)
@@ -319,14 +321,14 @@ def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, 
 def straight(args: argparse.Namespace) -> list:
     """Where a digit leaves its straight path: clips of the shipped weights of flow, with few solver steps and with
     many, from noise and from a later stage's true start. Of short runs: the usual one, and one whose noisier stages are
-    trained more often, in equal time. And of models of the noisiest stage alone, trained on four times as many clips as
-    the shipped weights had there, one of them with attention over all patches of all frames."""
+    trained more often, in equal time. And of models of the noisiest stage alone, with batches four times as
+    large as those of the shipped weights, one of them with attention over all patches of all frames."""
     rows, bars, short = [], {}, {"": "short run", "-odds": "short run, stages trained 4 2 1"}
     cases = [("vanilla", "shipped-flow-1", 0, 9), ("vanilla", "shipped-flow-1", 0, 30)]
     ways = (2, 3), (2, 10), (2, 30), (1, 10), (0, 10)
     cases += [("pyramid in time", "shipped-flow-3", first, steps) for first, steps in ways]
     cases += [(title, f"flow-3{end}", first, 10) for end, title in short.items() for first in (2, 1, 0)]
-    alone = {"first": "stage 2 trained alone for longer", "joint": "the same, attention over all tokens"}
+    alone = {"first": "stage 2 alone, batches of 16", "joint": "the same, attention over all tokens"}
     cases += [(title, f"flow-3-{end}", 2, 10) for end, title in alone.items()]
     for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
         make = partial(others, REAL, args.reference)

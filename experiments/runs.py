@@ -29,8 +29,8 @@ from experiments.report import commit, write_json
 from experiments.variants import VARIANTS, varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
-# Every run that a claim needs: options of train.py. Planned for equal time within a mode, as if a training step of
-# three stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
+# Every run that a claim needs: options of train.py. Planned for equal time within a mode, but for `first` and `joint`,
+# as if a step of three stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
 STEPS = {"3": "--stages 3 --steps 3000", "1": "--stages 1 --steps 1900"}
 SPACE = "--stages 3 --pyramid space --batch 32 16 4 --steps 2300"  # small clips take as long as a large one, so more
 STEPS |= {"3-space": SPACE, "3-space-time": "--stages 3 --pyramid space-time --batch 32 16 4 --steps 3300"}
@@ -73,6 +73,7 @@ class HalfNoise(WithoutNoise):
 
 SCORES = ["judge's distance", "legible", "one digit", "straight", "off track, px", "flicker, of real"]
 FRONT = ["run", "steps", "solver", "full-rate calls", *SCORES]
+LATER = "shipped-flow-3"  # does the later stages where a run is of the noisiest alone
 METRICS = 1  # raised when the same clips would score otherwise
 RENOISING = {"paper": Pyramid, "plain noise": PlainNoise, "half the noise": HalfNoise, "no noise": WithoutNoise}
 
@@ -176,6 +177,7 @@ def stored(
     judge are those it is of."""
     path, name = args.out / "cells.json", f"{name}: {args.number} clips, seeds {args.seeds}, {args.reference} real ones"
     files = [JUDGE] if run == "real" else [JUDGE, trained(run, percent, args)]
+    files += [trained(LATER, 100, args)] if variant_of(run) in ("first", "joint") else []
     what = {"files": [digest(file) for file in files], "metrics": METRICS}
 
     def read() -> dict:

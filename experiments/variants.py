@@ -89,8 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("variant", choices=VARIANTS, help="what is changed; options of train.py follow")
     parser.epilog = "example: python -m experiments.variants fast --steps 3000"
     args, options = parser.parse_known_args(words)
+    alone = ["--workers", "0"] if args.variant in ("first", "joint") else []  # a worker might draw the usual stages
     with varied(args.variant):
-        train.main(options)
+        train.main([*options, *alone])
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
     assert (tmp_path / "run" / "step-0000002.gif").exists()
     assert "2 used, 2 clips of 16 frames in all (2 animations); skipped: none\nlabels: 2\n" in capsys.readouterr().out
     words = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 3, "--mode", "ddim"]
-    assert "its labels are cat, dog;" in fails_with_one_line(capsys, sample.main, *words, "--label", "cow")
-    run_sample(*words, "--label")
-    assert capsys.readouterr().out == "cat dog\n"
+    assert "its labels are cat, dog" in fails_with_one_line(capsys, sample.main, *words, "--label", "cow")
+    run_sample(*words, "--list-labels")
+    assert capsys.readouterr().out == "cat\ndog\n"
     run_sample(*words, "--label", "cat", "--guidance", 2, "--solver", "ab2", "--steps", 4, 2, 1)
     out = capsys.readouterr().out
     assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} full-rate network calls" in out and str(tmp_path / "it.gif") in out
@@ -122,7 +122,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--pyramid space", "train.py --mode flow --stages 3 --pyramid space"),
     ("--steps 2", "3 stages need at least one whole step each"), ("--steps 5 5", "[5, 5]"),
     ("--steps 10 0 10", "--steps"), ("--guidance nan", "--guidance"), ("--number 0", "--number"),
-    ("--seed 1e5", "--seed"), ("--label cat", "7, 8, 9; --label alone lists them"),
+    ("--seed 1e5", "--seed"), ("--label cat", "7, 8, 9"),
     ("--checkpoint {tmp}", "weights.pt does not exist"), ("--checkpoint {tmp}/gone.pt", "gone.pt does not exist"),
     ("--checkpoint {tmp}/bare.pt", "lacks classes"), ("--checkpoint {tmp}/hostile.pt", "not a whole checkpoint"),
     ("--checkpoint {tmp}/empty.pt", "not a whole checkpoint"), ("--checkpoint {tmp}/text.pt", "it is of another kind"),

@@ -90,6 +90,9 @@ def test_sampling_records_no_gradients_takes_any_whole_number_and_shows_its_step
     for progress, shown in ((False, "^$"), (True, "sampling: 100%.* 5/5 [^\\n]*\\n$")):
         out = Pyramid("flow", 2).sample(lambda x, t, k: weight * x, (1, 1, 2, 2, 2), np.int64(5), progress=progress)
         assert re.search(shown, capfd.readouterr().err, re.DOTALL) and not out.requires_grad
+    with pytest.raises(ValueError, match="no tensor|not a tensor"):
+        Pyramid("flow").sample(lambda x, t, k: None, (1, 1, 4, 2, 2), 3, progress=True)
+    assert capfd.readouterr().err.endswith("\n")  # the bar is closed before the error is told
 
 
 @both_modes
