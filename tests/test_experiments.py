@@ -197,6 +197,22 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(tm
         claims.main(words.split())
 
 
+def test_a_score_counts_as_long_as_all_weights_that_made_it_are_the_same(tmp_path, monkeypatch):
+    for run in ("flow-3-joint", runs.LATER):
+        (tmp_path / run).write_text(run)
+    monkeypatch.setattr(runs, "trained", lambda run, *_: tmp_path / run)
+    monkeypatch.setattr(runs, "scores_of", lambda make, *_: {"score": make()})
+    args, times = SimpleNamespace(out=tmp_path, number=1, seeds=[0], reference=1), itertools.count()
+
+    def stored():
+        return runs.stored("a", "flow-3-joint", lambda: next(times), None, args)["score"]
+
+    assert stored() == stored() == 0
+    for changed, run in enumerate(("flow-3-joint", runs.LATER), start=1):  # its own, and those of the later stages
+        (tmp_path / run).write_text("new")
+        assert stored() == stored() == changed
+
+
 def test_the_pace_of_a_run_counts_each_stage_as_often_as_it_is_trained(monkeypatch):
     def run_train(words, out):
         assert "--log-interval 1 " in " ".join(words)
