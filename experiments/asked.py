@@ -38,7 +38,7 @@ from experiments.runs import (
     training_seeds,
     variant_of,
 )
-from experiments.variants import FAST, varied
+from experiments.variants import ALONE, FAST, varied
 from model import DiT
 from tpdiff import Pyramid, randn, split_steps, upsample
 
@@ -301,7 +301,7 @@ def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, 
     with varied(variant):
         weights = weights_of(run, args)
     own = weights.model, variant
-    others = (weights_of(LATER, args).model, None) if variant in ("first", "joint") else own
+    others = (weights_of(LATER, args).model, None) if variant in ALONE else own
     pyramid, clips, device = make_pyramid(weights), [], next(weights.model.parameters()).device
     for numbers in torch.arange(args.reference + seed * number, args.reference + (seed + 1) * number).split(args.batch):
         x0, labels = zip(*(REAL[index] for index in numbers.tolist()), strict=True)
@@ -321,14 +321,15 @@ def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, 
 def straight(args: argparse.Namespace) -> list:
     """Where a digit leaves its straight path: clips of the shipped weights of flow, with few solver steps and with
     many, from noise and from a later stage's true start. Of short runs: the usual one, and one whose noisier stages are
-    trained more often, in equal time. And of models of the noisiest stage alone, with batches four times as
-    large as those of the shipped weights, one of them with attention over all patches of all frames."""
+    trained more often, in equal time. And of models of the noisiest stage alone, with batches four times as large as
+    those of the shipped weights: as wide as those, wider, and with attention over all patches of all frames."""
     rows, bars, short = [], {}, {"": "short run", "-odds": "short run, stages trained 4 2 1"}
     cases = [("vanilla", "shipped-flow-1", 0, 9), ("vanilla", "shipped-flow-1", 0, 30)]
     ways = (2, 3), (2, 10), (2, 30), (1, 10), (0, 10)
     cases += [("pyramid in time", "shipped-flow-3", first, steps) for first, steps in ways]
     cases += [(title, f"flow-3{end}", first, 10) for end, title in short.items() for first in (2, 1, 0)]
-    alone = {"first": "stage 2 alone, batches of 16", "joint": "the same, attention over all tokens"}
+    alone = {"first": "stage 2 alone, batches of 16", "first-wide": "the same, 1.5 times as wide"}
+    alone["joint"] = "stage 2 alone, attention over all tokens"
     cases += [(title, f"flow-3-{end}", 2, 10) for end, title in alone.items()]
     for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
         make = partial(others, REAL, args.reference)

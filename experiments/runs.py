@@ -26,7 +26,7 @@ from cli import choose_device
 from data import height_width
 from experiments.metrics import JUDGE, digest, digit_metrics, real_clips, sample_clips, scores_of, spread
 from experiments.report import commit, write_json
-from experiments.variants import VARIANTS, varied
+from experiments.variants import ALONE, VARIANTS, varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
 # Every run that a claim needs: options of train.py. Planned for equal time within a mode, but for `first` and `joint`,
@@ -41,7 +41,8 @@ OPTIONS |= {"flow-1-fast": f"--mode flow {STEPS['1']}"}
 OPTIONS |= {f"flow-3-{kind}": f"--mode flow {STEPS['3']} --align {kind}" for kind in ("nearest", "none")}
 OPTIONS |= {"flow-3-1-1-2": f"--mode flow {STEPS['3']} --ends 0.75 0.5 0"}
 OPTIONS |= {"flow-3-2-1-1": f"--mode flow {STEPS['3']} --ends 0.5 0.25 0"}
-OPTIONS |= {f"flow-3-{kind}": "--mode flow --stages 3 --steps 4000 --batch 16" for kind in ("first", "joint")}
+OPTIONS |= {f"flow-3-{kind}": "--mode flow --stages 3 --steps 4000 --batch 16" for kind in ALONE}
+OPTIONS |= {"flow-3-first-wide": f"{OPTIONS['flow-3-first']} --width 144 --heads 6"}
 OPTIONS |= {"flow-3-odds": "--mode flow --stages 3 --stage-odds 4 2 1 --steps 3750"}  # in the time of flow-3
 RUNS = {run + seed: f"{words} --seed {1 if not seed else 2}" for run, words in OPTIONS.items() for seed in SEEDS}
 RUNS |= {f"shipped-{mode}-{n}": f"--mode {mode} --stages {n} --seed 1" for mode in ("flow", "ddim") for n in (3, 1)}
@@ -177,7 +178,7 @@ def stored(
     judge are those it is of."""
     path, name = args.out / "cells.json", f"{name}: {args.number} clips, seeds {args.seeds}, {args.reference} real ones"
     files = [JUDGE] if run == "real" else [JUDGE, trained(run, percent, args)]
-    files += [trained(LATER, 100, args)] if variant_of(run) in ("first", "joint") else []
+    files += [trained(LATER, 100, args)] if variant_of(run) in ALONE else []
     what = {"files": [digest(file) for file in files], "metrics": METRICS}
 
     def read() -> dict:

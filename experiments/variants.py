@@ -26,7 +26,8 @@ from cli import Parser
 from data import MovingDigits, open_data
 
 POSITIONS, ATTEND = model.positions_of, model.Attention.forward
-VARIANTS = "plain", "fast", "first", "joint"
+ALONE = "first", "joint"  # of one stage alone
+VARIANTS = "plain", "fast", *ALONE
 FAST = tuple(3 * speed for speed in MovingDigits.speeds)
 
 
@@ -72,7 +73,7 @@ def varied(name: str | None) -> Iterator[None]:
     changes["first"] = [(train, "draw_stage", noisiest)]
     changes["joint"] = [(model, "positions_of", joint_positions), (model.Attention, "forward", joint_attention)]
     changes["joint"] += changes["first"]
-    changes |= {case: [*changes[case], (checkpoint, "FORMAT", case)] for case in ("plain", "first", "joint")}
+    changes |= {case: [*changes[case], (checkpoint, "FORMAT", case)] for case in ("plain", *ALONE)}
     POSITIONS.cache_clear()
     try:
         with ExitStack() as stack:
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("variant", choices=VARIANTS, help="what is changed; options of train.py follow")
     parser.epilog = "example: python -m experiments.variants fast --steps 3000"
     args, options = parser.parse_known_args(words)
-    alone = ["--workers", "0"] if args.variant in ("first", "joint") else []  # a worker might draw the usual stages
+    alone = ["--workers", "0"] if args.variant in ALONE else []  # a worker might draw the usual stages
     with varied(args.variant):
         train.main([*options, *alone])
 
