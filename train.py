@@ -315,8 +315,7 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
     losses = torch.zeros((), device=state.losses.device)
     for micro in range(args.accumulate):
         x_start, x_end, u, y = next(batches)
-        last = micro == args.accumulate - 1
-        with nullcontext() if last or model is state.model else model.no_sync():
+        with nullcontext() if micro == args.accumulate - 1 or model is state.model else model.no_sync():
             loss = training_loss(model, pyramid, x_start, x_end, u, y, k, args)
             (loss / args.accumulate).backward()
         losses += loss.detach()
@@ -378,36 +377,36 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
     stop, pyramid, first = cli.StopRequest(), make_pyramid(args), rank == 0
     model = fast_form(state.model, args, device)
     batches = make_batches(dataset, args, state.step, rank, world, device)
-    bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first)
     mark, clips, end = time.perf_counter(), 0, state.step >= args.steps
-    while not end:
-        k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
-        try:
-            optimize(state, model, pyramid, batches, k, args)
-        except Exception:  # clips or a loader's process are gone, or memory is short: the steps before are kept
-            if first and state.step > 0:
-                disk.save(state, dataset, args, world)
-                print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
-            raise
-        bar.update()
-        clips += batch_sizes(args)[k] * args.accumulate * world
-        end = stop.agreed() or state.step == args.steps
-        save_due = end or any(n and state.step % n == 0 for n in (args.save_interval, args.keep_interval))
-        sample_due = state.step == args.steps or state.step % args.sample_interval == 0
-        if save_due or sample_due or state.step % args.log_interval == 0:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - mark
-            state.seconds += seconds
-            judged = held_out_loss(state.ema, pyramid, dataset.judged_on, args) if save_due and first else None
-            loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first, judged)
-            bar.set_postfix(loss="none" if loss is None else f"{loss:.4f}", lr=f"{lr:.1e}", clips_per_s=f"{rate:.0f}")
-            if save_due and first:
-                disk.save(state, dataset, args, world, judged)
-            if sample_due and first and args.sample_number:
-                save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
-            mark, clips = time.perf_counter(), 0
-    bar.close()
+    with tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first) as bar:
+        while not end:
+            k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
+            try:
+                optimize(state, model, pyramid, batches, k, args)
+            except Exception:  # clips or a loader's process are gone, or memory is short: the steps before are kept
+                bar.close()  # or what is said now stands in its line
+                if first and state.step > 0:
+                    disk.save(state, dataset, args, world)
+                    print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
+                raise
+            bar.update()
+            clips += batch_sizes(args)[k] * args.accumulate * world
+            end = stop.agreed() or state.step == args.steps
+            save_due = end or any(n and state.step % n == 0 for n in (args.save_interval, args.keep_interval))
+            sample_due = state.step == args.steps or state.step % args.sample_interval == 0
+            if save_due or sample_due or state.step % args.log_interval == 0:
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - mark
+                state.seconds += seconds
+                judged = held_out_loss(state.ema, pyramid, dataset.judged_on, args) if save_due and first else None
+                loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first, judged)
+                bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=rate)
+                if save_due and first:
+                    disk.save(state, dataset, args, world, judged)
+                if sample_due and first and args.sample_number:
+                    save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
+                mark, clips = time.perf_counter(), 0
     del model  # or DDP holds the process group last and joins gloo's threads while it keeps the lock they wait for
     if dist.is_initialized():
         dist.barrier()  # all leave together, also while the first still saves

@@ -334,32 +334,31 @@ def train(args: Namespace, family: Family, accelerator) -> int:
     accelerator.print(f"{count} clips, {weights:,} weights to train, {pyramid.mode}, {args.stages} stages")
     if first:
         disk.start_metrics(metrics, state.step)
-    stop, bar = cli.StopRequest(), tqdm(total=args.steps, initial=state.step, unit="step", disable=not first)
-    mark, begun = time.perf_counter(), state.step
-    while state.step < args.steps:
-        batches = draw_batches(args.out / "cache", count, pyramid, state.step, accelerator, args)
-        try:
-            optimize(state, called, model, pyramid, batches, accelerator, args)
-        except Exception:
-            if first and state.step > 0:  # the steps before the one that failed
-                save(state, args, accelerator.num_processes)
-            raise
-        bar.update()
-        stopped = accelerator.reduce(torch.tensor(float(stop.signal > 0), device=device)).item() > 0
-        end = stopped or state.step == args.steps
-        save_due = end or state.step % args.save_interval == 0
-        if save_due or state.step % args.log_interval == 0:
-            seconds, clips = time.perf_counter() - mark, (state.step - begun) * args.batch * args.accumulate
-            state.seconds += seconds
-            rate = clips * accelerator.num_processes / seconds
-            loss = disk.write_metrics(metrics, state, learning_rate(state.step - 1, args), rate, first)
-            bar.set_postfix(loss="none" if loss is None else f"{loss:.4f}")
-            if save_due and first:
-                save(state, args, accelerator.num_processes)
-            mark, begun = time.perf_counter(), state.step
-        if end:
-            break
-    bar.close()
+    stop, mark, begun = cli.StopRequest(), time.perf_counter(), state.step
+    with tqdm(total=args.steps, initial=state.step, unit="step", disable=not first) as bar:
+        while state.step < args.steps:
+            batches = draw_batches(args.out / "cache", count, pyramid, state.step, accelerator, args)
+            try:
+                optimize(state, called, model, pyramid, batches, accelerator, args)
+            except Exception:
+                if first and state.step > 0:  # the steps before the one that failed
+                    save(state, args, accelerator.num_processes)
+                raise
+            bar.update()
+            stopped = accelerator.reduce(torch.tensor(float(stop.signal > 0), device=device)).item() > 0
+            end = stopped or state.step == args.steps
+            save_due = end or state.step % args.save_interval == 0
+            if save_due or state.step % args.log_interval == 0:
+                seconds, clips = time.perf_counter() - mark, (state.step - begun) * args.batch * args.accumulate
+                state.seconds += seconds
+                rate = clips * accelerator.num_processes / seconds
+                loss = disk.write_metrics(metrics, state, learning_rate(state.step - 1, args), rate, first)
+                bar.set_postfix(loss="none" if loss is None else loss)
+                if save_due and first:
+                    save(state, args, accelerator.num_processes)
+                mark, begun = time.perf_counter(), state.step
+            if end:
+                break
     accelerator.wait_for_everyone()
     accelerator.print(f"step {state.step}: saved; python -m examples.generate --lora {args.out} --prompt ... --out ...")
     return 128 + (stop.signal or 15) if state.step < args.steps else 0

@@ -182,7 +182,7 @@ def test_a_run_that_fails_in_a_step_or_is_killed_in_a_save_goes_on_as_if_it_had_
         patch.setattr(place, name, call)
         train.main([*TINY, "--out", str(tmp_path), "--steps", "6", "--save-interval", "3"])
     assert next(calls) > number  # so it was called as often, and the run did not end by itself
-    assert ("step 4: saved, as the next step failed" in capsys.readouterr().err) == (place is train)
+    assert ("\nstep 4: saved, as the next step failed" in capsys.readouterr().err) == (place is train)
     kept = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("checkpoint*.pt")}
     assert kept["checkpoint.pt"] in ((4,) if place is train else (3, 6))
     with open(tmp_path / "metrics.jsonl", "a") as file:
