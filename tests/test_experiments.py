@@ -425,15 +425,16 @@ def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypat
 
 
 def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the_later_stages(monkeypatch):
-    pyramid, calls = Pyramid("flow", 3), []
+    pyramid, calls, times = Pyramid("flow", 3), [], []
 
     def predict(x, t, k):
         calls.append((k, x))
+        times.append(t[0].item())
         return torch.zeros_like(x)
 
     monkeypatch.setattr(sample, "make_predict", lambda *_: predict)
     args = SimpleNamespace(batch=3, reference=100, smoke=False, runs=None)
-    clips = asked.from_true_start("shipped-flow-3", 1, 2, args, 1, 5)
+    clips = asked.from_true_start("shipped-flow-3", 1, None, 2, args, 1, 5)
     assert [k for k, _ in calls] == [1, 1, 0, 0] * 2 and clips.shape == (5, 1, 16, 32, 32)
     frames = metrics.real_clips(105, 3)[:, :, ::4].repeat_interleave(2, dim=2)  # as blurred as stage 2 leaves them
     noise = (calls[0][1] - pyramid[1].gamma_start * frames) / pyramid[1].sigma_start
@@ -442,6 +443,12 @@ def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the
     torch.testing.assert_close(pairs.mean(3), pyramid[0].gamma_start / pyramid[1].gamma_end * calls[1][1])
     assert pairs.diff(dim=3).std() > 0.1
 
+    asked.from_true_start("shipped-flow-3", 2, 0.8, 2, args, 1, 3)  # within stage 2, of real clips' own frames
+    within, frames = calls[8][1], metrics.real_clips(103, 3)[:, :, ::4]
+    noise = (within - 0.2 * frames) / 0.8
+    assert noise.std().item() == pytest.approx(1, abs=0.02) and (noise * frames).mean().abs() < 0.02
+    assert times[8:10] == pytest.approx([0.8, (0.8 + 2 / 3) / 2])
+
     drawn, both = [], {run: load_weights(SHIPPED / "flow-3.pt") for run in ("flow-3-joint", "shipped-flow-3")}
     monkeypatch.setattr(asked, "weights_of", lambda run, _: both[run])
 
@@ -449,7 +456,7 @@ def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the
         return lambda x, t, k: drawn.append((k, network, Attention.forward)) or x
 
     monkeypatch.setattr(sample, "make_predict", remember)
-    asked.from_true_start("flow-3-joint", 2, 1, args, 0, 1)
+    asked.from_true_start("flow-3-joint", 2, None, 1, args, 0, 1)
     networks = [both[run].model for run in ("flow-3-joint", "shipped-flow-3", "shipped-flow-3")]
     assert [(k, network) for k, network, _ in drawn] == list(zip((2, 1, 0), networks, strict=True))
     assert [forward is variants.joint_attention for *_, forward in drawn] == [True, False, False]
