@@ -357,4 +357,18 @@ def straight(args: argparse.Namespace) -> list:
     return [(["run", "begun at", "steps a stage", *scores], rows)]
 
 
-QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival, straight)
+def draws(args: argparse.Namespace) -> list:
+    """How much scores differ by the draw of clips alone: those of other real clips, of --number, half and a quarter of
+    them, drawn anew for each of --seeds."""
+    rows = []
+    for number in (args.number, max(2, args.number // 2), max(2, args.number // 4)):
+        options = argparse.Namespace(**vars(args) | {"number": number})
+        make, metrics = partial(others, REAL, args.reference), partial(scored, reference=args.reference)
+        found = stored("draws", "real", make, metrics, options)
+        distances = found["judge_distance"]
+        shown = mean(distances), min(distances), max(distances)
+        rows.append([number, len(args.seeds), *(f"{value:.3g}" for value in shown), spread(found["off_track"])])
+    return [(["clips", "draws", "judge's distance, mean", "lowest", "highest", "off track, px"], rows)]
+
+
+QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival, straight, draws)

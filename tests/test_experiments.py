@@ -462,6 +462,21 @@ def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the
     assert [forward is variants.joint_attention for *_, forward in drawn] == [True, False, False]
 
 
+def test_draws_of_real_clips_are_scored_for_every_seed_and_are_not_those_of_the_reference(monkeypatch):
+    asked_for, args = [], SimpleNamespace(number=12, seeds=[0, 1, 2], reference=50)
+
+    def stored(_name, run, make, _metrics, options):
+        firsts = [make(seed, options.number) for seed in options.seeds]
+        asked_for.append((run, [len(clips) for clips in firsts]))
+        assert torch.equal(firsts[1], metrics.real_clips(50 + options.number, options.number))
+        return {"judge_distance": [3.0, 1.0, 2.0], "off_track": [0.5] * 3}
+
+    monkeypatch.setattr(asked, "stored", stored)
+    ((header, rows),) = asked.draws(args)
+    assert asked_for == [("real", [12] * 3), ("real", [6] * 3), ("real", [3] * 3)]
+    assert [row[:5] for row in rows] == [[number, 3, "2", "1", "3"] for number in (12, 6, 3)] and len(header) == 6
+
+
 def test_traits_are_read_and_compared_with_those_of_real_clips():
     real, fresh = metrics.real_clips(0, 300), metrics.real_clips(1000, 300)
     labels, y, _ = zip(*(metrics.REAL.tracks(number)[0] for number in range(300)), strict=True)
