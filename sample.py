@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import cli
 from checkpoint import FACTORS, Weights, find_weights, load_weights, make_pyramid, weight_file
@@ -122,7 +123,7 @@ def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None
             save_latents(torch.cat(clips), aside, weights.latent_scale)
         aside.replace(path)
     except Exception as error:
-        print(f"step {weights.step}: no sample clips ({cli.reason(error)}); the run goes on", file=sys.stderr)
+        tqdm.write(f"step {weights.step}: no sample clips ({cli.reason(error)}); the run goes on", file=sys.stderr)
 
 
 def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None = None) -> Tensor | None:

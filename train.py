@@ -304,7 +304,7 @@ def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args: Nam
             of_batches = [training_loss(model, pyramid, *batch, k, args).item() for batch in batches]
             losses.append(sum(of_batches) / len(of_batches))
     except Exception as error:
-        print(f"no held-out loss this time ({cli.reason(error)})", file=sys.stderr)
+        tqdm.write(f"no held-out loss this time ({cli.reason(error)})", file=sys.stderr)
         return None
     return losses or None
 
@@ -401,7 +401,7 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                 state.seconds += seconds
                 judged = held_out_loss(state.ema, pyramid, dataset.judged_on, args) if save_due and first else None
                 loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first, judged)
-                bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=rate)
+                bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=f"{rate:.0f}")
                 if save_due and first:
                     disk.save(state, dataset, args, world, judged)
                 if sample_due and first and args.sample_number:

@@ -328,8 +328,8 @@ def straight(args: argparse.Namespace) -> list:
     """Where a digit leaves its straight path: clips of the shipped weights of flow, with few solver steps and with
     many, from noise, from true points within the noisiest stage, and from a later stage's true start. Of short runs:
     the usual one, and one whose noisier stages are trained more often, in equal time. And of models of the noisiest
-    stage alone, with batches four times as large as those of the shipped weights: as wide as those, wider, and with
-    attention over all patches of all frames."""
+    stage alone, with batches four times as large as those of the shipped weights: a model as wide as the shipped one,
+    a wider one, and one with attention over all patches of all frames."""
     rows, bars, short = [], {}, {"": "short run", "-odds": "short run, stages trained 4 2 1"}
     cases = [("vanilla", "shipped-flow-1", 0, None, 9), ("vanilla", "shipped-flow-1", 0, None, 30)]
     ways = (2, None, 3), (2, None, 10), (2, None, 30), (2, 0.9, 10), (2, 0.8, 10), (1, None, 10), (0, None, 10)
@@ -358,16 +358,19 @@ def straight(args: argparse.Namespace) -> list:
 
 
 def draws(args: argparse.Namespace) -> list:
-    """How much scores differ by the draw of clips alone: those of other real clips, of --number, half and a quarter of
-    them, drawn anew for each of --seeds."""
-    rows = []
+    """How much distance and path differ by the draw of clips alone: those of other real clips, of --number, half and a
+    quarter of them, drawn anew for each of --seeds."""
+    rows, curve = [], []
     for number in (args.number, max(2, args.number // 2), max(2, args.number // 4)):
         options = argparse.Namespace(**vars(args) | {"number": number})
         make, metrics = partial(others, REAL, args.reference), partial(scored, reference=args.reference)
         found = stored("draws", "real", make, metrics, options)
         distances = found["judge_distance"]
+        curve.append((number, distances))
         shown = mean(distances), min(distances), max(distances)
         rows.append([number, len(args.seeds), *(f"{value:.3g}" for value in shown), spread(found["off_track"])])
+    labels = "Draws of real clips", "clips", "judge's distance"
+    draw_curves({"real clips": curve}, *labels, args.out / "draws.png", from_zero=True)
     return [(["clips", "draws", "judge's distance, mean", "lowest", "highest", "off track, px"], rows)]
 
 
