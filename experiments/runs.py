@@ -29,7 +29,7 @@ from experiments.report import commit, write_json
 from experiments.variants import ALONE, VARIANTS, varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
-# Every run that a claim needs: options of train.py. Planned for equal time within a mode, but for `first` and `joint`,
+# Every run that a claim needs: options of train.py. Planned for equal time within a mode, but for those of ALONE,
 # as if a step of three stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
 STEPS = {"3": "--stages 3 --steps 3000", "1": "--stages 1 --steps 1900"}
 SPACE = "--stages 3 --pyramid space --batch 32 16 4 --steps 2300"  # small clips take as long as a large one, so more
