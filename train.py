@@ -401,7 +401,7 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                 state.seconds += seconds
                 judged = held_out_loss(state.ema, pyramid, dataset.judged_on, args) if save_due and first else None
                 loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first, judged)
-                bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=f"{rate:.0f}")
+                bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=f"{rate:.1f}")
                 if save_due and first:
                     disk.save(state, dataset, args, world, judged)
                 if sample_due and first and args.sample_number:
