@@ -27,7 +27,6 @@ from experiments.metrics import (
 )
 from experiments.runs import (
     FRONT,
-    LATER,
     SEEDS,
     Cell,
     front_row,
@@ -38,7 +37,7 @@ from experiments.runs import (
     training_seeds,
     variant_of,
 )
-from experiments.variants import ALONE, FAST, varied
+from experiments.variants import FAST, varied
 from model import DiT
 from tpdiff import Pyramid, randn, split_steps, upsample
 
@@ -72,7 +71,8 @@ def positions(args: argparse.Namespace) -> list:
 
 def weights_of(run: str, args: argparse.Namespace) -> Weights:
     """A run's weights at its end."""
-    return load_weights(trained(run, 100, args), choose_device())
+    with varied(variant_of(run)):
+        return load_weights(trained(run, 100, args), choose_device())
 
 
 @cache
@@ -292,71 +292,6 @@ def rival(args: argparse.Namespace) -> list:
     return [(["sampled", "training seed", "steps", "full-rate calls", "judge's distance", "one digit"], rows)]
 
 
-@torch.inference_mode()
-def from_true_start(
-    run: str, first: int, t: float | None, steps: int, args: argparse.Namespace, seed: int, number: int
-) -> Tensor:
-    """Clips (B, C, T, H, W) sampled from stage `first` on, which starts where real clips take it (Eq. 7) and not where
-    the stages before have led, or from where they take it at time `t` within the stage (Eq. 12). `steps` at each stage.
-    The noisiest stage starts from noise, as always. A run of that stage alone has the weights of LATER for the
-    others."""
-    variant = variant_of(run)
-    with varied(variant):
-        weights = weights_of(run, args)
-    own = weights.model, variant
-    others = (weights_of(LATER, args).model, None) if variant in ALONE else own
-    pyramid, clips, device = make_pyramid(weights), [], next(weights.model.parameters()).device
-    for numbers in torch.arange(args.reference + seed * number, args.reference + (seed + 1) * number).split(args.batch):
-        x0, labels = zip(*(REAL[index] for index in numbers.tolist()), strict=True)
-        generators = [generator_for(seed, SAMPLING, index) for index in numbers.tolist()]
-        x0 = torch.stack(x0).to(device)
-        x, x_end = pyramid.endpoints(x0, randn(pyramid.shape(x0.shape, first), generators, device), first)
-        if t is not None:
-            place = (t - pyramid[first].t_end) / (pyramid[first].t_start - pyramid[first].t_end)
-            x = pyramid.interpolate(x, x_end, first, torch.full((len(x),), place))[0]
-        for k in reversed(range(first + 1)):
-            model, variant = own if k == len(pyramid) - 1 else others
-            predict = sample.make_predict(model, torch.tensor(labels).to(device), 1.0, use_bf16("auto", device))
-            with varied(variant):
-                x = pyramid.integrate(predict, x, k, steps, t=t if k == first else None)
-            x = pyramid.renoise(x, k, generators) if k else x
-        clips.append(x.cpu())
-    return torch.cat(clips)
-
-
-def straight(args: argparse.Namespace) -> list:
-    """Where a digit leaves its straight path: clips of the shipped weights of flow, with few solver steps and with
-    many, from noise, from true points within the noisiest stage, and from a later stage's true start. Of short runs:
-    the usual one, and one whose noisier stages are trained more often, in equal time. And of models of the noisiest
-    stage alone, with batches four times as large as those of the shipped weights: a model as wide as the shipped one,
-    a wider one, and one with attention over all patches of all frames."""
-    rows, bars, short = [], {}, {"": "short run", "-odds": "short run, stages trained 4 2 1"}
-    cases = [("vanilla", "shipped-flow-1", 0, None, 9), ("vanilla", "shipped-flow-1", 0, None, 30)]
-    ways = (2, None, 3), (2, None, 10), (2, None, 30), (2, 0.9, 10), (2, 0.8, 10), (1, None, 10), (0, None, 10)
-    cases += [("pyramid in time", "shipped-flow-3", *way) for way in ways]
-    cases += [(title, f"flow-3{end}", first, None, 10) for end, title in short.items() for first in (2, 1, 0)]
-    alone = {"first": "stage 2 alone, batches of 16", "first-wide": "the same, 1.5 times as wide"}
-    alone["joint"] = "stage 2 alone, attention over all tokens"
-    cases += [(title, f"flow-3-{end}", 2, None, 10) for end, title in alone.items()]
-    for title, run, first, t, steps in [*cases, ("real", "real", 0, None, 0)]:
-        make = partial(others, REAL, args.reference)
-        if run != "real":
-            make = partial(from_true_start, run, first, t, steps, args)
-        name = f"{run}, stage {first} from its true start, {steps} steps a stage" + (f", t = {t}" if t else "")
-        found = stored(name, run, make, partial(scored, reference=args.reference), args)
-        names = ("judge_distance", "legible", "one_digit", "straight", "off_track")
-        begin = "noise" if first == 2 or title == "vanilla" else f"true start of stage {first}" * (title != "real")
-        begin = f"true point at t = {t}" if t else begin
-        rows.append([run, begin, steps or "", *(spread(found[name]) for name in names)])
-        if title != "real":
-            begun, each = begin.replace("true", "the true"), " a stage" * (title != "vanilla")
-            bars[f"{title}, from {begun}, {steps} steps{each}"] = [mean(found["off_track"])]
-    title, label = "How far digits are from a straight path", "pixels, at the worst frame"
-    draw_bars(bars, title, label, args.out / "straight.png", mean(found["off_track"]))
-    scores = ["judge's distance", "legible", "one digit", "straight", "off track, px"]
-    return [(["run", "begun at", "steps a stage", *scores], rows)]
-
-
 def draws(args: argparse.Namespace) -> list:
     """How much distance and path differ by the draw of clips alone: those of other real clips, of --number, half and a
     quarter of them, drawn anew for each of --seeds."""
@@ -374,4 +309,4 @@ def draws(args: argparse.Namespace) -> list:
     return [(["clips", "draws", "judge's distance, mean", "lowest", "highest", "off track, px"], rows)]
 
 
-QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival, straight, draws)
+QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival, draws)

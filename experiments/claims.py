@@ -39,6 +39,7 @@ from experiments.runs import (
     train_words,
     training_seeds,
 )
+from experiments.straight import straight
 from experiments.timing import alternate, in_milliseconds, quartiles
 from model import DiT, DiTConfig
 from tpdiff import Pyramid, align, split_steps
@@ -200,7 +201,7 @@ def sampling(args: argparse.Namespace) -> list:
     return [(FRONT, [front_row(cell, args) for cell in each]) for each in tables]
 
 
-CLAIMS = {f.__name__: f for f in (latency, training, sampling, alignment, renoising, early, *QUESTIONS)}
+CLAIMS = {f.__name__: f for f in (latency, training, sampling, alignment, renoising, early, *QUESTIONS, straight)}
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:

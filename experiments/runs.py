@@ -43,7 +43,6 @@ OPTIONS |= {"flow-3-1-1-2": f"--mode flow {STEPS['3']} --ends 0.75 0.5 0"}
 OPTIONS |= {"flow-3-2-1-1": f"--mode flow {STEPS['3']} --ends 0.5 0.25 0"}
 OPTIONS |= {f"flow-3-{kind}": "--mode flow --stages 3 --steps 4000 --batch 16" for kind in ALONE}
 OPTIONS |= {"flow-3-first-wide": f"{OPTIONS['flow-3-first']} --width 144 --heads 6"}
-OPTIONS |= {"flow-3-odds": "--mode flow --stages 3 --stage-odds 4 2 1 --steps 3750"}  # in the time of flow-3
 RUNS = {run + seed: f"{words} --seed {1 if not seed else 2}" for run, words in OPTIONS.items() for seed in SEEDS}
 RUNS |= {f"shipped-{mode}-{n}": f"--mode {mode} --stages {n} --seed 1" for mode in ("flow", "ddim") for n in (3, 1)}
 RUNS |= {"shipped-flow-3-space-time": "--mode flow --stages 3 --pyramid space-time --batch 32 16 4 --seed 1"}

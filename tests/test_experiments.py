@@ -22,8 +22,7 @@ from checkpoint import SHIPPED, load_weights, make_pyramid
 from data import FolderClips, bounce
 from experiments import asked, claims, emoji, figures, metrics, real, report, runs, sizes, speed, variants
 from experiments.timing import in_milliseconds
-from model import Attention, Block
-from tpdiff import Pyramid
+from model import Block
 
 
 def tables_of(path: Path) -> list:
@@ -198,17 +197,17 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(tm
 
 
 def test_a_score_counts_as_long_as_all_weights_that_made_it_are_the_same(tmp_path, monkeypatch):
-    for run in ("flow-3-joint", runs.LATER):
+    for run in ("flow-3-first", runs.LATER):
         (tmp_path / run).write_text(run)
     monkeypatch.setattr(runs, "trained", lambda run, *_: tmp_path / run)
     monkeypatch.setattr(runs, "scores_of", lambda make, *_: {"score": make()})
     args, times = SimpleNamespace(out=tmp_path, number=1, seeds=[0], reference=1), itertools.count()
 
     def stored():
-        return runs.stored("a", "flow-3-joint", lambda: next(times), None, args)["score"]
+        return runs.stored("a", "flow-3-first", lambda: next(times), None, args)["score"]
 
     assert stored() == stored() == 0
-    for changed, run in enumerate(("flow-3-joint", runs.LATER), start=1):  # its own, and those of the later stages
+    for changed, run in enumerate(("flow-3-first", runs.LATER), start=1):  # its own, and those of the later stages
         (tmp_path / run).write_text("new")
         assert stored() == stored() == changed
 
@@ -424,44 +423,6 @@ def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypat
         assert times == pytest.approx(expected) and noises == pytest.approx([1, 1, 1], abs=0.05)
 
 
-def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the_later_stages(monkeypatch):
-    pyramid, calls, times = Pyramid("flow", 3), [], []
-
-    def predict(x, t, k):
-        calls.append((k, x))
-        times.append(t[0].item())
-        return torch.zeros_like(x)
-
-    monkeypatch.setattr(sample, "make_predict", lambda *_: predict)
-    args = SimpleNamespace(batch=3, reference=100, smoke=False, runs=None)
-    clips = asked.from_true_start("shipped-flow-3", 1, None, 2, args, 1, 5)
-    assert [k for k, _ in calls] == [1, 1, 0, 0] * 2 and clips.shape == (5, 1, 16, 32, 32)
-    frames = metrics.real_clips(105, 3)[:, :, ::4].repeat_interleave(2, dim=2)  # as blurred as stage 2 leaves them
-    noise = (calls[0][1] - pyramid[1].gamma_start * frames) / pyramid[1].sigma_start
-    assert noise.std().item() == pytest.approx(1, abs=0.02) and (noise * frames).mean().abs() < 0.02
-    pairs = calls[2][1].unflatten(2, (8, 2))  # renoised: a pair's mean is the frame before, scaled
-    torch.testing.assert_close(pairs.mean(3), pyramid[0].gamma_start / pyramid[1].gamma_end * calls[1][1])
-    assert pairs.diff(dim=3).std() > 0.1
-
-    asked.from_true_start("shipped-flow-3", 2, 0.8, 2, args, 1, 3)  # within stage 2, of real clips' own frames
-    within, frames = calls[8][1], metrics.real_clips(103, 3)[:, :, ::4]
-    noise = (within - 0.2 * frames) / 0.8
-    assert noise.std().item() == pytest.approx(1, abs=0.02) and (noise * frames).mean().abs() < 0.02
-    assert times[8:10] == pytest.approx([0.8, (0.8 + 2 / 3) / 2])
-
-    drawn, both = [], {run: load_weights(SHIPPED / "flow-3.pt") for run in ("flow-3-joint", "shipped-flow-3")}
-    monkeypatch.setattr(asked, "weights_of", lambda run, _: both[run])
-
-    def remember(network, *_):
-        return lambda x, t, k: drawn.append((k, network, Attention.forward)) or x
-
-    monkeypatch.setattr(sample, "make_predict", remember)
-    asked.from_true_start("flow-3-joint", 2, None, 1, args, 0, 1)
-    networks = [both[run].model for run in ("flow-3-joint", "shipped-flow-3", "shipped-flow-3")]
-    assert [(k, network) for k, network, _ in drawn] == list(zip((2, 1, 0), networks, strict=True))
-    assert [forward is variants.joint_attention for *_, forward in drawn] == [True, False, False]
-
-
 def test_draws_of_real_clips_are_scored_for_every_seed_and_are_not_those_of_the_reference(monkeypatch):
     asked_for, args = [], SimpleNamespace(number=12, seeds=[0, 1, 2], reference=50, out=Path())
 
@@ -504,15 +465,15 @@ def test_a_variant_changes_one_thing_and_only_while_it_is_asked_for(tmp_path):
 
     usual, losses = draws(), set()
     cases = {"plain": [False, True, True, True], "fast": [True, True, False, True]}
-    for name, same in (cases | {"first": [True] * 4, "joint": [False, False, True, True]}).items():
+    for name, same in (cases | {"first": [True] * 4}).items():
         with variants.varied(name):
             assert [torch.equal(*pair) for pair in zip(draws(), usual, strict=True)] == same
         with pytest.raises(SystemExit, match="0"):
             variants.main([name, *TINY, "--steps", "6", "--out", str(tmp_path / name)])
         row = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
         losses.add(row["loss"])
-        assert name not in ("first", "joint") or [loss is None for loss in row["loss_by_stage"]] == [True, True, False]
-    assert all(map(torch.equal, draws(), usual)) and len(losses) >= 3
+        assert name != "first" or [loss is None for loss in row["loss_by_stage"]] == [True, True, False]
+    assert all(map(torch.equal, draws(), usual)) and len(losses) == 3
     with pytest.raises(ValueError, match="not a checkpoint of this version"):  # sample.py would place frames wrongly
         load_weights(tmp_path / "plain" / "weights.pt")
     with variants.varied("plain"):
