@@ -70,7 +70,7 @@ def places(paths: Tensor, label: int, stride: int) -> Tensor:
 
 @cache
 def random_places(label: int, stride: int) -> Tensor:
-    """(T, PATHS)"""
+    """(T, PATHS): `places` of the random paths."""
     return places(random_paths(label), label, stride)
 
 
@@ -97,9 +97,9 @@ def exact_clip(x: Tensor, t: float, label: int, stride: int = 4) -> Tensor:
 
 def exact_velocity(pyramid: Pyramid, labels: Tensor, x: Tensor, t: Tensor, k: int) -> Tensor:
     """In place of a network's prediction at the noisiest stage k: the mean of v_k (Eq. 13), given x_t and labels."""
-    stage, time = pyramid[k], t[0].item()
-    clips = [exact_clip(clip, time, label, stage.stride[0]) for clip, label in zip(x, labels.tolist(), strict=True)]
-    return (stage.t_start - stage.t_end) / time * (x - torch.stack(clips))
+    stage, time, pairs = pyramid[k], t[0].item(), zip(x.cpu(), labels.tolist(), strict=True)
+    x0 = torch.stack([exact_clip(clip, time, label, stage.stride[0]) for clip, label in pairs])
+    return (stage.t_start - stage.t_end) / time * (x - x0.to(x))
 
 
 @torch.inference_mode()
@@ -129,14 +129,15 @@ def losses(run: str, args: argparse.Namespace) -> list[float]:
     """A run's loss at the noisiest stage at each of TIMES, on real clips and noise that is not aligned. No network's is
     lower than that of EXACT."""
     network = None if run == EXACT else weights_of(run, args).model
-    pyramid, found = make_pyramid(weights_of(LATER, args)), []
+    pyramid, found, device = make_pyramid(weights_of(LATER, args)), [], choose_device()
     clips, labels = zip(*(REAL[args.reference + index] for index in range(args.number)), strict=True)
-    stage, labels = pyramid[len(pyramid) - 1], torch.tensor(labels)
+    clips, labels = torch.stack(clips).to(device), torch.tensor(labels).to(device)
+    stage = pyramid[len(pyramid) - 1]
     for time in TIMES:
         errors, place = [], (time - stage.t_end) / (stage.t_start - stage.t_end)
         generator = torch.Generator().manual_seed(0)
-        for x0, y in zip(torch.stack(clips).split(args.batch), labels.split(args.batch), strict=True):
-            noise = randn(pyramid.shape(x0.shape, stage.index), generator)
+        for x0, y in zip(clips.split(args.batch), labels.split(args.batch), strict=True):
+            noise = randn(pyramid.shape(x0.shape, stage.index), generator, device)
             ends = pyramid.endpoints(x0, noise, stage.index)
             x, target, t = pyramid.interpolate(*ends, stage.index, torch.full((len(x0),), place))
             where = (x, t, stage.index)

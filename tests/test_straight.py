@@ -94,3 +94,13 @@ def test_random_paths_are_drawn_as_those_of_the_data(monkeypatch):
             assert quantiles[0] == pytest.approx(quantiles[1], abs=0.4)
         starts = [np.quantile(np.asarray(each)[:, 0], np.linspace(0.05, 0.95, 10)) for each in (own[axis], drawn)]
         assert starts[0] == pytest.approx(starts[1], abs=0.6)
+
+
+def test_no_network_has_a_lower_loss_than_the_exact_answer(monkeypatch):
+    monkeypatch.setattr(straight, "PATHS", 20_000)
+    monkeypatch.setattr(straight, "TIMES", (0.9, 0.8))
+    args = SimpleNamespace(batch=2, number=4, reference=100, smoke=False, runs=None)
+    exact, network = (straight.losses(run, args) for run in (straight.EXACT, "shipped-flow-3"))
+    assert exact[1] < exact[0] < network[0] < 0.1 and exact[1] < 0.8 * network[1]
+    together = straight.losses("shipped-flow-3", SimpleNamespace(**vars(args) | {"batch": 4}))
+    assert together == pytest.approx(network, rel=1e-4)  # a clip's noise does not depend on the batch
