@@ -158,8 +158,8 @@ def straight(args: argparse.Namespace) -> list:
     cases += [("pyramid in time", "shipped-flow-3", *way) for way in ways]
     cases += [("short run", "flow-3", first, 10) for first in (2, 1, 0)]
     cases += [(f"stage 2 {title}", f"flow-3-{end}", 2, 10) for end, title in alone.items()]
-    cases += [("stage 2 exact", EXACT, 2, steps) for steps in (10, 30)]
-    for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
+    cases += [("stage 2 exact", EXACT, 2, 10), ("real", "real", 0, 0)]
+    for title, run, first, steps in cases:
         make = partial(others, REAL, args.reference)
         if run != "real":
             make = partial(from_true_start, run, first, steps, args)

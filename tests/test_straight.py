@@ -70,11 +70,14 @@ def test_the_exact_answer_knows_the_clip_where_there_is_little_noise(monkeypatch
     monkeypatch.setattr(straight, "PATHS", 20_000)
     clips, off, pyramid = real_clips(0, 4), {}, Pyramid("flow", 3)
     labels = torch.tensor([REAL.tracks(number)[0][0] for number in range(4)])
-    for t in (1.0, 0.85, 0.68):
+    for t, few in ((1.0, 100), (0.85, 100), (0.68, 100), (0.68, 0)):
+        monkeypatch.setattr(straight, "FEW", few)  # 0: no new paths
         x = noisy(pyramid.down(clips, 2), t)
         velocity = straight.exact_velocity(pyramid, labels, x, torch.full((4,), t), 2)
-        off[t] = (x - 3 * t * velocity - pyramid.down(clips, 2)).square().mean().sqrt()  # v is (noise - x0) / 3
-    assert off[0.68] < 0.2 < off[0.85] < 0.5 < off[1.0] < 0.9
+        error = x - 3 * t * velocity - pyramid.down(clips, 2)  # v is (noise - x0) / 3
+        off[t, few] = error.square().mean().sqrt()
+    assert off[0.68, 100] < 0.2 < off[0.85, 100] < 0.5 < off[1.0, 100] < 0.9
+    assert off[0.68, 100] < 0.7 * off[0.68, 0]
 
 
 def test_random_paths_are_drawn_as_those_of_the_data(monkeypatch):
