@@ -35,9 +35,8 @@ from experiments.runs import (
     stored,
     trained,
     training_seeds,
-    variant_of,
 )
-from experiments.variants import FAST, varied
+from experiments.variants import FAST
 from model import DiT
 from tpdiff import Pyramid, randn, split_steps, upsample
 
@@ -71,8 +70,7 @@ def positions(args: argparse.Namespace) -> list:
 
 def weights_of(run: str, args: argparse.Namespace) -> Weights:
     """A run's weights at its end."""
-    with varied(variant_of(run)):
-        return load_weights(trained(run, 100, args), choose_device())
+    return load_weights(trained(run, 100, args), choose_device())
 
 
 @cache

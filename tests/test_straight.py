@@ -25,11 +25,10 @@ def noisy(clip: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the_later_stages(monkeypatch):
-    pyramid, calls, times = Pyramid("flow", 3), [], []
+    pyramid, calls = Pyramid("flow", 3), []
 
     def predict(x, t, k):
         calls.append((k, x))
-        times.append(t[0].item())
         return torch.zeros_like(x)
 
     monkeypatch.setattr(sample, "make_predict", lambda *_: predict)
@@ -44,7 +43,7 @@ def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the
     assert pairs.diff(dim=3).std() > 0.1
 
     drawn, both = [], {run: load_weights(SHIPPED / "flow-3.pt") for run in ("flow-3-first", "shipped-flow-3")}
-    monkeypatch.setattr(straight, "weights_of", lambda run, _: both[run])
+    monkeypatch.setattr(straight, "run_weights", lambda run, _: both[run])
     monkeypatch.setattr(sample, "make_predict", lambda network, *_: lambda x, t, k: drawn.append((k, network)) or x)
     straight.from_true_start("flow-3-first", 2, 1, args, 0, 1)
     networks = [both[run].model for run in ("flow-3-first", "shipped-flow-3", "shipped-flow-3")]
@@ -63,7 +62,7 @@ def test_the_exact_answer_is_the_mean_of_clips_by_their_probability(monkeypatch)
     weights = (-(x.flatten(2) - (1 - t) * shown).square().sum((1, 2)) / (2 * t**2)).softmax(0)
     expected = (weights[:, None, None] * shown).sum(0).view(x.shape)
     assert 2 < 1 / weights.square().sum() < 100
-    torch.testing.assert_close(straight.exact_clip(x, t, label).double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(straight.exact_clip(x, t, label, 4).double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_exact_answer_knows_the_clip_where_there_is_little_noise(monkeypatch):
@@ -97,6 +96,20 @@ def test_random_paths_are_drawn_as_those_of_the_data(monkeypatch):
             assert quantiles[0] == pytest.approx(quantiles[1], abs=0.4)
         starts = [np.quantile(np.asarray(each)[:, 0], np.linspace(0.05, 0.95, 10)) for each in (own[axis], drawn)]
         assert starts[0] == pytest.approx(starts[1], abs=0.6)
+
+
+def test_new_paths_are_even_in_cells_that_do_not_overlap_and_weigh_as_much_as_the_data_has_of_them():
+    best = torch.tensor([[1.0, 2.0, 0.7, 1.0], [1.1, 2.1, 0.7, 1.1], [7.0, 2.0, -0.7, -1.0]], dtype=torch.float64)
+    size = torch.tensor(straight.CELL, dtype=torch.float64)
+    cells, counts = (straight.paths_near(best) / size).floor().unique(dim=0, return_counts=True)
+    assert torch.equal(cells, (best[1:] / size).floor().flip(0).unique(dim=0)) and counts.unique().numel() == 1
+    paths = straight.random_paths(3)
+    share = (-straight.log_density(paths, 3)).exp()  # of random paths: they cover velocities evenly with it
+    speed = paths[:, 2:].norm(dim=1)
+    slow, fast = (share[(low <= speed) & (speed <= low + 0.3)].sum() for low in (0.9, 1.6))
+    assert slow / fast == pytest.approx((1.2**2 - 0.9**2) / (1.9**2 - 1.6**2), rel=0.02)
+    outside = torch.tensor([[-0.1, 2, 1, 1], [1, 40, 1, 1], [1, 2, 0.1, 0.1], [1, 2, 3, 3]], dtype=torch.float64)
+    assert share.isfinite().all() and straight.log_density(outside, 3).isneginf().all()
 
 
 def test_no_network_has_a_lower_loss_than_the_exact_answer(monkeypatch):
