@@ -13,6 +13,7 @@ import math
 import statistics
 import sys
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -93,15 +94,31 @@ def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None
 def training(args: argparse.Namespace) -> list:
     """Fig. 5: the judge's distance against training time, nine Euler steps: vanilla, and the pyramid in time, in space,
     and in both. And all scores at the end, with thirty steps and with nine."""
+    return against_time(
+        "training", "", list(itertools.product(("flow", "ddim"), SYSTEMS)), {30: "euler", 9: "euler"}, args
+    )
+
+
+def twice(args: argparse.Namespace) -> list:
+    """Fig. 5 with twice as many steps of training: vanilla and the pyramid in space and time, flow. And all scores at
+    the end, with thirty Euler steps, with nine, and with six of `ab2`."""
+    ways = {30: "euler", 9: "euler", 6: "ab2"}
+    return against_time("twice", "-twice", [("flow", "1"), ("flow", "3-space-time")], ways, args)
+
+
+def against_time(
+    claim: str, length: str, systems: list[tuple[str, str]], ways: dict[int, str], args: argparse.Namespace
+) -> list:
+    """The tables and figures of a claim about training: runs of some modes and systems, vanilla first in each mode,
+    and of one length; at their ends sampled in several `ways`, solvers by their steps."""
     percents, curve_rows, gains, ends, pictures = (25, 50, 75, 100), [], [], [], {}
-    real = statistics.mean(measured(Cell("real"), args)["judge_distance"])
-    for mode in ("flow", "ddim"):
-        words = {system: train_words(f"{mode}-{system}", args) for system in SYSTEMS}
-        trial, curves = 2 if args.smoke else 40, {}
-        turns = [{name: seconds_a_step(each, trial) for name, each in words.items()} for _ in range(args.repeats)]
-        for (seed, shown), (system, title) in itertools.product(training_seeds(args).items(), SYSTEMS.items()):
-            run = f"{mode}-{system}{seed}"
-            pace = statistics.median(turn[system] for turn in turns)
+    real, trial = statistics.mean(measured(Cell("real"), args)["judge_distance"]), 2 if args.smoke else 40
+    for mode, group in itertools.groupby(systems, key=itemgetter(0)):
+        names, curves = [f"{mode}-{system}" for _, system in group], {}
+        turns = [{name: seconds_a_step(train_words(name, args), trial) for name in names} for _ in range(args.repeats)]
+        for (seed, shown), name in itertools.product(training_seeds(args).items(), names):
+            run, title = f"{name}{length}{seed}", SYSTEMS[name.removeprefix(f"{mode}-")]
+            pace = statistics.median(turn[name] for turn in turns)
             whole, cells = pace * train_options(run, args).steps, [Cell(run, 9, percent=each) for each in percents]
             distances = [measured(cell, args)["judge_distance"] for cell in cells]
             points = [(percent / 100 * whole, each) for percent, each in zip(percents, distances, strict=True)]
@@ -111,12 +128,12 @@ def training(args: argparse.Namespace) -> list:
             gain = "not reached" if reached is None else f"{time / reached:.2f}"
             curve_rows.append([run, f"{pace * 1e3:.0f}", f"{whole:.0f}", *map(spread, distances)])
             gains.append([run, "at least " * (reached == points[0][0]) + gain])
-            ends += [front_row(Cell(run, steps), args) for steps in (30, 9)]
+            ends += [front_row(Cell(run, steps, solver), args) for steps, solver in ways.items()]
             if not seed:
                 pictures[f"{title}, {mode}"] = clips_of(cells[-1], args, args.seeds[0], 8)[:4]
-        labels = f"Vanilla and three pyramids, {mode}", "seconds of training", "judge's distance"
-        draw_curves(curves, *labels, args.out / f"training-{mode}.png", real=real)
-    draw_clips(pictures, len(SYSTEMS), args.out / "training-clips.png")
+        labels = f"Vanilla and the pyramid, {mode}", "seconds of training", "judge's distance"
+        draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
+    draw_clips(pictures, len(names), args.out / f"{claim}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
     return [(["run", "times as fast to vanilla's last distance"], gains), (header, curve_rows), (FRONT, ends)]
 
@@ -201,7 +218,9 @@ def sampling(args: argparse.Namespace) -> list:
     return [(FRONT, [front_row(cell, args) for cell in each]) for each in tables]
 
 
-CLAIMS = {f.__name__: f for f in (latency, training, sampling, alignment, renoising, early, *QUESTIONS, straight)}
+CLAIMS = {
+    f.__name__: f for f in (latency, training, twice, sampling, alignment, renoising, early, *QUESTIONS, straight)
+}
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -215,7 +234,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         if name != "latency":
             add_scoring(add)
             add("--runs", type=Path, default=Path("runs/evaluate"), help="where the runs are that it trains")
-        if whole or name in ("latency", "training"):
+        if whole or name in ("latency", "training", "twice"):
             add("--repeats", type=positive_int, default=9, help="timings of each kind")
         if whole or name == "latency":
             add("--width", type=positive_int, default=96, help="channels of a token")

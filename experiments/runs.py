@@ -31,16 +31,20 @@ from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
 # Every run that a claim needs: options of train.py. Planned for equal time within a mode, but for those of ALONE,
 # as if a step of three stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
-STEPS = {"3": "--stages 3 --steps 3000", "1": "--stages 1 --steps 1900"}
-SPACE = "--stages 3 --pyramid space --batch 32 16 4 --steps 2300"  # small clips take as long as a large one, so more
-STEPS |= {"3-space": SPACE, "3-space-time": "--stages 3 --pyramid space-time --batch 32 16 4 --steps 3300"}
+SPACE = "--stages 3 --batch 32 16 4 --pyramid"  # small clips take as long as a large one, so more
+KINDS = {"1": ("--stages 1", 1900), "3": ("--stages 3", 3000)}
+KINDS |= {"3-space": (f"{SPACE} space", 2300), "3-space-time": (f"{SPACE} space-time", 3300)}
 SEEDS = {"": "seed 1", "-seed-2": "seed 2"}  # of training
-OPTIONS = {f"{mode}-{name}": f"--mode {mode} {steps}" for mode in ("flow", "ddim") for name, steps in STEPS.items()}
-OPTIONS |= {f"flow-3-{kind}": f"--mode flow {STEPS['3']}" for kind in ("plain", "fast")}  # see variants.py
-OPTIONS |= {"flow-1-fast": f"--mode flow {STEPS['1']}"}
-OPTIONS |= {f"flow-3-{kind}": f"--mode flow {STEPS['3']} --align {kind}" for kind in ("nearest", "none")}
-OPTIONS |= {"flow-3-1-1-2": f"--mode flow {STEPS['3']} --ends 0.75 0.5 0"}
-OPTIONS |= {"flow-3-2-1-1": f"--mode flow {STEPS['3']} --ends 0.5 0.25 0"}
+OPTIONS = {
+    f"{mode}-{name}{length}": f"--mode {mode} {words} --steps {times * steps}"
+    for mode, (length, times) in itertools.product(("flow", "ddim"), {"": 1, "-twice": 2}.items())
+    for name, (words, steps) in KINDS.items()
+}
+OPTIONS |= {f"flow-3-{kind}": OPTIONS["flow-3"] for kind in ("plain", "fast")}  # see variants.py
+OPTIONS |= {"flow-1-fast": OPTIONS["flow-1"]}
+OPTIONS |= {f"flow-3-{kind}": f"{OPTIONS['flow-3']} --align {kind}" for kind in ("nearest", "none")}
+OPTIONS |= {"flow-3-1-1-2": f"{OPTIONS['flow-3']} --ends 0.75 0.5 0"}
+OPTIONS |= {"flow-3-2-1-1": f"{OPTIONS['flow-3']} --ends 0.5 0.25 0"}
 OPTIONS |= {f"flow-3-{kind}": "--mode flow --stages 3 --steps 4000 --batch 16" for kind in ALONE}
 OPTIONS |= {"flow-3-first-wide": f"{OPTIONS['flow-3-first']} --width 144 --heads 6"}
 RUNS = {run + seed: f"{words} --seed {1 if not seed else 2}" for run, words in OPTIONS.items() for seed in SEEDS}
