@@ -38,7 +38,7 @@ from tpdiff import Generators, Pyramid, align, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
 FREE = {"steps", "out", "resume", "workers", "device", "compile", "gradient_checkpointing", "sample_number"}
-FREE |= {"log_interval", "sample_interval", "save_interval", "keep_interval"}
+FREE |= {"log_interval", "sample_interval", "save_interval", "keep_interval", "accumulate"}
 HELD_OUT = 64  # clips that a loss is measured on
 MOST_SKIPPED = 10
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
@@ -350,8 +350,8 @@ def update_ema(state: State, decay: float) -> None:
 def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     """What `train` needs after `args`. Raises ValueError or OSError on bad input."""
     rank, world, device = cli.start_processes(args.device)
-    if checkpoint and checkpoint["world"] != world:
-        raise ValueError(f"{args.out} was trained by {checkpoint['world']} processes, and --resume by {world} differs")
+    if checkpoint and (micros := checkpoint["world"] * checkpoint["args"]["accumulate"]) != world * args.accumulate:
+        raise ValueError(f"{args.out} needs processes x --accumulate = {micros}, not {world} x {args.accumulate}")
     dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
     args.size = dataset.size
     disk.check_size(args)
