@@ -213,7 +213,8 @@ def sampling(args: argparse.Namespace) -> list:
     real = statistics.mean(measured(Cell("real"), args)["judge_distance"])
     draw_curves(curves, *labels, args.out / "sampling.png", real=real)
     runs = "shipped-flow-3", "shipped-flow-3-space-time"
-    splits = [Cell(run, split) for run in runs for split in (9, (5, 3, 1), (1, 3, 5))]
+    ways = itertools.product(runs, ("euler", "ab2"), (9, (5, 3, 1), (1, 3, 5)))
+    splits = [Cell(run, split, solver) for run, solver, split in ways]
     tables = itertools.chain.from_iterable(cells.values()), splits
     return [(FRONT, [front_row(cell, args) for cell in each]) for each in tables]
 
