@@ -96,7 +96,7 @@ def load_file(path: Path, *keys: str) -> dict:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py (format {FORMAT})")
     missing = sorted({*HEAD, *keys} - content.keys())
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: train.py did not write it for this")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: another kind of file is needed here")
     content = {"pyramid": "time", "shift": 1.0, "ends": None} | content  # older ones are of the paper's pyramid
     head = {name: content[name] for name in SETTINGS}
     with suppress(KeyError, TypeError, ValueError, IndexError, RuntimeError):

@@ -187,7 +187,7 @@ class FolderClips(Dataset):
         kinds = {(source.kind == "latent", source.channels): source.files[0] for source in self.sources}
         if len(kinds) > 1:
             one, other = list(kinds.values())[:2]
-            raise DataError(f"{one} and {other} are not alike: pictures and latents of any one number of channels")
+            raise DataError(f"{one} and {other} differ: use pictures alone or latents alone, of one number of channels")
         ((self.latent, self.channels),) = kinds
         if self.latent and (self.flip or self.grayscale):
             raise DataError(f"{self.folder} holds latents, which can be neither mirrored nor made grey")

@@ -55,7 +55,7 @@ def make_parser() -> cli.Parser:
     add("--stages", type=cli.positive_int, default=3, help="pyramid stages; 1 is vanilla")
     add("--pyramid", choices=disk.FACTORS, default="time", help="what a stage halves")
     add("--shift", type=cli.real_number(0.01, 100), help="time shift of a flow model [the model's own]")
-    add("--lora", type=cli.non_negative_int, default=64, help="rank; 0 trains all weights, with a smaller --lr")
+    add("--lora", type=cli.non_negative_int, default=64, help="rank; 0 trains all weights and needs a smaller --lr")
     add("--align", choices=["assignment", "nearest", "none"], default="assignment",
         help="noise permuted within a batch, or the nearest of 8 for each clip, as a batch of one needs")  # fmt: skip
     add("--prompt-dropout", type=cli.real_number(0, 1), default=0.1, help="share of prompts dropped, for guidance")

@@ -184,7 +184,7 @@ def make_parser() -> cli.Parser:
     add("--number", type=cli.whole_number(2), default=192, help="clips that are sampled, and held-out ones of the loss")
     add("--seed", type=cli.non_negative_int, default=1, help="of the weights and of all that training draws")
     add("--runs", type=Path, default=Path("runs/conversion"), help="folder of the runs")
-    add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the table and the picture")
+    add("--out", type=Path, default=Path("experiments/results"), help="folder of the table and the picture")
     add("--smoke", action="store_true", help="one block instead of six")
     return parser
 

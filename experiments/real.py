@@ -8,7 +8,7 @@
 
 All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to 128 clips. The pyramids
 in space train their smallest and cheapest stage twice as often as the others. Runs and their kept weights stay, and a
-stopped run is continued. The distance is that of `picture_features`.
+stopped run is continued. The distance uses an image network's features.
 """
 
 import argparse
@@ -305,7 +305,7 @@ def make_parser() -> Parser:
     distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
     copies_("--number", type=whole_number(2), default=192, help="samples, and held-out clips beside them")
     for add in (scores_, distance_, copies_):
-        add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables and pictures")
+        add("--out", type=Path, default=Path("experiments/results"), help="folder of the tables and pictures")
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
         add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")
         add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")

@@ -33,8 +33,8 @@ SYSTEMS = {"vanilla": ["--stages", "1"], "time": [], "space-time": ["--pyramid",
 
 
 def attention(args: argparse.Namespace) -> Iterator[Table]:
-    """Forward plus backward of 4,096 tokens, 4 heads of 24, in sequences of each length: written out, by torch's fused
-    kernel, and by that in fp32 whatever the clips are in."""
+    """Time of attention by the tokens of a sequence. Forward plus backward of 4,096 tokens, 4 heads of 24: written
+    out, by torch's fused kernel, and by that in fp32 whatever the clips are in."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in (torch.float32, torch.bfloat16):
         rows = []
