@@ -43,15 +43,21 @@ from tpdiff import Pyramid, randn, split_steps, upsample
 SYSTEMS = {"vanilla": "flow-1", "time": "flow-3", "space and time": "flow-3-space-time"}
 
 
+def draw_cells(
+    cells: dict[str, list[Cell]], title: str, metric: tuple[str, str], name: str, args: argparse.Namespace
+) -> None:
+    """Bars of a metric, given with its label, of cells of one or more training seeds by what they are called."""
+    bars = {called: [mean(measured(cell, args)[metric[0]]) for cell in each] for called, each in cells.items()}
+    draw_bars(bars, title, metric[1], args.out / f"{name}.png", mean(measured(Cell("real"), args)[metric[0]]))
+
+
 def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: str, percent: int = 100) -> list:
     """All scores of runs with nine Euler steps, by what they are called in the figure, and of each training seed."""
     cells = {
         title: [Cell(run + seed, 9, percent=percent) for seed in training_seeds(args)] for title, run in runs.items()
     }
     cells = {f"{title}, {full_rate_calls(each[0], args):.4g} calls": each for title, each in cells.items()}
-    bars = {title: [mean(measured(cell, args)["judge_distance"]) for cell in each] for title, each in cells.items()}
-    real = mean(measured(Cell("real"), args)["judge_distance"])
-    draw_bars(bars, title, "judge's distance, both training seeds", args.out / f"{name}.png", real)
+    draw_cells(cells, title, ("judge_distance", "judge's distance, both training seeds"), name, args)
     return [(FRONT, [front_row(cell, args) for each in cells.values() for cell in each])]
 
 
@@ -285,8 +291,9 @@ def rival(args: argparse.Namespace) -> list:
             rows.append([name, SEEDS[seed], steps, f"{cost:.4g}", *scores])
             if not seed:
                 curves.setdefault(name, []).append((cost, found["judge_distance"]))
-    title = "Coarse to fine, training seed 1"
-    draw_curves(curves, title, "full-rate network calls", "judge's distance", args.out / "rival.png")
+    real = mean(stored("draws", "real", partial(others, REAL, args.reference), metrics, args)["judge_distance"])
+    labels = "Coarse to fine, training seed 1", "full-rate network calls", "judge's distance"
+    draw_curves(curves, *labels, args.out / "rival.png", real=real)
     return [(["sampled", "training seed", "steps", "full-rate calls", "judge's distance", "one digit"], rows)]
 
 

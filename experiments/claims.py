@@ -21,7 +21,7 @@ import torch
 import sample
 from checkpoint import FACTORS, Weights, make_pyramid
 from cli import Parser, choose_device, generator_for, keep_memory, one_sentence, positive_int, use_bf16
-from experiments.asked import QUESTIONS
+from experiments.asked import QUESTIONS, draw_cells
 from experiments.figures import draw_clips, draw_curves, pyplot
 from experiments.metrics import NO_MEMORY, add_scoring, real_clips, spread
 from experiments.report import provenance, publish
@@ -131,7 +131,7 @@ def against_time(
             ends += [front_row(Cell(run, steps, solver), args) for steps, solver in ways.items()]
             if not seed:
                 pictures[f"{title}, {mode}"] = clips_of(cells[-1], args, args.seeds[0], 8)[:4]
-        labels = f"Vanilla and the pyramid, {mode}", "seconds of training", "judge's distance"
+        labels = f"Vanilla and pyramids, {mode}", "seconds of training", "judge's distance"
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
     draw_clips(pictures, len(names), args.out / f"{claim}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
@@ -143,6 +143,10 @@ def alignment(args: argparse.Namespace) -> list:
     of the target's variance alignment removes."""
     runs = [f"flow-3{kind}{seed}" for seed in training_seeds(args) for kind in ("", "-nearest", "-none")]
     rows = [[run, *scores_row(Cell(run, 9), args)] for run in (*runs, "real")]
+    names = {"by assignment": "", "nearest of eight noises": "-nearest", "at random": "-none"}
+    cells = {name: [Cell(f"flow-3{kind}{seed}", 9) for seed in training_seeds(args)] for name, kind in names.items()}
+    metric = "judge_distance", "judge's distance, both training seeds"
+    draw_cells(cells, "How noises are paired with clips", metric, "alignment-clips", args)
     figure, batches = {}, (4, 16) if args.smoke else (4, 16, 64, 256)
     for mode, k in itertools.product(("flow", "ddim"), range(3)):
         removed = [[100 * variance_removed(mode, k, batch, seed) for seed in (0, 1, 2)] for batch in batches]
@@ -173,6 +177,11 @@ def renoising(args: argparse.Namespace) -> list:
     runs = ("flow-3", "ddim-3", "shipped-flow-3", "shipped-ddim-3")
     cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in runs for way in RENOISING}
     rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
+    bars, metric = {}, ("one_digit", "share of clips that show one digit")
+    for cell in cells.values():
+        length = "long" if cell.run.startswith("shipped") else "short"
+        bars[f"{cell.run.removeprefix('shipped-')[:4]}, {length} training, {cell.renoising}"] = [cell]
+    draw_cells(bars, "Four ways of renoising", metric, "renoising-digits", args)
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
     draw_clips(pictures, len(RENOISING), args.out / "renoising.png")
     return [(["run, renoising", *SCORES], rows)]

@@ -5,6 +5,7 @@ python -m experiments.figures losses runs/flow-3 runs/flow-1 --out losses.png
 
 import itertools
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from sample import make_predict
 from tpdiff import Pyramid, randn
 
 COLOURS = {"vanilla": "C0", "time": "C1", "space": "C2", "space-time": "C3", "space and time": "C3", "real": "black"}
+PYRAMIDS = {"time": "pyramid in time", "space": "pyramid in space"}
+PYRAMIDS |= dict.fromkeys(["space-time", "space and time"], "pyramid in space and time")
 
 
 def pyplot():
@@ -33,6 +36,12 @@ def pyplot():
     return pyplot
 
 
+def in_words(name: str) -> str:
+    """A legend's name, its first part as whoever does not know our names of systems would call it."""
+    system, *others = name.split(", ")
+    return ", ".join([PYRAMIDS.get(system, system), *others])
+
+
 def draw_curves(
     curves: dict[str, list], title: str, x_label: str, y_label: str, path: Path,
     centre: Callable = statistics.mean, real: float | None = None, from_zero: bool = False,
@@ -40,7 +49,9 @@ def draw_curves(
     """Curves of (x, values): the values' centre, their mean over seeds or the median of quartiles, and their range as a
     band. What names have before their first comma has one colour, a system the same in all figures. `real`: what real
     clips have, a line across. Both axes are logarithmic, or `from_zero`: y linear from 0 on."""
-    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    columns = 2 if max(map(len, map(in_words, curves))) < 36 else 1
+    height = 2.8 + 0.15 * math.ceil((len(curves) + 1) / columns)  # fits a column of a paper, with the legend below
+    figure, axes = pyplot().subplots(figsize=(4.4, height), layout="constrained")
     dashes = {name.split(", ")[0]: itertools.cycle(("-", "--", ":")) for name in curves}
     others = (f"C{number}" for number in itertools.count(4))
     colours = {name: COLOURS.get(name) or next(others) for name in dashes}
@@ -48,11 +59,14 @@ def draw_curves(
         x, values = zip(*sorted(points), strict=True)
         group = name.split(", ")[0]
         style = {"color": colours[group], "linestyle": next(dashes[group]), "marker": "o", "markersize": 4}
-        axes.plot(x, [centre(v) for v in values], label=name, **style)
+        axes.plot(x, [centre(v) for v in values], label=in_words(name), **style)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colours[group], alpha=0.2)
     if real is not None:
         axes.axhline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
-    axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="linear" if from_zero else "log")
+    figure.suptitle(title, fontsize=10)
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_ylabel(y_label, fontsize=8)
+    axes.set(xscale="log", yscale="linear" if from_zero else "log")
     from matplotlib.ticker import LogLocator
 
     for axis in (axes.xaxis,) if from_zero else (axes.xaxis, axes.yaxis):  # 0.6 and 200, in place of powers of ten
@@ -64,26 +78,28 @@ def draw_curves(
         axes.set_xticks(places)
         axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0 if from_zero else None)
+    axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
+    figure.savefig(path, dpi=200)
 
 
 def draw_bars(bars: dict[str, list[float]], title: str, label: str, path: Path, real: float) -> None:
     """A bar for each name, as long as the mean of its values, of training seeds, and if there are several a dot for
     each; `real` as in `draw_curves`."""
-    figure, axes = pyplot().subplots(figsize=(7, max(3, 1 + 0.3 * len(bars))), layout="constrained")
-    bars = {textwrap.fill(name, 48): values for name, values in bars.items()}
+    figure, axes = pyplot().subplots(figsize=(4.4, max(2.4, 1 + 0.27 * len(bars))), layout="constrained")
+    bars = {textwrap.fill(in_words(name), 36): values for name, values in bars.items()}
     axes.barh(list(bars), list(map(statistics.mean, bars.values())), color="C0", alpha=0.5)
     dots = [(value, name) for name, values in bars.items() for value in values if len(values) > 1]
     if dots:
         axes.plot(*zip(*dots, strict=True), "ko", markersize=4, label="one training seed")
     axes.axvline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
     axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set(title=title, xlabel=label)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel(label, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.savefig(path, dpi=200)
 
 
 def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path) -> None:

@@ -165,9 +165,13 @@ def scores(args: argparse.Namespace) -> None:
     tables = [([*header, "held-out loss by stage, 0 first (compare seeds only)"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
     publish(tables, args.made_by, args.out / "real.json")
-    title, y_label = "Real clips: vanilla and three pyramids", "distance to held-out clips"
-    draw_curves(curves, title, "seconds of training", y_label, args.out / "real-training.png", real=floor)
-    draw_curves(costs, title, "full-rate network calls", y_label, args.out / "real-sampling.png", real=floor)
+    title, y_label = "Real clips: quality against {}", "distance to held-out clips"
+    draw_curves(
+        curves, title.format("training"), "seconds of training", y_label, args.out / "real-training.png", real=floor
+    )
+    draw_curves(
+        costs, title.format("cost"), "full-rate network calls", y_label, args.out / "real-sampling.png", real=floor
+    )
     draw_clips(pictures | {"real": train_clips[:8].cpu()}, len(pictures) + 1, args.out / "real-clips.png")
 
 
