@@ -80,7 +80,7 @@ def draw_curves(
     axes.set_ylim(bottom=0 if from_zero else None)
     axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7, handlelength=3)
     figure.savefig(path, dpi=200)
 
 
