@@ -53,12 +53,7 @@ def make_parser() -> cli.Parser:
     odds = "how often each stage is trained: a whole number up to 1000 for each, noisiest first [equally often]"
     add("--stage-odds", type=positive_int, nargs="+", help=odds)
     add("--pyramid", choices=FACTORS, default="time", help="what a stage halves: frame rate, height and width, or all")
-    add(
-        "--shift",
-        type=real_number(0.01, 100),
-        default=1.0,
-        help="above 1 more of training and sampling is at noisy times",
-    )
+    add("--shift", type=real_number(0.01, 100), default=1.0, help="above 1: noisier times in training and sampling")
     ends = "times at which the stages end, noisiest first and the last 0, as in --ends 0.5 0.25 0 [in equal distances]"
     add("--ends", type=real_number(0, 1), nargs="+", help=ends)
     pairing = "how noise is paired with data: permuted within a batch, or the nearest of --candidates"
@@ -87,20 +82,10 @@ def make_parser() -> cli.Parser:
     add("--heads", type=positive_int, default=4, help="attention heads")
     add("--convolution", action="store_true", help="a 3x3 convolution in each MLP, so that patches see neighbours")
     add = parser.add_argument_group("optimization").add_argument
-    add(
-        "--steps",
-        type=positive_int,
-        default=3000,
-        help="optimizer steps; --resume may change it; the learning rate follows",
-    )
+    add("--steps", type=positive_int, default=3000, help="optimizer steps; --resume may change it and the rate")
     batch = "clips a process and micro-batch: one number, or one for each stage, noisiest first"
     add("--batch", type=positive_int, nargs="+", action=cli.OneOrMore, default=4, help=batch)
-    add(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        help="micro-batches a step, for less memory; above 1 without CUDA graphs",
-    )
+    add("--accumulate", type=positive_int, default=1, help="micro-batches a step; above 1 there are no CUDA graphs")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up, on top of half a cosine to 0")

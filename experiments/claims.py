@@ -131,7 +131,8 @@ def against_time(
             ends += [front_row(Cell(run, steps, solver), args) for steps, solver in ways.items()]
             if not seed:
                 pictures[f"{title}, {mode}"] = clips_of(cells[-1], args, args.seeds[0], 8)[:4]
-        labels = f"Vanilla and pyramids, {mode}", "seconds of training", "judge's distance"
+        title = "Vanilla and pyramids" if not length else "Twice as many steps of training"
+        labels = f"{title}, {mode}", "seconds of training", "judge's distance"
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
     draw_clips(pictures, len(names), args.out / f"{claim}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]

@@ -23,7 +23,7 @@ from tpdiff import Pyramid, randn
 
 COLOURS = {"vanilla": "C0", "time": "C1", "space": "C2", "space-time": "C3", "space and time": "C3", "real": "black"}
 PYRAMIDS = {"time": "pyramid in time", "space": "pyramid in space"}
-PYRAMIDS |= dict.fromkeys(["space-time", "space and time"], "pyramid in space and time")
+PYRAMIDS |= dict.fromkeys(["space-time", "space and time"], "pyramid in space and time") | {"real": "real clips"}
 
 
 def pyplot():
@@ -113,7 +113,7 @@ def draw_clips(pictures: dict[str, Tensor], columns: int, path: Path) -> None:
         axes.axis("off")
     for axes, (name, frames) in zip(grid.flat, images.items(), strict=False):
         axes.imshow(tile(frames.reshape(-1, *frame), shown, scale=1))
-        axes.set_title(name, fontsize=8)
+        axes.set_title(in_words(name), fontsize=8)
     figure.savefig(path, dpi=120)
 
 

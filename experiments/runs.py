@@ -36,10 +36,11 @@ KINDS = {"1": ("--stages 1", 1900), "3": ("--stages 3", 3000)}
 KINDS |= {"3-space": (f"{SPACE} space", 2300), "3-space-time": (f"{SPACE} space-time", 3300)}
 SEEDS = {"": "seed 1", "-seed-2": "seed 2"}  # of training
 OPTIONS = {
-    f"{mode}-{name}{length}": f"--mode {mode} {words} --steps {times * steps}"
-    for mode, (length, times) in itertools.product(("flow", "ddim"), {"": 1, "-twice": 2}.items())
-    for name, (words, steps) in KINDS.items()
+    f"{mode}-{name}": f"--mode {mode} {words} --steps {steps}"
+    for mode, (name, (words, steps)) in itertools.product(("flow", "ddim"), KINDS.items())
 }
+for name, (words, steps) in [(name, KINDS[name]) for name in ("1", "3-space-time")]:
+    OPTIONS[f"flow-{name}-twice"] = f"--mode flow {words} --steps {2 * steps}"
 OPTIONS |= {f"flow-3-{kind}": OPTIONS["flow-3"] for kind in ("plain", "fast")}  # see variants.py
 OPTIONS |= {"flow-1-fast": OPTIONS["flow-1"]}
 OPTIONS |= {f"flow-3-{kind}": f"{OPTIONS['flow-3']} --align {kind}" for kind in ("nearest", "none")}

@@ -191,8 +191,8 @@ def straight(args: argparse.Namespace) -> list:
         begin = "noise" if first == 2 or title == "vanilla" else f"true start of stage {first}" * (title != "real")
         rows.append([run, begin, steps or "", *(spread(found[name]) for name in names)])
         if title != "real":
-            begun, each = begin.replace("true ", ""), " a stage" * (title != "vanilla")
-            bars[f"{title}, from {begun}, {steps} steps{each}"] = [mean(found["off_track"])]
+            each = " a stage" * (title != "vanilla")
+            bars[f"{title}, from {begin}, {steps} steps{each}"] = [mean(found["off_track"])]
     title, label = "How far digits are from a straight path", "pixels, at the worst frame"
     draw_bars(bars, title, label, args.out / "straight.png", mean(found["off_track"]))
     curves, table = {}, []

@@ -149,6 +149,7 @@ def test_distances_flicker_tracks_and_times_are_those_computed_by_hand():
     assert 0.7 < metrics.off_track(path, 10.0) < 1.5
     assert in_milliseconds([0.001 * n for n in range(1, 10)]) == "5.0 [3.0, 7.0]"  # median and quartiles
     assert figures.smooth((1.0, 2.0), 0.5) == [1.0, 1.5]
+    assert figures.in_words("time, seed 1") == "pyramid in time, seed 1" and figures.in_words("a, time") == "a, time"
 
 
 @both_modes
@@ -183,7 +184,9 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(tm
     assert content["command"] == f"python -m experiments.claims {words}" and content["torch"] == torch.__version__
     assert len(rows) == 17 and all(len(row) == len(header) for row in rows)
     assert len({tuple(row[1:]) for row in rows}) == 9  # each way its own clips; here shipped weights are of short runs
-    assert report.markdown(header, rows) in capsys.readouterr().out and (tmp_path / "renoising.png").exists()
+    assert report.markdown(header, rows) in capsys.readouterr().out and all(
+        (tmp_path / f"{name}.png").exists() for name in ("renoising", "renoising-digits")
+    )
     monkeypatch.setattr(runs.subprocess, "Popen", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(runs, "scores_of", lambda *_: pytest.fail("measured again"))
     claims.main(words.split())

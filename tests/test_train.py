@@ -255,16 +255,20 @@ def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path)
     assert_same_weights(two, run_training(tmp_path / "one", *words, *BY_STAGE), atol=2e-5)
 
 
-def test_two_processes_go_on_with_what_one_with_two_micro_batches_began(tmp_path):
-    words = ["--steps", "6", "--device", "cpu", "--batch", *BY_STAGE, "--save-interval", "3"]
-    whole = run_training(tmp_path, *words, "--accumulate", "2")
-    (tmp_path / "checkpoint-previous.pt").replace(tmp_path / "checkpoint.pt")  # after step 3
-    for process in start_two(*words, "--resume", "--out", tmp_path, "--accumulate", 1):
+def test_one_process_with_two_micro_batches_goes_on_with_what_two_processes_began(tmp_path):
+    words = ["--steps", "6", "--device", "cpu", "--batch", *BY_STAGE, "--warmup", "0"]
+    words += ["--save-interval", "3", "--log-interval", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole = run_training(one, *words, "--accumulate", "2")
+    for process in start_two(*words, "--out", two):
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-    two = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert (two["step"], two["world"], two["args"]["accumulate"]) == (6, 2, 1)
-    assert_same_weights(two, whole, atol=2e-5)
+    (two / "checkpoint-previous.pt").replace(two / "checkpoint.pt")  # after step 3
+    resumed = run_training(two, *words, "--resume", "--accumulate", "2")
+    assert (resumed["step"], resumed["world"], resumed["args"]["accumulate"]) == (6, 1, 2)
+    assert_same_weights(resumed, whole, atol=2e-5)
+    losses = [[row["loss"] for row in rows_of(run)] for run in (one, two)]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_workers_and_a_group_of_one_process_change_nothing(whole, tmp_path, monkeypatch):
