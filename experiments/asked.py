@@ -291,9 +291,10 @@ def rival(args: argparse.Namespace) -> list:
             rows.append([name, SEEDS[seed], steps, f"{cost:.4g}", *scores])
             if not seed:
                 curves.setdefault(name, []).append((cost, found["judge_distance"]))
-    real = mean(stored("draws", "real", partial(others, REAL, args.reference), metrics, args)["judge_distance"])
+    found = stored("draws", "real", partial(others, REAL, args.reference), metrics, args)
+    rows.append(["real", "", "", "", spread(found["judge_distance"]), spread(found["one_digit"])])
     labels = "Coarse to fine, training seed 1", "full-rate network calls", "judge's distance"
-    draw_curves(curves, *labels, args.out / "rival.png", real=real)
+    draw_curves(curves, *labels, args.out / "rival.png", real=mean(found["judge_distance"]))
     return [(["sampled", "training seed", "steps", "full-rate calls", "judge's distance", "one digit"], rows)]
 
 

@@ -136,7 +136,7 @@ def against_time(
         title = "Vanilla and pyramids" if not length else "Twice as many steps of training"
         labels = f"{title}, {mode}", "seconds of training", "judge's distance"
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
-    draw_clips(pictures, len(names), args.out / f"{claim}-clips.png")
+    draw_clips(pictures, len(names), f"{title}: clips of the same noises", args.out / f"{claim}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
     return [(["run", "times as fast to vanilla's last distance"], gains), (header, curve_rows), (FRONT, ends)]
 
@@ -185,23 +185,20 @@ def renoising(args: argparse.Namespace) -> list:
         length = "long" if cell.run.startswith("shipped") else "short"
         bars[f"{cell.run.removeprefix('shipped-')[:4]}, {length} training, {cell.renoising}"] = [cell]
     draw_cells(bars, "Four ways of renoising", metric, "renoising-digits", args)
-    pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, cell in cells.items()}
-    draw_clips(pictures, len(RENOISING), args.out / "renoising.png")
+    pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, (cell,) in bars.items()}
+    draw_clips(pictures, len(RENOISING), "Four ways of renoising: clips of the same noises", args.out / "renoising.png")
     return [(["run, renoising", *SCORES], rows)]
 
 
 def early(args: argparse.Namespace) -> list:
     """Fig. 8: clips at 10, 25 and 50% of training, the time pyramid beside vanilla; at 25 and 50% how many frames are
     legible, and how much clips flicker. Nine Euler steps."""
-    runs, rows = (
-        [f"{mode}-{stages}{seed}" for mode in ("flow", "ddim") for seed in training_seeds(args) for stages in (3, 1)],
-        [],
-    )
-    pictures = {
-        f"{run}, {percent}%": clips_of(Cell(run, 9, percent=percent), args, args.seeds[0], 8)[5:8]
-        for percent, run in itertools.product((10, 25, 50), ("flow-3", "flow-1", "ddim-3", "ddim-1"))
-    }
-    draw_clips(pictures, 4, args.out / "early.png")
+    modes, systems, pictures, rows = ("flow", "ddim"), ("3", "1"), {}, []
+    runs = [f"{mode}-{n}{seed}" for mode in modes for seed in training_seeds(args) for n in systems]
+    for percent, mode, n in itertools.product((10, 25, 50), modes, systems):
+        clips = clips_of(Cell(f"{mode}-{n}", 9, percent=percent), args, args.seeds[0], 8)
+        pictures[f"{SYSTEMS[n]}, {mode}, {percent}%"] = clips[5:8]
+    draw_clips(pictures, 4, "Clips after 10, 25 and 50% of training", args.out / "early.png")
     real = statistics.mean(measured(Cell("real"), args)["flicker"])
     for run in runs:
         found = [measured(Cell(run, 9, percent=percent), args) for percent in (25, 50)]

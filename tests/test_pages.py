@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import re
 import sys
 from importlib import import_module
@@ -10,6 +11,7 @@ from pathlib import Path
 from conftest import ROOT, pages
 
 import tpdiff
+from checkpoint import SHIPPED, load_weights
 
 # From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
 CORE = ["tpdiff", "model", "video", "data", "cli", "checkpoint", "sample", "train"]
@@ -94,3 +96,12 @@ def test_every_test_method_and_file_that_the_pages_name_or_link_exists_and_the_v
     links = [(page, link) for page, text in pages().items() for link in re.findall(r"\]\(([^)#\s]+)", text)]
     files |= {(ROOT / page).parent / link for page, link in links if ":" not in link}
     assert len(files) > 10 and not {file for file in files if not file.exists()}
+
+
+def test_the_front_page_s_numbers_of_the_shipped_emoji_model_are_those_of_its_weights_and_its_log():
+    weights, front = load_weights(SHIPPED / "emoji.pt"), " ".join(pages()["README.md"].split())
+    log = (ROOT / "experiments/results/emoji/metrics.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["step"] == weights.step and 210 < json.loads(log[-1])["seconds"] < 270
+    size = sum(each.numel() for each in weights.model.parameters()) / 1e6
+    assert f"a model of {size:.1f} million parameters, trained for four minutes on one GPU" in front
+    assert f"have {len(weights.classes)} labels" in front and f"--steps {weights.step} " in front
