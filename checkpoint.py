@@ -93,7 +93,7 @@ def load_file(path: Path, *keys: str) -> dict:
         reason = "it is of another kind" if "weights_only" in text else text.splitlines()[0]
         raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this version of train.py (format {FORMAT})")
+        raise ValueError(f"{path} is no checkpoint, or not of this version of train.py (format {FORMAT})")
     missing = sorted({*HEAD, *keys} - content.keys())
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: another kind of file is needed here")

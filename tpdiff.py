@@ -340,7 +340,7 @@ def split_steps(steps: int | Sequence[int], stages: int, lengths: Sequence[float
     else:
         counts = list(steps) if isinstance(steps, Iterable) else []
     if len(counts) != stages or not all(isinstance(count, Integral) and count > 0 for count in counts):
-        raise ValueError(f"{stages} stages need at least one whole step each, but steps = {steps}")
+        raise ValueError(f"{stages} stages need a total or {stages} counts, each a whole step at least, not {steps}")
     return counts
 
 

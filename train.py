@@ -62,10 +62,10 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of animations, numbered stills, videos or latents [moving digits, made on the fly]")
     add("--labels", choices=["folder"], help="folder: the names of --data's sub-folders are the classes [no labels]")
-    add("--fps", type=real_number(0.01, 1000), help="frames a second to count clips of --data at [each at its own]")
+    add("--fps", type=real_number(0.01, 1000), help="frames a second to read clips of --data at [each at its own]")
     add("--from-start", action="store_true", help="windows begin with their clips, as latents of causal VAEs need it")
     add("--held-out", type=real_number(0, 0.5), default=0.0, help="share of clips kept for a loss at every save")
-    add("--frame-stride", type=positive_int, default=1, help="frames of --data from one frame of a clip to the next")
+    add("--frame-stride", type=positive_int, default=1, help="2 takes every second frame of --data, and so on")
     add("--flip", action="store_true", help="mirror half of the clips of --data")
     add("--grayscale", action="store_true", help="one channel from --data instead of three")
     add("--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="factor that brings latents to unit size")
@@ -83,7 +83,7 @@ def make_parser() -> cli.Parser:
     add("--convolution", action="store_true", help="a 3x3 convolution in each MLP, so that patches see neighbours")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=positive_int, default=3000, help="optimizer steps; --resume may change it and the rate")
-    batch = "clips a process and micro-batch: one number, or one for each stage, noisiest first"
+    batch = "clips a process in one forward pass: one number, or one for each stage, noisiest first"
     add("--batch", type=positive_int, nargs="+", action=cli.OneOrMore, default=4, help=batch)
     add("--accumulate", type=positive_int, default=1, help="micro-batches a step; above 1 there are no CUDA graphs")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
@@ -132,8 +132,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
     if args.ends and (len(args.ends) != stages or args.ends[-1] != 0):
         raise ValueError(f"--ends needs a time for each of --stages {stages}, noisiest first and the last 0")
-    if args.frames == 1 and stages > 1 and args.pyramid == "time" and not args.resume:
-        raise ValueError("--frames 1 has no frame rate to halve: add --stages 1, or --pyramid space")
+    if args.pyramid == "time" and 1 < stages and args.frames <= 2 ** (stages - 2) and not args.resume:
+        raise ValueError(f"--stages {stages} is too many for --frames {args.frames}: lower it, or take --pyramid space")
     args.size = args.size if args.size or args.data else 32
     disk.check_size(args)
     make_pyramid(args)  # refuses stages that the schedule has no noise for
@@ -369,6 +369,8 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
         kind = f"{'bf16' if use_bf16(args.precision, device) else 'fp32'} on {world} x {device.type}"
         print(f"{args.mode}, {cli.count(args.stages, 'stage')}, {size:.2f} M parameters, {kind}")
+        if args.align == "assignment" and 1 in batch_sizes(args):
+            print("note: one clip has no other to exchange noises with; --align nearest draws several and takes one")
     return dataset, state, rank, world, device
 
 

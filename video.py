@@ -299,6 +299,8 @@ def read_images(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
     elif source.kind == "stills":
         for number in wanted:
             with Image.open(source.files[number]) as image:
+                if image.size != (source.width, source.height):
+                    raise DataError(f"is of {source.width}x{source.height}, and {image.filename} of another size")
                 yield number, ImageOps.exif_transpose(image)
     else:
         with Image.open(source.files[0]) as image:

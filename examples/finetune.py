@@ -56,8 +56,8 @@ def make_parser() -> cli.Parser:
     add("--pyramid", choices=disk.FACTORS, default="time", help="what a stage halves")
     add("--shift", type=cli.real_number(0.01, 100), help="time shift of a flow model [the model's own]")
     add("--lora", type=cli.non_negative_int, default=64, help="rank; 0 trains all weights and needs a smaller --lr")
-    add("--align", choices=["assignment", "nearest", "none"], default="assignment",
-        help="noise permuted within a batch, or the nearest of 8 for each clip, as a batch of one needs")  # fmt: skip
+    pairing = "noise permuted within a batch, the nearest of 8, or neither [assignment; with --batch 1 nearest]"
+    add("--align", choices=["assignment", "nearest", "none"], help=pairing)
     add("--prompt-dropout", type=cli.real_number(0, 1), default=0.1, help="share of prompts dropped, for guidance")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of videos or animations, each beside its caption, a .txt of its name")
@@ -66,7 +66,7 @@ def make_parser() -> cli.Parser:
     add("--fps", type=cli.real_number(0, 1000), help="rate to count frames at; 0: each file's own [the model's]")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=cli.positive_int, default=5000, help="optimizer steps; --resume may change it")
-    add("--batch", type=cli.positive_int, default=1, help="clips a process and micro-batch")
+    add("--batch", type=cli.positive_int, default=1, help="clips a process in one forward pass")
     add("--accumulate", type=cli.positive_int, default=1, help="micro-batches a step")
     add("--lr", type=cli.real_number(0, 1), default=1e-4, help="learning rate of AdamW")
     add("--warmup", type=cli.non_negative_int, default=100, help="steps of linear warm-up; then the rate stays")
@@ -103,6 +103,9 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     args.size = height_width(size if isinstance(size, int) else tuple(size))
     args.fps = family.fps if args.fps is None else args.fps
     args.candidates, args.stage_odds = 8, None  # what train.py's draws also take
+    if args.align == "assignment" and args.batch == 1 and not was:
+        raise ValueError("--align assignment exchanges noises within a batch: --batch 1 needs --align nearest or none")
+    args.align = args.align or ("nearest" if args.batch == 1 else "assignment")
     for name, now in settings(args).items():
         if was and name not in FREE and was[name] != now:
             flag = "--" + name.replace("_", "-")

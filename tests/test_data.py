@@ -223,6 +223,17 @@ def test_the_index_spares_files_that_have_not_changed(clip_folder, monkeypatch):
         index.write_text("[")  # damaged: written anew
 
 
+def test_a_series_of_stills_of_different_sizes_is_named_and_skipped(tmp_path):
+    for name in ("good", "mixed"):
+        numbered_stills(tmp_path / name, range(4))
+    Image.new("RGB", (16, 20)).save(tmp_path / "mixed" / "frame2.png")
+    data = FolderClips(tmp_path, 4, 8)
+    with pytest.warns(
+        UserWarning, match="mixed/frame0.png is skipped .* is of 16x16, and .*frame2.png of another size"
+    ):
+        assert {tuple(reds(data[number][0])) for number in range(20)} == {(0, 1, 2, 3)}
+
+
 def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder):
     content = bytearray((clip_folder / "deep" / "er" / "c.png").read_bytes())
     place = content.rindex(b"fdAT")

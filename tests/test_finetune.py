@@ -228,6 +228,14 @@ def test_a_flow_model_that_is_right_at_the_full_rate_is_right_of_still_clips_at_
         assert 1000 * p[k].t_end <= steps[-1] <= 1000 * p[k].t_start
 
 
+def test_a_batch_of_one_takes_the_nearest_noise_and_refuses_to_exchange_any(places):
+    line = f"{places['wan']} --data none --out none".split()
+    for words, align in ([], "nearest"), (["--batch", "2"], "assignment"), (["--align", "none"], "none"):
+        assert finetune.parse_args([*line, *words])[0].align == align
+    with pytest.raises(ValueError, match="--batch 1 needs --align nearest or none"):
+        finetune.parse_args([*line, "--align", "assignment"])
+
+
 def test_prompts_are_dropped_for_guidance_and_clips_take_turns(tmp_path):
     for number in range(3):
         clip = {"latent": torch.full((4, 3, 2, 2), float(number)), "prompt": torch.full((2, 5), number + 1.0)}

@@ -120,7 +120,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--pyramid space-time --checkpoint {weights}", "trained with --pyramid time, not --pyramid space-time"),
     ("--mode flow --stages 5", "train.py --mode flow --stages 5"),
     ("--pyramid space", "train.py --mode flow --stages 3 --pyramid space"),
-    ("--steps 2", "3 stages need at least one whole step each"), ("--steps 5 5", "[5, 5]"),
+    ("--steps 2", "3 stages need a total or 3 counts, each a whole step at least"), ("--steps 5 5", "[5, 5]"),
     ("--steps 10 0 10", "--steps"), ("--guidance nan", "--guidance"), ("--number 0", "--number"),
     ("--seed 1e5", "--seed"), ("--label cat", "7, 8, 9"),
     ("--checkpoint {tmp}", "weights.pt does not exist"), ("--checkpoint {tmp}/gone.pt", "gone.pt does not exist"),
@@ -151,7 +151,7 @@ def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monk
     ("size", (16, 0), "'size': (16, 0)"), ("size", (16, 16, 16), "'size': (16, 16, 16)"),
     ("size", None, "'size': None"), ("pyramid", "space", "its factor is not that of the pyramid in space"),
     ("config", {"wings": 2}, "does not fit this version of the model"),
-    ("format", 3, "not a checkpoint of this version"), ("ema", math.nan, "weights that are NaN or infinite"),
+    ("format", 3, "not of this version"), ("ema", math.nan, "weights that are NaN or infinite"),
     ("classes", ["a"], "labels or stages are not those of its model"),
 ])  # fmt: skip
 def test_weights_that_hold_what_cannot_be_are_refused(key, value, message, tmp_path, capsys):

@@ -353,10 +353,10 @@ def folder(tmp_path_factory) -> Path:
         *[(words, f"argument {words.split()[0]}: must be a") for words in BAD_NUMBERS.split(",")],
         ("--size 30", "--size 30 must be a multiple of [4, 4], height and width: --patch 4, 3 stages in time"),
         ("--size 24 16 --pyramid space-time", "of [16, 16], height and width: --patch 4, 3 stages in space-time"),
-        ("--frames 1", "--frames 1 has no frame rate to halve: add --stages 1, or --pyramid space"),
+        ("--frames 4 --stages 4", "--stages 4 is too many for --frames 4: lower it, or take --pyramid space"),
         ("--size 16 16 16", "a size is one number, or height and width, not (16, 16, 16)"),
         ("--size 8 32", "size >= 16, frames and digits >= 1, not (8, 32)"),
-        ("--mode ddim --stages 40", "use fewer stages"),
+        ("--mode ddim --stages 40 --frames 1000000000000", "use fewer stages"),
         ("--batch 8 4", "--batch needs one number, or one for each of --stages 3, not (8, 4)"),
         ("--stage-odds 2 1", "--stage-odds needs a number up to 1000 for each of --stages 3"),
         ("--stage-odds 2 1 5000", "--stage-odds needs a number up to 1000"),
@@ -408,6 +408,12 @@ def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_be
     clips, digits = open_data(arguments(*words)), open_data(arguments(*words[:2]))
     assert clips.judged_on.classes == clips.classes == ("a", "b")
     assert not torch.equal(digits[0][0], digits.judged_on[0][0])  # of another seed
+
+
+@pytest.mark.parametrize("batch", ["1", "2 2 1", "2"])
+def test_whoever_trains_with_batches_of_one_is_told_that_no_noise_is_exchanged(tmp_path, capsys, batch):
+    run_training(tmp_path, "--steps", "1", "--batch", *batch.split())
+    assert ("--align nearest draws several" in capsys.readouterr().out) == ("1" in batch)
 
 
 ERRORS = {"odd": RuntimeError("odd"), "not enough memory": torch.OutOfMemoryError("CUDA"), "NaN": ValueError("NaN")}
