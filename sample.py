@@ -85,7 +85,8 @@ def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: a
     """A line of the solver steps and what a clip costs; of args `solver` and `guidance`."""
     steps = "-".join(map(str, counts)) + " (noisiest stage first)" * (len(counts) > 1)
     cost = full_rate_steps(counts, pyramid, shape, calls=1 if args.guidance == 1 else 2)
-    return f"steps {steps} with {args.solver}: {cost:.4g} full-rate network calls a clip"
+    guided = ", those without the label too" * (args.guidance != 1)
+    return f"steps {steps} with {args.solver}: {cost:.4g} full-rate network calls a clip{guided}"
 
 
 def generate(
@@ -198,6 +199,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--out {args.out}: {path} makes latents, which are no pictures; use .npy and decode them")
         import_av(video)  # says what to install
         files = [video]
+    elif args.out and args.out.suffix == ".npy" and latents not in files:
+        raise ValueError(f"--out {args.out}: {path} makes pictures, which go to .gif and .png, or .mp4")
     if there := [file for file in files if file.exists()]:
         raise ValueError(f"--out {out}: {there[0]} exists already; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ ones (10', 15', 16') are the same in a more general form: any number of frames, 
   t       noise time in [0, 1]: 1 is noise, 0 is data. Sampling runs t downward.
   stage   k runs at 1 / 2^k of the frame rate: k = K - 1 is the first and noisiest, k = 0 the last, at the full rate.
   videos  (B, C, T, H, W). If yours are (B, T, C, H, W), call transpose(1, 2) on the way in and on the way out.
-  dtype   arithmetic in float32, or in float64 for float64 clips. Clips in bf16 and fp16 give results in float32.
+  dtype   arithmetic and results in float32, or in float64 for float64 clips; noises keep the dtype of their clips.
 Both forms of diffusion are x_t = gamma_t x0 + sigma_t noise (Eq. 6):
   flow    gamma = 1 - t,         sigma = t                 (Eq. 4)
   ddim    gamma = sqrt(abar_t),  sigma = sqrt(1 - abar_t)  (Eq. 1)
@@ -227,10 +227,10 @@ class Pyramid:
     def interpolate(self, x_start: Tensor, x_end: Tensor, k: int, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 10-13: a training point of stage k. Returns `x_t`, the target at it, and its time `t` (B,).
         `u` (B,) in [0, 1] places each clip between the stage's end (0) and start (1), evenly in unshifted time. Keep it
-        on the CPU: times and coefficients are computed there in float64. Raises ValueError if not of shape (B,)."""
+        on the CPU: times and coefficients are computed there in float64. Raises ValueError for any other u."""
         s = self[k]
-        if u.shape != x_start.shape[:1]:
-            raise ValueError(f"u must have shape ({x_start.shape[0]},), one per clip, not {tuple(u.shape)}")
+        if u.shape != x_start.shape[:1] or not ((u >= 0) & (u <= 1)).all():
+            raise ValueError(f"u must be {x_start.shape[0]} numbers in [0, 1], one per clip, not {u.tolist()}")
         x_start, x_end = _precise(x_start), _precise(x_end)
         u_start, u_end = self._unshifted(s.t_start), self._unshifted(s.t_end)
         t = self._shifted(u_end + u.detach().cpu().double() * (u_start - u_end))
@@ -301,7 +301,7 @@ class Pyramid:
         """Eq. 9-10: stage k alone, to its end, from its start `x` or from the time `t` within it. Arguments and what is
         raised as in `sample`, but gradients are recorded. Raises ValueError for a `t` outside of the stage, too."""
         stage, dtype, x = self[k], dtype or x.dtype, _precise(x)
-        t = stage.t_start if t is None else t
+        k, t = stage.index, stage.t_start if t is None else t
         if solver not in ("euler", "ab2"):
             raise ValueError(f'solver must be "euler" or "ab2", not {solver!r}')
         if steps < 1 or not stage.t_end < t <= stage.t_start:

@@ -223,14 +223,18 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def load_finetuned(family: Family, args: Namespace, dtype: torch.dtype) -> Module:
-    """The network, with what a run changed in it."""
+    """The network, with what a run changed in it. Raises ValueError for a LoRA of another network's layers."""
     if args.rank == 0:
         network = load_part(family.network, args.lora / "network", dtype=dtype)
         family.tell(network)
         return network
     network = load_network(family, args.model, args.motion_adapter, dtype)
     if args.rank:
-        network.load_lora_adapter(args.lora, weight_name="lora.safetensors", prefix=None)
+        file, ends = args.lora / "lora.safetensors", tuple(f".{layer}" for layer in family.lora)
+        trained = {key.partition(".lora_")[0] for key in library("safetensors.torch").load_file(file)}
+        if trained != {name for name, _ in network.named_modules() if name.endswith(ends)}:
+            raise ValueError(f"{args.lora} was trained on another model than {args.model}: their layers differ")
+        network.load_lora_adapter(args.lora, weight_name=file.name, prefix=None)
     return network
 
 

@@ -100,6 +100,13 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
         network.load_state_dict(whole["weights"], strict=False)
         torch.testing.assert_close(sampled(*inputs), model(*inputs))  # what is sampled is what was trained
         assert (model(*inputs) - before).abs().max() > 1e-3
+    file = args.lora / "lora.safetensors"
+    layers = generate.library("safetensors.torch").load_file(file)
+    fewer = {key: tensor for key, tensor in layers.items() if ".to_q." not in key}
+    for wrong in fewer, layers | {"other." + key: tensor.clone() for key, tensor in layers.items()}:
+        finetune.save_tensors(wrong, file)
+        with pytest.raises(ValueError, match="whole was trained on another model than .*: their layers differ"):
+            generate.load_finetuned(family, args, torch.float32)
 
 
 @each_model

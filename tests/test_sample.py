@@ -69,7 +69,8 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
     assert capsys.readouterr().out == "cat\ndog\n"
     run_sample(*words, "--label", "cat", "--guidance", 2, "--solver", "ab2", "--steps", 4, 2, 1)
     out = capsys.readouterr().out
-    assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} full-rate network calls" in out and str(tmp_path / "it.gif") in out
+    assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} full-rate network calls a clip, those without the label" in out
+    assert str(tmp_path / "it.gif") in out
     with Image.open(tmp_path / "it.gif") as gif:
         assert gif.n_frames == 7
     assert "it.gif exists already" in fails_with_one_line(capsys, sample.main, *words)
@@ -105,7 +106,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     run_sample(*"--pyramid space-time --number 2 --steps 10 --precision fp32".split())
     out = capsys.readouterr().out
     cost = 5 * 4 / 13 / 16 + 3 * 7 / 13 / 4 + 2  # of 13 frames 7 and then 4 are left; a half and a quarter each way
-    assert f"steps 5-3-2 (noisiest stage first) with euler: {cost:.4g} full-rate network calls" in out
+    assert f"steps 5-3-2 (noisiest stage first) with euler: {cost:.4g} full-rate network calls a clip\n" in out
     assert f"weights: {path} " in out and "wrote samples/flow-3-space-time-000.gif" in out
     with Image.open("samples/flow-3-space-time-000.gif") as gif:
         assert gif.n_frames == 13 and gif.size == (3 * (2 * (32 + 2) + 2), 3 * (16 + 2 + 2))
@@ -128,6 +129,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--checkpoint {tmp}/empty.pt", "not a whole checkpoint"), ("--checkpoint {tmp}/text.pt", "it is of another kind"),
     ("--checkpoint {tmp}/cut.pt", "not a whole checkpoint"), ("--out {tmp}/text.pt/a", "File exists"),
     ("--out {tmp}/taken.gif", "taken.png exists already"),
+    ("--out {tmp}/a.npy", "makes pictures, which go to .gif and .png, or .mp4"),
     ("--chekpoint a", "--chekpoint a; --help lists all"), ("--out /proc/a --number 10000000", "No such file"),
 ])  # fmt: skip
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):

@@ -155,7 +155,9 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
 @pytest.mark.parametrize("call, message", [
     (lambda: align(CLIPS / 0, CLIPS), "invalid numeric|infeasible"),
     (lambda: FLOW.endpoints(CLIPS[:, :, :6], CLIPS[:, :, :6], 1), "3, 2, 2.*6, 2, 2"),
-    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.rand(3)), "u.*2.*3"),
+    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.ones(3)), r"u must be 2 numbers .*, one per clip, not \[1.0, 1"),
+    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, 1.5])), r"in \[0, 1\].* not \[0.5, 1.5\]"),
+    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, math.nan])), "not .*nan"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 0), "stage 1 needs at least one step"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_end), "stage 1 needs at least one step"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_start + 0.01), "stage 1 needs .* t <= 0.7"),
@@ -174,3 +176,9 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
 def test_bad_input_raises_value_error_that_names_the_numbers(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_stage_counted_from_the_end_is_told_by_its_own_number():
+    told = []
+    FLOW.integrate(lambda x, t, k: told.append(k) or x, CLIPS[:, :, :2], -1, 2, callback=lambda x, t, k: told.append(k))
+    assert told == [2] * 4
