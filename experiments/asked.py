@@ -69,7 +69,8 @@ def placing(args: argparse.Namespace) -> list:
 
 
 def positions(args: argparse.Namespace) -> list:
-    """Frames at the position of their index times the stride, as the paper has it, against their plain index."""
+    """Frames at the position of their index times the stride, as the printed paper is reported to have it, against
+    their plain index."""
     runs = {"index times stride": "flow-3", "plain index": "flow-3-plain"}
     return bars_of(runs, "What tells the model where a frame is", args, "positions")
 
@@ -154,7 +155,7 @@ def alike(args: argparse.Namespace) -> list:
         if not seed:
             curves.setdefault(f"{system}, {solver}", []).append((steps, [100 * share for share in found["within"]]))
     share = 100 * share_alike(real, limit)["within"]
-    labels = "Doubled or frozen frames, training seed 1", "solver steps", "% of frames like their pair's other"
+    labels = "Doubled or frozen frames, training seed 1", "solver steps", "% of neighbouring frames that are alike"
     draw_curves(curves, *labels, args.out / "alike.png", real=share, from_zero=True)
     return [(["run", "steps", "solver", "alike, frames of a pair", "alike, frames of two pairs"], rows)]
 
@@ -176,7 +177,7 @@ def fast(args: argparse.Namespace) -> list:
     found = stored("real, fast", "real", make, metrics, args)  # those of the last runs, which are fast
     rows.append(["real, fast", *(spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit"))])
     title, real = "Digits at the usual speed and three times as fast", mean(found["judge_distance"])
-    draw_bars(bars, title, "judge's distance, both training seeds; real: fast", args.out / "fast.png", real)
+    draw_bars(bars, title, "judge's distance; the real clips are fast ones", args.out / "fast.png", real)
     return [(["run", "judge's distance", "legible", "one digit"], rows)]
 
 

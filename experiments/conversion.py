@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace) -> list:
     base, seconds = train("vanilla", 1, args.steps, None, args)
     add("vanilla", base, 1, args.steps, seconds)
     add("converted", base, 3, 0, 0.0)
-    for name, stages in (("converted", 3), ("vanilla, trained on", 1)):
+    for name, stages in (("converted", 3), ("vanilla, continued", 1)):
         for steps in FINETUNED:
             path, seconds = train(name.replace(", ", "-").replace(" ", "-"), stages, steps, base, args)
             add(name, path, stages, steps, seconds)

@@ -176,10 +176,10 @@ def straight(args: argparse.Namespace) -> list:
     answer there. And how far the losses at the noisiest stage are from the least possible one."""
     rows, bars = [], {}
     alone = {"flow-3-first": "stage 2 alone", "flow-3-first-wide": "stage 2 alone, wider", EXACT: "stage 2 exact"}
-    cases = [("vanilla", "shipped-flow-1", 0, 9), ("vanilla", "shipped-flow-1", 0, 30)]
-    ways = (2, 3), (2, 10), (2, 30), (1, 10), (0, 10)
-    cases += [("pyramid in time", LATER, *way) for way in ways]
-    cases += [("short run", "flow-3", first, 10) for first in (2, 1, 0)]
+    cases = [("vanilla, long", "shipped-flow-1", 0, steps) for steps in (9, 30)]
+    long, short = "time, long", "time, short"
+    cases += [(long, LATER, *way) for way in ((2, 3), (2, 10), (2, 30), (1, 10), (0, 10))]
+    cases += [(short, "flow-3", first, 10) for first in (2, 1, 0)]
     cases += [(title, run, 2, 10) for run, title in alone.items()]
     for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
         make = partial(others, REAL, args.reference)
@@ -188,15 +188,14 @@ def straight(args: argparse.Namespace) -> list:
         name, of = f"{run}, stage {first} from its true start, {steps} steps a stage", LATER if run == EXACT else run
         found = stored(name, of, make, partial(scored, reference=args.reference), args)
         names = ("judge_distance", "legible", "one_digit", "straight", "off_track")
-        begin = "noise" if first == 2 or title == "vanilla" else f"true start of stage {first}" * (title != "real")
+        begin = "noise" if first == 2 or run == "shipped-flow-1" else f"true start of stage {first}" * (title != "real")
         rows.append([run, begin, steps or "", *(spread(found[name]) for name in names)])
         if title != "real":
-            each = " a stage" * (title != "vanilla")
-            bars[f"{title}, from {begin}, {steps} steps{each}"] = [mean(found["off_track"])]
-    title, label = "How far digits are from a straight path", "pixels, at the worst frame"
+            bars[f"{title}, {begin}, {steps} steps"] = [mean(found["off_track"])]
+    title, label = "How far digits stray from a straight path", "pixels, at the worst frame"
     draw_bars(bars, title, label, args.out / "straight.png", mean(found["off_track"]))
     curves, table = {}, []
-    for run, title in ({"flow-3": "short run", LATER: "shipped"} | alone).items():
+    for run, title in ({"flow-3": short, LATER: long} | alone).items():
         found = losses(run, args)
         curves[title] = [(t, [loss]) for t, loss in zip(TIMES, found, strict=True)]
         table.append([run, *(f"{loss:.4f}" for loss in found)])
