@@ -347,7 +347,7 @@ def test_finetune_converts_a_small_wan_from_vanilla_and_says_what_it_took(tmp_pa
     line = f"--data {tmp_path} --steps 3 --batch 2 --number 6 --smoke --runs {tmp_path}/runs --out {tmp_path}/out"
     conversion.main(line.split())
     ((header, rows),) = json.loads((tmp_path / "out" / "conversion.json").read_text())["tables"]
-    assert [row[0] for row in rows[:-1]] == ["vanilla", *["converted"] * 3, *["vanilla, trained on"] * 2]
+    assert [row[0] for row in rows[:-1]] == ["vanilla", *["converted"] * 3, *["vanilla, continued"] * 2]
     assert [row[1] for row in rows[:-1]] == [3, 0, 1, 2, 1, 2] and len(rows[0]) == len(header)
     assert all(len(row[3].split(", ")) == (3 if row[0] == "converted" else 1) for row in rows[:-1])
     assert (tmp_path / "out" / "conversion.png").exists()
