@@ -85,7 +85,7 @@ def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: a
     """A line of the solver steps and what a clip costs; of args `solver` and `guidance`."""
     steps = "-".join(map(str, counts)) + " (noisiest stage first)" * (len(counts) > 1)
     cost = full_rate_steps(counts, pyramid, shape, calls=1 if args.guidance == 1 else 2)
-    guided = ", those without the label too" * (args.guidance != 1)
+    guided = " (twice as many as without guidance)" * (args.guidance != 1)
     return f"steps {steps} with {args.solver}: {cost:.4g} full-rate network calls a clip{guided}"
 
 

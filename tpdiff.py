@@ -5,7 +5,7 @@ ones (10', 15', 16') are the same in a more general form: any number of frames, 
   t       noise time in [0, 1]: 1 is noise, 0 is data. Sampling runs t downward.
   stage   k runs at 1 / 2^k of the frame rate: k = K - 1 is the first and noisiest, k = 0 the last, at the full rate.
   videos  (B, C, T, H, W). If yours are (B, T, C, H, W), call transpose(1, 2) on the way in and on the way out.
-  dtype   arithmetic and results in float32, or in float64 for float64 clips; noises keep the dtype of their clips.
+  dtype   arithmetic in float32, or in float64 for float64 clips. Points and targets of bf16 clips are in float32.
 Both forms of diffusion are x_t = gamma_t x0 + sigma_t noise (Eq. 6):
   flow    gamma = 1 - t,         sigma = t                 (Eq. 4)
   ddim    gamma = sqrt(abar_t),  sigma = sqrt(1 - abar_t)  (Eq. 1)
@@ -230,7 +230,7 @@ class Pyramid:
         on the CPU: times and coefficients are computed there in float64. Raises ValueError for any other u."""
         s = self[k]
         if u.shape != x_start.shape[:1] or not ((u >= 0) & (u <= 1)).all():
-            raise ValueError(f"u must be {x_start.shape[0]} numbers in [0, 1], one per clip, not {u.tolist()}")
+            raise ValueError(f"u must be {len(x_start)} numbers in [0, 1], one per clip, not {u.ravel()[:9].tolist()}")
         x_start, x_end = _precise(x_start), _precise(x_end)
         u_start, u_end = self._unshifted(s.t_start), self._unshifted(s.t_end)
         t = self._shifted(u_end + u.detach().cpu().double() * (u_start - u_end))
@@ -340,7 +340,7 @@ def split_steps(steps: int | Sequence[int], stages: int, lengths: Sequence[float
     else:
         counts = list(steps) if isinstance(steps, Iterable) else []
     if len(counts) != stages or not all(isinstance(count, Integral) and count > 0 for count in counts):
-        raise ValueError(f"{stages} stages need a total or {stages} counts, each a whole step at least, not {steps}")
+        raise ValueError(f"{stages} stages need {stages} whole steps or more, or {stages} counts above 0, not {steps}")
     return counts
 
 

@@ -133,7 +133,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     if args.ends and (len(args.ends) != stages or args.ends[-1] != 0):
         raise ValueError(f"--ends needs a time for each of --stages {stages}, noisiest first and the last 0")
     if args.pyramid == "time" and 1 < stages and args.frames <= 2 ** (stages - 2) and not args.resume:
-        raise ValueError(f"--stages {stages} is too many for --frames {args.frames}: lower it, or take --pyramid space")
+        raise ValueError(f"--stages {stages} is too many for --frames {args.frames}: take fewer, or --pyramid space")
     args.size = args.size if args.size or args.data else 32
     disk.check_size(args)
     make_pyramid(args)  # refuses stages that the schedule has no noise for

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -297,11 +297,15 @@ def read_images(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
     if source.kind == "video":
         yield from _read_video(source, wanted)
     elif source.kind == "stills":
+        with Image.open(source.files[0]) as first:
+            turned = first.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            size = first.size[::-1] if turned else first.size
         for number in wanted:
             with Image.open(source.files[number]) as image:
-                if image.size != (source.width, source.height):
-                    raise DataError(f"is of {source.width}x{source.height}, and {image.filename} of another size")
-                yield number, ImageOps.exif_transpose(image)
+                upright = ImageOps.exif_transpose(image)
+                if upright.size != size:
+                    raise DataError(f"is of {size[0]}x{size[1]}, and {image.filename} of another size")
+                yield number, upright
     else:
         with Image.open(source.files[0]) as image:
             poster = int(getattr(image, "default_image", False))

@@ -6,7 +6,7 @@
 
 First the model's own VAE and text encoder turn the clips of --data and their captions (clip.txt beside clip.mp4) into
 files under --out, once. Then its network is trained alone, by Algorithm 2 of the paper. --stages 1 is the model's own
-diffusion, by the same code. A run's folder holds
+diffusion, by the same code. A batch of one cannot exchange noises; it takes the nearest of 8. A run's folder holds
   cache/             the clips' latents and prompts      run.json        how it was trained
   lora.safetensors   or network/, for generate.py        metrics.jsonl   losses every few steps
   checkpoint.pt      to resume from

@@ -233,7 +233,8 @@ def load_finetuned(family: Family, args: Namespace, dtype: torch.dtype) -> Modul
         file, ends = args.lora / "lora.safetensors", tuple(f".{layer}" for layer in family.lora)
         trained = {key.partition(".lora_")[0] for key in library("safetensors.torch").load_file(file)}
         if trained != {name for name, _ in network.named_modules() if name.endswith(ends)}:
-            raise ValueError(f"{args.lora} was trained on another model than {args.model}: their layers differ")
+            models = " with ".join(filter(None, [args.model, args.motion_adapter]))
+            raise ValueError(f"{args.lora} was trained on another model than {models}: their layers differ")
         network.load_lora_adapter(args.lora, weight_name=file.name, prefix=None)
     return network
 

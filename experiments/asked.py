@@ -155,7 +155,7 @@ def alike(args: argparse.Namespace) -> list:
         if not seed:
             curves.setdefault(f"{system}, {solver}", []).append((steps, [100 * share for share in found["within"]]))
     share = 100 * share_alike(real, limit)["within"]
-    labels = "Doubled or frozen frames, training seed 1", "solver steps", "% of neighbouring frames that are alike"
+    labels = "Doubled or frozen frames, training seed 1", "solver steps", "% of pairs whose two frames are alike"
     draw_curves(curves, *labels, args.out / "alike.png", real=share, from_zero=True)
     return [(["run", "steps", "solver", "alike, frames of a pair", "alike, frames of two pairs"], rows)]
 

@@ -39,7 +39,8 @@ OPTIONS = {
     f"{mode}-{name}": f"--mode {mode} {words} --steps {steps}"
     for mode, (name, (words, steps)) in itertools.product(("flow", "ddim"), KINDS.items())
 }
-OPTIONS |= {f"flow-{name}-twice": f"--mode flow {words} --steps {2 * steps}" for name, (words, steps) in KINDS.items()}
+for name, (words, steps) in [(name, KINDS[name]) for name in ("1", "3", "3-space-time")]:
+    OPTIONS[f"flow-{name}-twice"] = f"--mode flow {words} --steps {2 * steps}"
 OPTIONS |= {f"flow-3-{kind}": OPTIONS["flow-3"] for kind in ("plain", "fast")}  # see variants.py
 OPTIONS |= {"flow-1-fast": OPTIONS["flow-1"]}
 OPTIONS |= {f"flow-3-{kind}": f"{OPTIONS['flow-3']} --align {kind}" for kind in ("nearest", "none")}

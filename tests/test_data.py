@@ -1,6 +1,7 @@
 """Clips: moving digits, and a folder's pictures, animations, videos and latents; and how clips are saved."""
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, animation, seeded
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
@@ -223,15 +224,22 @@ def test_the_index_spares_files_that_have_not_changed(clip_folder, monkeypatch):
         index.write_text("[")  # damaged: written anew
 
 
-def test_a_series_of_stills_of_different_sizes_is_named_and_skipped(tmp_path):
-    for name in ("good", "mixed"):
+def test_a_series_of_stills_of_different_sizes_as_they_are_shown_is_named_and_skipped(tmp_path):
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for name in ("good", "mixed", "turned"):
         numbered_stills(tmp_path / name, range(4))
     Image.new("RGB", (16, 20)).save(tmp_path / "mixed" / "frame2.png")
-    data = FolderClips(tmp_path, 4, 8)
-    with pytest.warns(
-        UserWarning, match="mixed/frame0.png is skipped .* is of 16x16, and .*frame2.png of another size"
-    ):
-        assert {tuple(reds(data[number][0])) for number in range(20)} == {(0, 1, 2, 3)}
+    for number in range(4):
+        size = (20, 16) if number == 2 else (16, 20)  # all upright ones are of 20x16
+        Image.new("RGB", size).save(tmp_path / "turned" / f"frame{number}.png", exif=turned if number != 2 else None)
+    data, read = FolderClips(tmp_path, 4, 8), {}
+    with pytest.warns(UserWarning, match="mixed/frame0.png is skipped .* is of 16x16, and .*2.png of another size"):
+        for source in data.sources:
+            with suppress(DataError):
+                read[source.files[0].parent.name] = data.window(source, 0).shape
+        [data[number] for number in range(20)]
+    assert read.keys() == {"good", "turned"}
 
 
 def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder):

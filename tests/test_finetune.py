@@ -89,7 +89,10 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
     assert min((tmp_path / file).stat().st_size for file in ("a.gif", "a.mp4")) > 500
     whole_rate, half, quarter = (9, 5, 3) if name == "animatediff" else (3, 2, 1)
     cost = 2 * (whole_rate + half + 2 * quarter) / whole_rate  # steps 2, 1, 1; guidance calls twice
-    assert "9 frames" in (said := capsys.readouterr().out) and f"{cost:.4g} full-rate" in said
+    assert (
+        "9 frames" in (said := capsys.readouterr().out)
+        and f"{cost:.4g} full-rate network calls a clip (twice as many as" in said
+    )
 
     args, family = generate.settle(generate.make_parser().parse_args(sampling))
     _, network, p, model, prompt = prepared(places, name, lora=4)
@@ -235,12 +238,16 @@ def test_a_flow_model_that_is_right_at_the_full_rate_is_right_of_still_clips_at_
         assert 1000 * p[k].t_end <= steps[-1] <= 1000 * p[k].t_start
 
 
-def test_a_batch_of_one_takes_the_nearest_noise_and_refuses_to_exchange_any(places):
+def test_a_batch_of_one_takes_the_nearest_noise_and_refuses_to_exchange_any(places, tmp_path):
     line = f"{places['wan']} --data none --out none".split()
     for words, align in ([], "nearest"), (["--batch", "2"], "assignment"), (["--align", "none"], "none"):
         assert finetune.parse_args([*line, *words])[0].align == align
     with pytest.raises(ValueError, match="--batch 1 needs --align nearest or none"):
         finetune.parse_args([*line, "--align", "assignment"])
+    older = finetune.settings(finetune.parse_args(line)[0]) | {"align": "assignment"}
+    (tmp_path / "run.json").write_text(json.dumps(older))
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    assert finetune.parse_args(["--resume", "--out", str(tmp_path)])[0].align == "assignment"  # goes on as it began
 
 
 def test_prompts_are_dropped_for_guidance_and_clips_take_turns(tmp_path):

@@ -69,7 +69,7 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
     assert capsys.readouterr().out == "cat\ndog\n"
     run_sample(*words, "--label", "cat", "--guidance", 2, "--solver", "ab2", "--steps", 4, 2, 1)
     out = capsys.readouterr().out
-    assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} full-rate network calls a clip, those without the label" in out
+    assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} full-rate network calls a clip (twice as many as without" in out
     assert str(tmp_path / "it.gif") in out
     with Image.open(tmp_path / "it.gif") as gif:
         assert gif.n_frames == 7
@@ -121,7 +121,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--pyramid space-time --checkpoint {weights}", "trained with --pyramid time, not --pyramid space-time"),
     ("--mode flow --stages 5", "train.py --mode flow --stages 5"),
     ("--pyramid space", "train.py --mode flow --stages 3 --pyramid space"),
-    ("--steps 2", "3 stages need a total or 3 counts, each a whole step at least"), ("--steps 5 5", "[5, 5]"),
+    ("--steps 2", "3 stages need 3 whole steps or more, or 3 counts"), ("--steps 5 5", "[5, 5]"),
     ("--steps 10 0 10", "--steps"), ("--guidance nan", "--guidance"), ("--number 0", "--number"),
     ("--seed 1e5", "--seed"), ("--label cat", "7, 8, 9"),
     ("--checkpoint {tmp}", "weights.pt does not exist"), ("--checkpoint {tmp}/gone.pt", "gone.pt does not exist"),

@@ -353,7 +353,7 @@ def folder(tmp_path_factory) -> Path:
         *[(words, f"argument {words.split()[0]}: must be a") for words in BAD_NUMBERS.split(",")],
         ("--size 30", "--size 30 must be a multiple of [4, 4], height and width: --patch 4, 3 stages in time"),
         ("--size 24 16 --pyramid space-time", "of [16, 16], height and width: --patch 4, 3 stages in space-time"),
-        ("--frames 4 --stages 4", "--stages 4 is too many for --frames 4: lower it, or take --pyramid space"),
+        ("--frames 4 --stages 4", "--stages 4 is too many for --frames 4: take fewer, or --pyramid space"),
         ("--size 16 16 16", "a size is one number, or height and width, not (16, 16, 16)"),
         ("--size 8 32", "size >= 16, frames and digits >= 1, not (8, 32)"),
         ("--mode ddim --stages 40 --frames 1000000000000", "use fewer stages"),
@@ -385,6 +385,11 @@ def test_train_refuses_bad_input_in_one_sentence(words, message, folder, tmp_pat
     assert message in fails_with_one_line(capsys, train.main, "--steps", 1, "--out", tmp_path / "out", *words)
     assert {path.name for path in (tmp_path / "out").glob("*")} <= {"index.json"}
     assert (folder / "file").read_text() == "precious"
+
+
+def test_as_many_stages_are_taken_as_halve_something():
+    for words in "--frames 5 --stages 4", "--frames 1 --pyramid space", "--frames 1 --stages 1":
+        train.parse_args(words.split())
 
 
 def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_best(tmp_path, monkeypatch, capsys):
