@@ -100,8 +100,8 @@ def training(args: argparse.Namespace) -> list:
 
 
 def twice(args: argparse.Namespace) -> list:
-    """Fig. 5 with twice as many steps of training, flow: vanilla, the pyramid in time, the one in space and time. And all
-    scores at the end, with thirty Euler steps, nine, and six of `ab2`; of the last also with 5-3-1 of `ab2`."""
+    """Fig. 5 with twice as many steps of training, flow: vanilla, the pyramid in time, the one in space and time. And
+    all scores at the end, with thirty Euler steps, nine, and six of `ab2`; of the last also with 5-3-1 of `ab2`."""
     ways = {30: "euler", 9: "euler", 6: "ab2"}
     *tables, ends = against_time("twice", "-twice", [("flow", name) for name in ("1", "3", "3-space-time")], ways, args)
     cells = [Cell(f"flow-3-space-time-twice{seed}", (5, 3, 1), "ab2") for seed in training_seeds(args)]
