@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
+BRACKETS = "\nWhat stands in [brackets] holds without the option."  # of a help
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

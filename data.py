@@ -163,7 +163,7 @@ class FolderClips(Dataset):
         too_small = source.height < height or source.width < width
         reasons = {
             f"that {source.note}": source.kind == "broken",
-            "stills": stills and source.frames == 1,
+            "single pictures, which --frames 1 takes": stills and source.frames == 1,
             "stills beside videos or animations": stills and source.files[0].parent in moving,
             "that state no times, which --fps needs": self.fps and not source.unit,
             f"shorter than {self.span} frames": source.frames < self.span,

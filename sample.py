@@ -145,7 +145,7 @@ def free_name(stem: Path) -> Path:
 
 
 def make_parser() -> cli.Parser:
-    about = {"description": "Sample clips from trained weights, as a GIF and a PNG strip."}
+    about = {"description": "Sample clips from trained weights, as a GIF and a PNG strip." + cli.BRACKETS}
     parser = cli.Parser(prog="sample.py", **about, epilog="example: python sample.py --stages 3 --label 7 --guidance 2")
     add = parser.add_argument
     add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")

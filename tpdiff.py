@@ -154,8 +154,8 @@ class Pyramid:
             angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
             self._angle_at, self._time_at = make_interp_spline(times, angles, 1), make_interp_spline(angles, times, 1)
         self._stages = tuple(self._stage(k) for k in range(stages))
-        u = [self._unshifted(end) for end in (*ends, 1.0)]
-        self.lengths = tuple(u[k + 1] - u[k] for k in range(stages))
+        v = [self._unshifted(end) for end in (*ends, 1.0)]
+        self.lengths = tuple(v[k + 1] - v[k] for k in range(stages))
 
     def __len__(self) -> int:
         return self.stages
@@ -190,8 +190,8 @@ class Pyramid:
             raise ValueError(f"a stage would start at sigma / gamma = {r:.4g}, but {last}")
         return float(self._time_at(math.atan(r)))
 
-    def _shifted(self, u):
-        return self.shift * u / (1 + (self.shift - 1) * u)
+    def _shifted(self, v):
+        return self.shift * v / (1 + (self.shift - 1) * v)
 
     def _unshifted(self, t):
         return t / (self.shift - (self.shift - 1) * t)
@@ -232,8 +232,8 @@ class Pyramid:
         if u.shape != x_start.shape[:1] or not ((u >= 0) & (u <= 1)).all():
             raise ValueError(f"u must be {len(x_start)} numbers in [0, 1], one per clip, not {u.ravel()[:9].tolist()}")
         x_start, x_end = _precise(x_start), _precise(x_end)
-        u_start, u_end = self._unshifted(s.t_start), self._unshifted(s.t_end)
-        t = self._shifted(u_end + u.detach().cpu().double() * (u_start - u_end))
+        v_start, v_end = self._unshifted(s.t_start), self._unshifted(s.t_end)
+        t = self._shifted(v_end + u.detach().cpu().double() * (v_start - v_end))
         if self.mode == "flow":
             place = _per_clip((t - s.t_end) / (s.t_start - s.t_end), x_start)  # t': 1 at the start, 0 at the end
             return place * x_start + (1 - place) * x_end, x_start - x_end, t.to(x_start)  # Eq. 12 and 13

@@ -45,7 +45,7 @@ NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames n
 
 
 def make_parser() -> cli.Parser:
-    about = {"description": "Train a video diffusion model on the temporal pyramid."}
+    about = {"description": "Train a video diffusion model on the temporal pyramid." + cli.BRACKETS}
     parser = cli.Parser(prog="train.py", **about, epilog="example: python train.py --mode flow --out runs/mine")
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")

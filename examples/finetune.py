@@ -47,14 +47,14 @@ NO_MEMORY = "not enough memory: a smaller --size, --frames, --batch or --lora ne
 
 def make_parser() -> cli.Parser:
     example = "example: accelerate launch -m examples.finetune --model FOLDER --data clips --lora 64 --out runs/mine"
-    about = {"description": "Finetune Wan, CogVideoX or AnimateDiff on the pyramid.", "epilog": example}
+    about = {"description": "Finetune Wan, CogVideoX or AnimateDiff on the pyramid." + cli.BRACKETS, "epilog": example}
     parser = cli.Parser(prog="finetune", **about)
     add = parser.add_argument_group("model and method").add_argument
     add("--model", help="name on Hugging Face's hub or local folder")
     add("--motion-adapter", help="AnimateDiff's, with an image model as --model")
     add("--stages", type=cli.positive_int, default=3, help="pyramid stages; 1 is vanilla")
     add("--pyramid", choices=disk.FACTORS, default="time", help="what a stage halves")
-    add("--shift", type=cli.real_number(0.01, 100), help="time shift of a flow model [the model's own]")
+    add("--shift", type=cli.real_number(0.01, 100), help="time shift, above 1 for noisier times [the model's own]")
     add("--lora", type=cli.non_negative_int, default=64, help="rank; 0 trains all weights and needs a smaller --lr")
     pairing = "noise permuted within a batch, the nearest of 8, or neither [assignment; with --batch 1 nearest]"
     add("--align", choices=["assignment", "nearest", "none"], help=pairing)

@@ -167,7 +167,7 @@ def guided(model: Callable, prompt: Tensor, negative: Tensor, guidance: float) -
 
 def make_parser() -> cli.Parser:
     example = 'example: python -m examples.generate --model FOLDER --lora runs/mine --prompt "a cat" --out cat.mp4'
-    about = {"description": "Make videos with Wan, CogVideoX or AnimateDiff on the pyramid.", "epilog": example}
+    about = {"description": "Make videos with Wan, CogVideoX or AnimateDiff." + cli.BRACKETS, "epilog": example}
     parser = cli.Parser(prog="generate", **about)
     add = parser.add_argument
     add("--model", help="name on the hub or local folder [the run's]")
@@ -181,7 +181,7 @@ def make_parser() -> cli.Parser:
     add("--guidance", type=cli.real_number(-100, 100), help="scale; 1 halves the cost [5 Wan, 6 CogVideoX, else 7.5]")
     add("--stages", type=cli.positive_int, help="1 is vanilla [the run's, else 1]")
     add("--pyramid", choices=FACTORS, help="what a stage halves [the run's, else time]")
-    add("--shift", type=cli.real_number(0.01, 100), help="time shift of a flow model [the run's, else the model's]")
+    add("--shift", type=cli.real_number(0.01, 100), help="time shift, 1 for none [the run's, else the model's]")
     add("--frames", type=cli.positive_int, help="of the video [the run's, else the model's]")
     add("--size", type=cli.positive_int, nargs="+", action=cli.OneOrMore, help="height and width [same]")
     add("--fps", type=cli.real_number(1, 50), help="frames a second of the file [same]")

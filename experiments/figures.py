@@ -123,6 +123,8 @@ def draw_losses(runs: list[Path], path: Path) -> None:
     are held out, on those. Raises ValueError or OSError if there are none."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for number, run in enumerate(runs):
+        if not (run / "metrics.jsonl").exists():
+            raise ValueError(f"{run} holds no metrics.jsonl: it is not the folder of a run")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         if not rows:
             raise ValueError(f"{run / 'metrics.jsonl'} holds no losses yet")

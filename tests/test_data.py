@@ -65,7 +65,7 @@ def numbered_stills(folder: Path, numbers, suffix: str = ".png") -> None:
 def test_folder_finds_animations_and_counts_what_it_skips(clip_folder):
     data = FolderClips(clip_folder, frames=6, size=8)
     found = "9 files found, 4 used, 4 clips of 33 frames in all (4 animations)"
-    assert data.summary.startswith(f"{clip_folder}: {found}; skipped: 1 shorter than 6 frames (short.gif); 2 stills (")
+    assert data.summary.startswith(f"{clip_folder}: {found}; skipped: 1 shorter than 6 frames (short.gif); 2 single ")
     assert data.summary.endswith("; 2 that cannot be decoded (broken.gif, empty.webp)")
     windows = [data[n][0] for n in range(40)]
     assert all(w.shape == (3, 6, 8, 8) and w.min() >= -1 and w.max() <= 1 for w in windows)

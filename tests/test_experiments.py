@@ -308,7 +308,7 @@ def test_figures_are_drawn(line, run, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     figures.main([*line.format(run=run).split(), "--out", str(tmp_path / "a.png")])
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert "metrics.jsonl" in fails_with_one_line(capsys, figures.main, "losses", tmp_path)
+    assert "it is not the folder of a run" in fails_with_one_line(capsys, figures.main, "losses", tmp_path)
 
 
 def test_attention_and_training_are_measured_by_size(tmp_path):
