@@ -100,10 +100,10 @@ def training(args: argparse.Namespace) -> list:
 
 
 def twice(args: argparse.Namespace) -> list:
-    """Fig. 5 with twice as many steps of training, flow: vanilla, the pyramid in time, the one in space and time. And
+    """Fig. 5 with twice as many steps of training, flow: vanilla, and the pyramid in time, in space, and in both. And
     all scores at the end, with thirty Euler steps, nine, and six of `ab2`; of the last also with 5-3-1 of `ab2`."""
     ways = {30: "euler", 9: "euler", 6: "ab2"}
-    *tables, ends = against_time("twice", "-twice", [("flow", name) for name in ("1", "3", "3-space-time")], ways, args)
+    *tables, ends = against_time("twice", "-twice", [("flow", name) for name in SYSTEMS], ways, args)
     cells = [Cell(f"flow-3-space-time-twice{seed}", (5, 3, 1), "ab2") for seed in training_seeds(args)]
     return [*tables, (FRONT, ends[1] + [front_row(cell, args) for cell in cells])]
 
@@ -136,7 +136,7 @@ def against_time(
         title = "Vanilla and pyramids" if not length else "Twice as many steps of training"
         labels = f"{title}, {mode}", "seconds of training", "judge's distance"
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
-    draw_clips(pictures, len(names), f"{title}: clips of the same noises", args.out / f"{claim}-clips.png")
+    draw_clips(pictures, f"{title}: clips of the same noises", args.out / f"{claim}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
     return [(["run", "times as fast to vanilla's last distance"], gains), (header, curve_rows), (FRONT, ends)]
 
@@ -186,7 +186,7 @@ def renoising(args: argparse.Namespace) -> list:
         bars[f"{cell.run.removeprefix('shipped-')[:4]}, {length} training, {cell.renoising}"] = [cell]
     draw_cells(bars, "Four ways of renoising", metric, "renoising-digits", args)
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, (cell,) in bars.items()}
-    draw_clips(pictures, len(RENOISING), "Four ways of renoising: clips of the same noises", args.out / "renoising.png")
+    draw_clips(pictures, "Four ways of renoising: clips of the same noises", args.out / "renoising.png")
     return [(["run, renoising", *SCORES], rows)]
 
 
@@ -198,7 +198,7 @@ def early(args: argparse.Namespace) -> list:
     for percent, mode, n in itertools.product((10, 25, 50), modes, systems):
         clips = clips_of(Cell(f"{mode}-{n}", 9, percent=percent), args, args.seeds[0], 8)
         pictures[f"{SYSTEMS[n]}, {mode}, {percent}%"] = clips[5:8]
-    draw_clips(pictures, 4, "Clips after 10, 25 and 50% of training", args.out / "early.png")
+    draw_clips(pictures, "Clips after 10, 25 and 50% of training", args.out / "early.png")
     real = statistics.mean(measured(Cell("real"), args)["flicker"])
     for run in runs:
         found = [measured(Cell(run, 9, percent=percent), args) for percent in (25, 50)]

@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace) -> list:
             add(name, path, stages, steps, seconds)
     seen = torch.stack([args.train[number][0] for number in range(args.number)])
     rows.append(["real training clips", "", "", "", f"{distance(seen)['distance']:.0f}", ""])
-    draw_clips(pictures | {"real": seen[:6]}, 4, "Before and after conversion", args.out / "conversion.png")
+    draw_clips(pictures | {"real": seen[:6]}, "Before and after conversion", args.out / "conversion.png")
     header = ["model", "steps", "seconds", "held-out loss by stage, 0 first"]
     return [([*header, "distance, thirty steps", "distance, nine steps"], rows)]
 

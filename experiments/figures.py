@@ -102,20 +102,21 @@ def draw_bars(bars: dict[str, list[float]], title: str, label: str, path: Path, 
     figure.savefig(path, dpi=200)
 
 
-def draw_clips(pictures: dict[str, Tensor], columns: int, title: str, path: Path) -> None:
-    """Clips (B, C, T, H, W) under their names, one below the other, every second frame to the right."""
-    rows = -(-len(pictures) // columns)
+def draw_clips(pictures: dict[str, Tensor], title: str, path: Path) -> None:
+    """Clips (B, C, T, H, W) under their names, one below the other, every second frame to the right. Two names stand
+    side by side."""
+    rows = -(-len(pictures) // 2)
     images = {name: to_images(clips)[:, ::2] for name, clips in pictures.items()}
     count, shown, *frame = next(iter(images.values())).shape
-    size = (0.35 * shown * columns, (0.35 * count + 0.25) * rows + 0.3)
-    figure, grid = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    size = (4.4, (2.15 * count / shown + 0.22) * rows + 0.25)  # as wide as the curves
+    figure, grid = pyplot().subplots(rows, 2, figsize=size, squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
     for axes, (name, frames) in zip(grid.flat, images.items(), strict=False):
         axes.imshow(tile(frames.reshape(-1, *frame), shown, scale=1))
-        axes.set_title(in_words(name), fontsize=8)
+        axes.set_title(in_words(name), fontsize=7, pad=2)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=200)
 
 
 def draw_losses(runs: list[Path], path: Path) -> None:

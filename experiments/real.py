@@ -173,9 +173,7 @@ def scores(args: argparse.Namespace) -> None:
         costs, title.format("cost"), "full-rate network calls", y_label, args.out / "real-sampling.png", real=floor
     )
     pictures["real"] = train_clips[:8].cpu()
-    draw_clips(
-        pictures, len(pictures), "Real clips: samples of each system, the same noises", args.out / "real-clips.png"
-    )
+    draw_clips(pictures, "Real clips: samples of each system, the same noises", args.out / "real-clips.png")
 
 
 def gains(ends: dict[str, list]) -> tuple[list, list]:
@@ -292,7 +290,7 @@ def copies(args: argparse.Namespace) -> None:
         rows.append([name, *(f"{values.quantile(share).item():.3f}" for share in (0, 0.1, 0.5, 0.9))])
     order = nearest[0].argsort()[:6].tolist()
     pictures = {"samples": made[order], "nearest training clips": torch.stack([windows[index] for index in order])}
-    draw_clips(pictures, 2, "Samples that are nearest to a training clip", args.out / "copies.png")
+    draw_clips(pictures, "Samples that are nearest to a training clip", args.out / "copies.png")
     header = ["distance from the nearest training clip", "least", "10th percentile", "median", "90th percentile"]
     publish([(header, rows)], args.made_by, args.out / "copies.json")
 

@@ -35,12 +35,10 @@ SPACE = "--stages 3 --batch 32 16 4 --pyramid"  # small clips take as long as a 
 KINDS = {"1": ("--stages 1", 1900), "3": ("--stages 3", 3000)}
 KINDS |= {"3-space": (f"{SPACE} space", 2300), "3-space-time": (f"{SPACE} space-time", 3300)}
 SEEDS = {"": "seed 1", "-seed-2": "seed 2"}  # of training
-OPTIONS = {
-    f"{mode}-{name}": f"--mode {mode} {words} --steps {steps}"
-    for mode, (name, (words, steps)) in itertools.product(("flow", "ddim"), KINDS.items())
-}
-for name, (words, steps) in [(name, KINDS[name]) for name in ("1", "3", "3-space-time")]:
-    OPTIONS[f"flow-{name}-twice"] = f"--mode flow {words} --steps {2 * steps}"
+OPTIONS = {}
+for mode, (name, (words, steps)) in itertools.product(("flow", "ddim"), KINDS.items()):
+    OPTIONS[f"{mode}-{name}"] = f"--mode {mode} {words} --steps {steps}"
+    OPTIONS[f"{mode}-{name}-twice"] = f"--mode {mode} {words} --steps {2 * steps}"
 OPTIONS |= {f"flow-3-{kind}": OPTIONS["flow-3"] for kind in ("plain", "fast")}  # see variants.py
 OPTIONS |= {"flow-1-fast": OPTIONS["flow-1"]}
 OPTIONS |= {f"flow-3-{kind}": f"{OPTIONS['flow-3']} --align {kind}" for kind in ("nearest", "none")}
