@@ -112,7 +112,8 @@ def made_by(content: dict) -> str:
 
 
 def make_page(texts: str, results: Path) -> str:
-    """The README: `texts` with the tables of the folder `results` in place of {{FILE NUMBERS}}.
+    """The README: `texts` with the tables of the folder `results` in place of {{FILE NUMBERS}}, a long one to unfold.
+    Figures are half as wide as the page.
 
     Raises ValueError if a table is asked for that is not there, or one that is there is not asked for."""
     contents = {str(path.relative_to(results)): json.loads(path.read_text()) for path in results.rglob("*.json")}
@@ -129,13 +130,17 @@ def make_page(texts: str, results: Path) -> str:
                 raise ValueError(f"{TEXTS} asks for table {number} of {name}, which has {len(found)}")
             missing.discard((name, number))
             table = markdown(*found[number])  # its step counts, as 10-10-10, stay on one line
-            shown.append(re.sub(r"\| \d+(-\d+)+ \|", lambda cell: cell[0].replace("-", "\u2011"), table))
+            table = re.sub(r"\| \d+(-\d+)+ \|", lambda cell: cell[0].replace("-", "\u2011"), table)
+            if (rows := len(found[number][1])) > 16:
+                table = f"<details><summary>Table of {rows} rows</summary>\n\n{table}\n</details>\n"
+            shown.append(table)
         return "\n".join(shown).rstrip()
 
     page = re.sub(r"^\{\{(.+)\}\}$", tables, texts, flags=re.MULTILINE)
     if missing:
         raise ValueError(f"{TEXTS} leaves out table {min(missing)[1]} of {min(missing)[0]}")
-    return page
+    page = re.sub(r"^!\[(.+)\]\((.+)\)$", r'<img src="\2" alt="\1" width="440">', page, flags=re.MULTILINE)
+    return re.sub(r"^(<img .*(\n<img .*)*)$", r"<p>\n\1\n</p>", page, flags=re.MULTILINE)
 
 
 def make_front_page(page: str, claims: str, results: Path) -> str:
