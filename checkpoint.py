@@ -73,12 +73,14 @@ class Weights:
     pyramid: str = "time"
     shift: float = 1.0
     ends: list[float] | None = None  # as --ends has them: noisiest stage first
+    label_dropout: float = 0.1
 
 
 def weights_of(state, dataset: Dataset, args: Namespace) -> Weights:
     """The EMA weights of a run's `state` (train.State), as sampling takes them."""
     head = args.mode, args.stages, args.frames, args.size, tuple(dataset.classes), state.step
-    return Weights(state.ema, *head, args.latent_scale if dataset.latent else None, args.pyramid, args.shift, args.ends)
+    scale = args.latent_scale if dataset.latent else None
+    return Weights(state.ema, *head, scale, args.pyramid, args.shift, args.ends, args.label_dropout)
 
 
 def load_file(path: Path, *keys: str) -> dict:
@@ -150,7 +152,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         raise ValueError(f"{path} does not fit this version of the model ({str(error).splitlines()[0]})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
-    head = {name: content[name] for name in (*SETTINGS, "step")} | {"latent_scale": content.get("latent_scale")}
+    head = {name: content[name] for name in (*SETTINGS, "step", *content.keys() & {"latent_scale", "label_dropout"})}
     return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
 
 
@@ -227,7 +229,7 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
         state.since_judged.zero_()
     head = {"format": FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
-    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in SETTINGS}
+    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in (*SETTINGS, "label_dropout")}
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
     whole |= {name: getattr(state, name) for name in COUNTS}

@@ -148,8 +148,9 @@ class FolderClips(Dataset):
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
-        clips = f"{len(self.sources)} clips of {sum(source.frames for source in self.sources)} frames in all"
-        self.summary = f"{name}: {files} files found, {used} used, {clips}"
+        clips = f"{len(self.sources)} clip{'s' * (len(self.sources) != 1)}"
+        clips += f" of {sum(source.frames for source in self.sources)} frames in all"
+        self.summary = f"{name}: {files} file{'s' * (files != 1)} found, {used} used, {clips}"
         if not self.sources:
             raise DataError(f"{self.summary}; {why}. Looked for pictures, videos and latents of {self.span}+ frames")
         self._settle_channels()
@@ -218,10 +219,11 @@ class FolderClips(Dataset):
             about = f"{lengths} frames of {some[0].height}x{some[0].width}, standard deviation {deviation:.2g}"
             kinds = f"latents of {self.channels} channels, {about}"
         else:
-            stills = "series of stills" if self.span > 1 else "stills"
+            stills = "series of stills" if self.span > 1 else "still"
             counts = Counter(source.kind for source in self.sources)
-            names = {"video": "videos", "animation": "animations", "stills": stills}
-            kinds = ", ".join(f"{counts[kind]} {name}" for kind, name in names.items() if counts[kind])
+            names = {"video": "video", "animation": "animation", "stills": stills}
+            found = [(counts[kind], name) for kind, name in names.items() if counts[kind]]
+            kinds = ", ".join(f"{count} {name}{'s' * (count > 1 and name[-1] != 's')}" for count, name in found)
         return f" ({kinds}); {skipped}" + "".join(f"\nwarning: {text}" for text in warned)
 
     def _class_name(self, source: Source) -> str | None:

@@ -185,8 +185,9 @@ def run(args: argparse.Namespace) -> None:
     if args.list_labels:
         return print(*weights.classes or [f"{path} was trained without labels"], sep="\n")
     labels = choose_labels(weights.classes, args.number, args.label)
-    if labels is None and args.guidance != 1:
-        raise ValueError("--guidance needs a model trained with labels, and this one has none")
+    if args.guidance != 1 and not (weights.classes and weights.label_dropout):
+        never = f"{path} was never trained {'without' if weights.classes else 'with'} labels"
+        raise ValueError(f"--guidance needs a model that was trained with labels and without: {never}")
     pyramid, steps = make_pyramid(weights), args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages, pyramid.lengths)
     out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out

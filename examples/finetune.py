@@ -102,6 +102,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     args.frames, size = args.frames or family.frames, args.size or family.size
     args.size = height_width(size if isinstance(size, int) else tuple(size))
     args.fps = family.fps if args.fps is None else args.fps
+    own = family.schedule(args.model).get("shift")
+    args.shift, was = args.shift or own, was and was | {"shift": was["shift"] or own}
     args.candidates, args.stage_odds = 8, None  # what train.py's draws also take
     if args.align == "assignment" and args.batch == 1 and not was:
         raise ValueError("--align assignment exchanges noises within a batch: --batch 1 needs --align nearest or none")

@@ -120,17 +120,19 @@ def against_time(
         turns = [{name: seconds_a_step(train_words(name, args), trial) for name in names} for _ in range(args.repeats)]
         for (seed, shown), name in itertools.product(training_seeds(args).items(), names):
             run, title = f"{name}{length}{seed}", SYSTEMS[name.removeprefix(f"{mode}-")]
-            pace = statistics.median(turn[name] for turn in turns)
-            whole, cells = pace * train_options(run, args).steps, [Cell(run, 9, percent=each) for each in percents]
+            steps, cells = train_options(run, args).steps, [Cell(run, 9, percent=each) for each in percents]
+            seconds = [turn[name] * steps for turn in turns]
             distances = [measured(cell, args)["judge_distance"] for cell in cells]
-            points = [(percent / 100 * whole, each) for percent, each in zip(percents, distances, strict=True)]
-            curves[f"{title}, {shown}"] = points
-            time, goal = curves[f"vanilla, {shown}"][-1]
-            reached = time_to(statistics.mean(goal), points)
-            gain = "not reached" if reached is None else f"{time / reached:.2f}"
-            curve_rows.append([run, f"{pace * 1e3:.0f}", f"{whole:.0f}", *map(spread, distances)])
-            gains.append([run, "at least " * (reached == points[0][0]) + gain])
-            ends += [front_row(Cell(run, steps, solver), args) for steps, solver in ways.items()]
+            points = [(percent / 100, each) for percent, each in zip(percents, distances, strict=True)]
+            whole = statistics.median(seconds)
+            curves[f"{title}, {shown}"] = [(share * whole, each) for share, each in points]
+            if name == names[0]:
+                vanilla, goal = seconds, statistics.mean(distances[-1])
+            reached = time_to(goal, points)  # a share of the run
+            gain = reached and spread([a / b / reached for a, b in zip(vanilla, seconds, strict=True)], ".2f")
+            curve_rows.append([run, f"{whole / steps * 1e3:.0f}", f"{whole:.0f}", *map(spread, distances)])
+            gains.append([run, "at least " * (reached == points[0][0]) + gain if reached else "not reached"])
+            ends += [front_row(Cell(run, calls, solver), args) for calls, solver in ways.items()]
             if not seed:
                 pictures[f"{title}, {mode}"] = clips_of(cells[-1], args, args.seeds[0], 8)[:4]
         title = "Vanilla and pyramids" if not length else "Twice as many steps of training"

@@ -84,15 +84,17 @@ def draw_curves(
     figure.savefig(path, dpi=200)
 
 
-def draw_bars(bars: dict[str, list[float]], title: str, label: str, path: Path, real: float) -> None:
-    """A bar for each name, as long as the mean of its values, of training seeds, and if there are several a dot for
-    each; `real` as in `draw_curves`."""
+def draw_bars(
+    bars: dict[str, list[float]], title: str, label: str, path: Path, real: float, dot: str = "one training seed"
+) -> None:
+    """A bar for each name, as long as the mean of its values, and if there are several a `dot` for each; `real` as in
+    `draw_curves`."""
     figure, axes = pyplot().subplots(figsize=(4.4, max(2.4, 1 + 0.27 * len(bars))), layout="constrained")
     bars = {textwrap.fill(in_words(name), 36): values for name, values in bars.items()}
     axes.barh(list(bars), list(map(statistics.mean, bars.values())), color="C0", alpha=0.5)
     dots = [(value, name) for name, values in bars.items() for value in values if len(values) > 1]
     if dots:
-        axes.plot(*zip(*dots, strict=True), "ko", markersize=4, label="one training seed")
+        axes.plot(*zip(*dots, strict=True), "ko", markersize=4, label=dot)
     axes.axvline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
     axes.invert_yaxis()
     axes.tick_params(labelsize=7)

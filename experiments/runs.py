@@ -131,8 +131,8 @@ def variant_of(run: str) -> str | None:
 
 
 def seconds_a_step(words: list[str], trial: int) -> float:
-    """Of train.py with these options, by the last two thirds of a short run; in the first caches are cold. Each stage
-    counts as often as it is trained in a long run, not as it happened to be drawn in this one."""
+    """Of train.py with these options, by the last two thirds of a short run; in the first caches are cold. Of a stage's
+    steps it takes the median, and each stage counts as often as it is trained in a long run."""
     options, seconds = train.make_parser().parse_args(words), defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
@@ -142,7 +142,7 @@ def seconds_a_step(words: list[str], trial: int) -> float:
         (k,) = (k for k, loss in enumerate(row["loss_by_stage"]) if loss is not None)
         seconds[k].append(row["seconds"] - before["seconds"])
     odds = (options.stage_odds or [1] * options.stages)[::-1]
-    return sum(odds[k] * statistics.mean(each) for k, each in seconds.items()) / sum(odds[k] for k in seconds)
+    return sum(odds[k] * statistics.median(each) for k, each in seconds.items()) / sum(odds[k] for k in seconds)
 
 
 def run_train(words: list[str], out: Path, variant: str | None = None) -> None:

@@ -191,9 +191,9 @@ def straight(args: argparse.Namespace) -> list:
         begin = "noise" if first == 2 or run == "shipped-flow-1" else f"true start of stage {first}" * (title != "real")
         rows.append([run, begin, steps or "", *(spread(found[name]) for name in names)])
         if title != "real":
-            bars[f"{title}, {begin}, {steps} steps"] = [mean(found["off_track"])]
+            bars[f"{title}, {begin}, {steps} steps"] = found["off_track"]
     title, label = "How far digits stray from a straight path", "pixels, at the worst frame"
-    draw_bars(bars, title, label, args.out / "straight.png", mean(found["off_track"]))
+    draw_bars(bars, title, label, args.out / "straight.png", mean(found["off_track"]), "one sampling seed")
     curves, table = {}, []
     for run, title in ({"flow-3": short, LATER: long} | alone).items():
         found = losses(run, args)

@@ -184,7 +184,7 @@ LATENT = torch.zeros(4, 9, 8, 8)
     ({"a.pt": LATENT, "b.gif": None}, {}, r"(a.pt|b.gif) and .*(a.pt|b.gif) differ: "),
     ({"a.gif": None}, {"size": (8, 8, 8)}, r"one number, or height and width, not \(8, 8, 8\)"),
     ({"a.gif": None}, {"latent_scale": 2}, "a latent scale is for latents"),
-    ({"a.gif": None}, {"frame_stride": 3}, "clips: 1 files found, 0 used.*1 shorter than 10 frames"),
+    ({"a.gif": None}, {"frame_stride": 3}, "clips: 1 file found, 0 used.*1 shorter than 10 frames"),
 ])  # fmt: skip
 def test_clips_that_cannot_be_used_are_refused_by_name(tmp_path, files, options, message):
     for path, content in ((tmp_path / "clips" / name, content) for name, content in files.items()):

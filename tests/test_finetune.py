@@ -74,6 +74,8 @@ def prepared(places: dict, name: str, pyramid: str = "time", lora: int = 0):
 def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path, monkeypatch, capsys):
     whole = finetuned(words(f"{{{name}}} {RUN} --steps 4 --out {{tmp}}/whole"))
     finetuned(words(f"{{{name}}} {RUN} --steps 2"))
+    shift = (note := json.loads((tmp_path / "run" / "run.json").read_text()))["shift"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(note | {"shift": None}))  # as older runs have it
     with monkeypatch.context() as patch:
         patch.setattr(generate, "encode", None)  # what was encoded stays
         resumed = finetuned(words("--resume --out {tmp}/run --steps 4"))
@@ -94,8 +96,10 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
         and f"{cost:.4g} full-rate network calls a clip (twice as many as" in said
     )
 
-    args, family = generate.settle(generate.make_parser().parse_args(sampling))
+    asked = [*sampling, "--shift", str(shift)] if shift else sampling
+    args, family = generate.settle(generate.make_parser().parse_args(asked))
     _, network, p, model, prompt = prepared(places, name, lora=4)
+    assert shift == (p.shift if p.mode == "flow" else None)
     sampled = generate.make_model(family, generate.load_finetuned(family, args, torch.float32), p)
     inputs = torch.randn(1, 4, 3, 4, 4), torch.tensor([0.5]), 1, prompt
     with torch.no_grad():

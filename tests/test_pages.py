@@ -93,7 +93,8 @@ def test_every_test_method_and_file_that_the_pages_name_or_link_exists_and_the_v
     assert len(methods) > 1 and not {name for name in methods if not hasattr(tpdiff.Pyramid, name)}
     run = re.findall(r"\bpython (\w+\.py)|python -m (experiments\.\w+)", text)
     files = {ROOT / (script or module.replace(".", "/") + ".py") for script, module in run}
-    links = [(page, link) for page, text in pages().items() for link in re.findall(r"(?:\]\(|src=\")([^)#\s\"]+)", text)]
+    link = r"(?:\]\(|src=\")([^)#\s\"]+)"
+    links = [(page, found) for page, text in pages().items() for found in re.findall(link, text)]
     files |= {(ROOT / page).parent / link for page, link in links if ":" not in link}
     assert len(files) > 10 and not {file for file in files if not file.exists()}
 

@@ -98,7 +98,7 @@ def test_videos_are_read_from_any_frame_on(tmp_path, name, codec, options):
     unit = Fraction(1, 25) if name == "a.mpg" else Fraction(1, 10)
     write_video(tmp_path / name, codec, unit=unit, **options)
     data, source = opened(tmp_path, frames=3, frame_stride=2, cache_bytes=0)
-    assert "1 clips of 40 frames in all (1 videos)" in data.summary
+    assert "1 clip of 40 frames in all (1 video)" in data.summary
     for start in range(0, 36, 1 if name == "a.mp4" else 7):
         assert numbers(data.window(source, start)) == [start, start + 2, start + 4]
     if "libx265" not in codec:
