@@ -4,6 +4,7 @@
   python -m experiments.real train --seconds 7200                     the runs, each with as much time
   python -m experiments.real scores                                   their held-out losses and distances
   python -m experiments.real distance                                 what the distance says of damaged real clips
+  python -m experiments.real names                                    the same for how often clips are named rightly
   python -m experiments.real copies                                   whether samples repeat training clips
 
 All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to 128 clips. The pyramids
@@ -40,7 +41,7 @@ from cli import (
 )
 from data import FolderClips
 from experiments.claims import time_to
-from experiments.figures import draw_clips, draw_curves, pyplot
+from experiments.figures import draw_bars, draw_clips, draw_curves, pyplot
 from experiments.metrics import add_command, distances_to, load_efficientnet, picture_features, real_clips, spread
 from experiments.report import provenance, publish
 from experiments.runs import run_train, seconds_a_step
@@ -122,9 +123,10 @@ def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
 
 
 def scores(args: argparse.Namespace) -> None:
-    """Distance of every run to held-out clips over its training time, its held-out loss at the end, and the distance
-    over the cost of sampling. Clips are sampled with the labels of training clips. The loss is without labels, on at
-    least 64 clips; stages of different systems have different targets, so compare it between seeds only."""
+    """Distance of every run to held-out clips over its training time, how many clips are named rightly, and its
+    held-out loss; and the distance over the cost of sampling. Clips are sampled with the labels of training clips. The
+    loss is without labels, on at least 64 clips. Stages of different systems have different targets, so compare it
+    within a system only."""
     pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     runs, device = finished_runs(args.runs), choose_device()
@@ -133,7 +135,8 @@ def scores(args: argparse.Namespace) -> None:
     seen = FolderClips(args.data / "train", *shape, labels=True)
     labels = torch.tensor([seen[number][1] for number in range(args.number)])
     real = real_clips(0, min(args.reference, 4 * len(held_out.sources)), held_out).to(device)
-    distance = distances_to(real, {"distance": partial(picture_features, load_efficientnet().to(device))})
+    feature = partial(picture_features, load_efficientnet().to(device))
+    distance, named = distances_to(real, {"distance": feature}), naming(seen, feature, device)
     rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
     for folder, options in runs.items():
         system, seed = folder.name.split("-seed-")
@@ -143,13 +146,13 @@ def scores(args: argparse.Namespace) -> None:
         for share in SHARES:
             step = options.steps * share // 100
             weights = load_weights(folder / f"weights-{step}.pt", device)
-            curve.append((seconds[step], [distance(sampled(weights, labels, args, args.steps))["distance"]]))
-            print(folder.name, step, curve[-1], flush=True)
-        pyramid = make_pyramid(weights)
-        losses = train.held_out_loss(weights.model, pyramid, held_out, options) or []
-        distances = [f"{values[0]:.0f}" for _, values in curve]
-        losses = ", ".join(f"{loss:.4f}" for loss in losses)
-        rows.append([folder.name, options.steps, f"{curve[-1][0]:.0f}", *distances, losses])
+            clips, pyramid = sampled(weights, labels, args, args.steps), make_pyramid(weights)
+            curve.append((seconds[step], [found := distance(clips)["distance"]]))
+            losses = train.held_out_loss(weights.model, pyramid, held_out, options) or []
+            losses = ", ".join(f"{loss:.4f}" for loss in losses)
+            head = [folder.name, step, f"{seconds[step]:.0f}"]
+            rows.append([*head, f"{found:.0f}", f"{named(clips, labels):.3f}", losses])
+            print(rows[-1], flush=True)
         if system not in pictures:
             pictures[system] = sampled(weights, labels[:8], args, 30).cpu()
             for solver, steps in itertools.product(("euler", "ab2"), STEPS):
@@ -160,9 +163,8 @@ def scores(args: argparse.Namespace) -> None:
                 costs.setdefault(f"{system}, {solver}", []).append((calls, [one]))
     train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
     floor = distance(train_clips)["distance"]
-    rows.append(["real training clips", "", "", "", "", "", f"{floor:.0f}", ""])
-    header = ["run", "steps", "seconds", *(f"distance at {share}%" for share in SHARES)]
-    tables = [([*header, "held-out loss by stage, 0 first (compare seeds only)"], rows)]
+    rows.append(["real training clips", "", "", f"{floor:.0f}", "", ""])
+    tables = [(["run", "steps", "seconds", "distance", "named", "held-out loss by stage, 0 first"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
     publish(tables, args.made_by, args.out / "real.json")
     title, y_label = "Real clips: quality against {}", "distance to held-out clips"
@@ -258,6 +260,61 @@ def validate(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
+def naming(known: FolderClips, feature: Callable, device: torch.device) -> Callable:
+    """A score of clips (B, C, T, H, W) and the labels (B,) that they should show: the share that is named rightly. A
+    clip is named after the file of `known` whose middle is nearest to it, by a `feature` of clips (D,), standardized;
+    `own` (B,) are files that do not count, one for each clip."""
+    middles = (known.window(source, (source.frames - known.span) // 2) for source in known.sources)
+    features = torch.stack([feature(clip.to(device)) for clip in middles]).cpu().double()
+    scale = features.std(0).where(features.std(0) > 1e-6, 1.0)  # a feature that all share says nothing
+    shown = torch.tensor([known.classes.index(source.files[0].parent.name) for source in known.sources])
+
+    @torch.no_grad()
+    def score(clips: Tensor, labels: Tensor, own: Tensor | None = None) -> float:
+        found = torch.stack([feature(clip.to(device)) for clip in clips]).cpu().double()
+        distances = torch.cdist(found / scale, features / scale)
+        if own is not None:
+            distances[torch.arange(len(clips)), own] = torch.inf
+        return (shown[distances.argmin(1)] == labels).double().mean().item()
+
+    return score
+
+
+def names(args: argparse.Namespace) -> None:
+    """How often a clip is named rightly: damaged training clips, after the nearest of the other training clips, and
+    samples of --checkpoint by solver steps and guidance. A good score falls with every damage and rises as samples get
+    better. All clips have labels that two training clips or more have."""
+    pyplot()  # says what to install, if anything
+    args.out.mkdir(parents=True, exist_ok=True)
+    weights, device = load_weights(weight_file(args.checkpoint), choose_device()), choose_device()
+    known, rows = FolderClips(args.data / "train", weights.frames, weights.size, labels=True), []
+    folders = [source.files[0].parent.name for source in known.sources]
+    order = torch.randperm(len(folders), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    own = [number for number in order if folders.count(folders[number]) > 1][: args.number]
+    wanted = [folders[number] for number in own]
+    labels = torch.tensor([known.classes.index(name) for name in wanted])
+    named = naming(known, partial(picture_features, load_efficientnet().to(device)), device)
+    real = torch.stack([known.window(known.sources[number], 0) for number in own])
+
+    def add(name: str, strength, clips: Tensor, own: Tensor | None = None) -> None:
+        rows.append([name, strength, f"{named(clips, labels, own):.3f}"])
+        print(rows[-1], flush=True)
+
+    add("real training clips", "", real, torch.tensor(own))
+    for name, (damage, strengths) in damages(torch.Generator().manual_seed(0)).items():
+        for strength in strengths:
+            add(name, strength, damage(real, strength), torch.tensor(own))
+    asked = sample.choose_labels(weights.classes, len(own), wanted)
+    for guidance, steps in ((1.0, 9), (2.0, 3), (2.0, 9), (2.0, 15)):
+        clips = sampled(weights, asked, args, steps, "ab2", guidance).cpu()
+        add(f"samples of {args.checkpoint.name}, guidance {guidance:g}, steps", steps, clips)
+    bars = {f"{name} {strength}".strip(): [float(share)] for name, strength, share in rows[1:]}
+    title, share = "Clips whose nearest training clip has their label", float(rows[0][2])
+    draw_bars(bars, title, "share of clips", args.out / "names.png", share)
+    publish([(["clips, damage", "strength", "named"], rows)], args.made_by, args.out / "names.json")
+
+
+@torch.no_grad()
 def copies(args: argparse.Namespace) -> None:
     """Whether samples repeat training clips: how far samples and held-out clips are from the nearest window of any
     training clip, of the splits train and settings. The root mean square difference on frames of 16x16 pixels, whose
@@ -298,8 +355,8 @@ def copies(args: argparse.Namespace) -> None:
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.real", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    functions = {"train": train_systems, "scores": scores, "distance": validate, "copies": copies}
-    train_, scores_, distance_, copies_ = (add_command(commands, name, each) for name, each in functions.items())
+    functions = {"train": train_systems, "scores": scores, "distance": validate, "names": names, "copies": copies}
+    train_, scores_, distance_, names_, copies_ = (add_command(commands, *each) for each in functions.items())
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
     trial = "first a run of three times as many steps tells how many a system can make in --seconds"
     train_("--trial", type=positive_int, default=50, help=trial)
@@ -308,18 +365,21 @@ def make_parser() -> Parser:
     train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4'")
     scores_("--number", type=whole_number(2), default=192, help="clips that are sampled for each distance")
     distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
+    names_("--number", type=whole_number(2), default=192, help="clips to damage, and samples of each kind")
     copies_("--number", type=whole_number(2), default=192, help="samples, and held-out clips beside them")
-    for add in (scores_, distance_, copies_):
+    for add in (scores_, distance_, names_, copies_):
         add("--out", type=Path, default=Path("experiments/results"), help="folder of the tables and pictures")
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
-        add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")
         add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
     scores_("--reference", type=whole_number(2), default=400, help="held-out clips, at most four windows a clip")
     distance_("--checkpoint", type=Path, nargs="*", default=[], help="weights whose samples are compared too")
-    copies_("--checkpoint", type=Path, default=SHIPPED / "emoji.pt", help="whose samples these are")
+    for add in (scores_, distance_, copies_):
+        add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")
+    for add in (names_, copies_):
+        add("--checkpoint", type=Path, default=SHIPPED / "emoji.pt", help="whose samples these are")
     for add in (distance_, copies_):
         add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
-    for add in (train_, scores_, distance_, copies_):
+    for add in (train_, scores_, distance_, names_, copies_):
         add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
     for add in (train_, scores_):
         add("--runs", type=Path, default=Path("runs/real"), help="folder of the runs")

@@ -346,7 +346,8 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
 def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     for name in ("train/0", "train/250", "held-out/100", "held-out/150"):
-        animation(tmp_path / name / "clip.webp", 18, (16, 16), green=int(name.split("/")[1]))
+        for file in ("clip.webp", "twin.webp"):
+            animation(tmp_path / name / file, 18, (16, 16), green=int(name.split("/")[1]))
     monkeypatch.setattr(real, "load_efficientnet", few_channels)
     monkeypatch.setattr(real, "seconds_a_step", lambda words, _: 2 if "space-time" in words else 3)
     there, weights = f"--data {tmp_path} --runs {tmp_path}/runs", f"{tmp_path}/runs/vanilla-seed-1/weights.pt"
@@ -365,12 +366,26 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     few = f"--number 2 --steps 3 --out {tmp_path}"
     real.main(f"scores {there} {few} --reference 4".split())
     (_, trained), (_, cost), (_, gains) = tables_of(tmp_path / "real.json")
-    assert [row[0] for row in trained][:2] == ["space-time-seed-1", "space-time-seed-2"] and len(trained) == 5
+    assert [row[:2] for row in trained[:5:4]] == [["space-time-seed-1", 3], ["space-time-seed-2", 3]]
+    assert len(trained) == 4 * 4 + 1 and all(0 <= float(row[4]) <= 1 and "." in row[5] for row in trained[:-1])
     assert len(cost) == 2 * 2 * len(real.STEPS) and [row[2] for row in gains][1] == "1.00"
     assert len(list(tmp_path.glob("real-*.png"))) == 3
     real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
     ((_, rows),) = tables_of(tmp_path / "distance.json")
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
+    real.main(f"names --data {tmp_path} --number 4 --batch 4 --out {tmp_path} --checkpoint {weights}".split())
+    ((_, rows),) = tables_of(tmp_path / "names.json")
+    assert rows[0][0] == "real training clips" and len(rows) == 17 and (tmp_path / "names.png").exists()
+
+
+def test_a_clip_is_named_after_the_nearest_file_but_its_own(tmp_path):
+    for name, green in {"cat/a": 0, "cat/b": 40, "dog/a": 50, "dog/b": 250}.items():
+        animation(tmp_path / f"{name}.webp", 8, (8, 8), green=green, lossless=True)
+    known = FolderClips(tmp_path, 8, 8, labels=True)
+    named = real.naming(known, lambda clip: clip.mean((1, 2, 3)), torch.device("cpu"))
+    clips, labels = torch.stack([known.window(source, 0) for source in known.sources]), torch.tensor([0, 0, 1, 1])
+    assert named(clips, labels) == 1 and named(clips, 1 - labels) == 0
+    assert named(clips, labels, torch.arange(4)) == 0.5  # cat/b is nearest to dog/a, and dog/a to it
 
 
 def test_samples_that_repeat_training_clips_are_found(tmp_path, monkeypatch):
