@@ -25,6 +25,7 @@ from tpdiff import Pyramid, split_steps
 
 JUDGE = SHIPPED / "judge.pt"
 JUDGE_SEED = 2**31
+NAMED = "named rightly", "wrong clips nearer, median"
 NO_MEMORY = "not enough memory: a smaller --batch or --reference needs less"
 REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
 
@@ -160,16 +161,28 @@ def reference_features(count: int) -> Tensor:
 
 
 def picture_features(network: nn.Module, clip: Tensor, blocks: int = 11) -> Tensor:
-    """(3 D,) of a clip's frames at 128x128, after the first `blocks` of an image network's 16: each of the D channels'
-    mean over the clip, deviation over a frame, and mean size of the change from a frame to the next. Why the middle of
-    the network, where D is 112: `experiments.real distance`."""
+    """(3 D,) of a clip's frames, after the first `blocks` of an image network's 16: each of the D channels' mean over
+    the clip, deviation over a frame, and mean size of the change from a frame to the next. Why the middle of the
+    network, where D is 112: `experiments.real distance`."""
+    seen = seen_by(network, clip, blocks)
+    change = seen.diff(dim=0).abs().mean((0, 2, 3))
+    return torch.cat([seen.mean((0, 2, 3)), seen.std((2, 3)).mean(0), change])
+
+
+def placed_features(network: nn.Module, clip: Tensor) -> Tensor:
+    """(16 D,) of a clip's frames, which say what is where: after 8 of 16 blocks, where D is 80, the mean over time of
+    each channel in 4x4 parts of a frame."""
+    return F.adaptive_avg_pool2d(seen_by(network, clip, 8).mean(0), 4).flatten()
+
+
+def seen_by(network: nn.Module, clip: Tensor, blocks: int) -> Tensor:
+    """(T, D, h, w): what an image network has of a clip's frames, brought to 128x128, after its first `blocks`."""
     frames = clip.expand(3, -1, -1, -1).transpose(0, 1)
     seen = F.interpolate(frames, (128, 128), mode="bilinear", antialias=True)
     seen = network._swish(network._bn0(network._conv_stem(seen)))
     for block in network._blocks[:blocks]:
         seen = block(seen)
-    change = seen.diff(dim=0).abs().mean((0, 2, 3))
-    return torch.cat([seen.mean((0, 2, 3)), seen.std((2, 3)).mean(0), change])
+    return seen
 
 
 def load_efficientnet() -> nn.Module:
@@ -217,6 +230,30 @@ def distances_to(real: Tensor, features: dict[str, Callable]) -> Callable:
         return distances | {"flicker": flicker(clips)}
 
     return metrics
+
+
+@torch.no_grad()
+def naming(known: FolderClips, feature: Callable, device: torch.device) -> Callable:
+    """NAMED, the scores of clips (B, C, T, H, W) and the labels (B,) that they should show. A clip is named after the
+    file of `known` whose middle is nearest to it, by a `feature` of clips (D,), standardized. The first score is the
+    share that is named rightly, the second the median of how many files of other labels are nearer than the nearest of
+    its own. `own` (B,) are files that do not count, one for each clip."""
+    middles = (known.window(source, (source.frames - known.span) // 2) for source in known.sources)
+    features = torch.stack([feature(clip.to(device)) for clip in middles]).cpu().double()
+    scale = features.std(0).where(features.std(0) > 1e-6, 1.0)  # a feature that all share says nothing
+    shown = torch.tensor([known.classes.index(source.files[0].parent.name) for source in known.sources])
+
+    @torch.no_grad()
+    def score(clips: Tensor, labels: Tensor, own: Tensor | None = None) -> list[str]:
+        found = torch.stack([feature(clip.to(device)) for clip in clips]).cpu().double()
+        distances = torch.cdist(found / scale, features / scale)
+        if own is not None:
+            distances[torch.arange(len(clips)), own] = torch.inf
+        right = distances.where(shown == labels[:, None], torch.inf).amin(1, keepdim=True)
+        wrong = (distances < right).sum(1).double()
+        return [f"{(wrong == 0).double().mean():.3f}", f"{wrong.quantile(0.5):g}"]
+
+    return score
 
 
 def spread(values: list[float], form: str = ".3g") -> str:

@@ -42,7 +42,17 @@ from cli import (
 from data import FolderClips
 from experiments.claims import time_to
 from experiments.figures import draw_bars, draw_clips, draw_curves, pyplot
-from experiments.metrics import add_command, distances_to, load_efficientnet, picture_features, real_clips, spread
+from experiments.metrics import (
+    NAMED,
+    add_command,
+    distances_to,
+    load_efficientnet,
+    naming,
+    picture_features,
+    placed_features,
+    real_clips,
+    spread,
+)
 from experiments.report import provenance, publish
 from experiments.runs import run_train, seconds_a_step
 from tpdiff import split_steps
@@ -135,8 +145,9 @@ def scores(args: argparse.Namespace) -> None:
     seen = FolderClips(args.data / "train", *shape, labels=True)
     labels = torch.tensor([seen[number][1] for number in range(args.number)])
     real = real_clips(0, min(args.reference, 4 * len(held_out.sources)), held_out).to(device)
-    feature = partial(picture_features, load_efficientnet().to(device))
-    distance, named = distances_to(real, {"distance": feature}), naming(seen, feature, device)
+    network = load_efficientnet().to(device)
+    distance = distances_to(real, {"distance": partial(picture_features, network)})
+    named = naming(seen, partial(placed_features, network), device)
     rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
     for folder, options in runs.items():
         system, seed = folder.name.split("-seed-")
@@ -151,7 +162,7 @@ def scores(args: argparse.Namespace) -> None:
             losses = train.held_out_loss(weights.model, pyramid, held_out, options) or []
             losses = ", ".join(f"{loss:.4f}" for loss in losses)
             head = [folder.name, step, f"{seconds[step]:.0f}"]
-            rows.append([*head, f"{found:.0f}", f"{named(clips, labels):.3f}", losses])
+            rows.append([*head, f"{found:.0f}", *named(clips, labels), losses])
             print(rows[-1], flush=True)
         if system not in pictures:
             pictures[system] = sampled(weights, labels[:8], args, 30).cpu()
@@ -163,8 +174,8 @@ def scores(args: argparse.Namespace) -> None:
                 costs.setdefault(f"{system}, {solver}", []).append((calls, [one]))
     train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
     floor = distance(train_clips)["distance"]
-    rows.append(["real training clips", "", "", f"{floor:.0f}", "", ""])
-    tables = [(["run", "steps", "seconds", "distance", "named", "held-out loss by stage, 0 first"], rows)]
+    rows.append(["real training clips", "", "", f"{floor:.0f}", "", "", ""])
+    tables = [(["run", "steps", "seconds", "distance", *NAMED, "held-out loss by stage, 0 first"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
     publish(tables, args.made_by, args.out / "real.json")
     title, y_label = "Real clips: quality against {}", "distance to held-out clips"
@@ -259,31 +270,10 @@ def validate(args: argparse.Namespace) -> None:
     publish([(["damage", "strength", *features], rows)], args.made_by, args.out / "distance.json")
 
 
-@torch.no_grad()
-def naming(known: FolderClips, feature: Callable, device: torch.device) -> Callable:
-    """A score of clips (B, C, T, H, W) and the labels (B,) that they should show: the share that is named rightly. A
-    clip is named after the file of `known` whose middle is nearest to it, by a `feature` of clips (D,), standardized;
-    `own` (B,) are files that do not count, one for each clip."""
-    middles = (known.window(source, (source.frames - known.span) // 2) for source in known.sources)
-    features = torch.stack([feature(clip.to(device)) for clip in middles]).cpu().double()
-    scale = features.std(0).where(features.std(0) > 1e-6, 1.0)  # a feature that all share says nothing
-    shown = torch.tensor([known.classes.index(source.files[0].parent.name) for source in known.sources])
-
-    @torch.no_grad()
-    def score(clips: Tensor, labels: Tensor, own: Tensor | None = None) -> float:
-        found = torch.stack([feature(clip.to(device)) for clip in clips]).cpu().double()
-        distances = torch.cdist(found / scale, features / scale)
-        if own is not None:
-            distances[torch.arange(len(clips)), own] = torch.inf
-        return (shown[distances.argmin(1)] == labels).double().mean().item()
-
-    return score
-
-
 def names(args: argparse.Namespace) -> None:
-    """How often a clip is named rightly: damaged training clips, after the nearest of the other training clips, and
-    samples of --checkpoint by solver steps and guidance. A good score falls with every damage and rises as samples get
-    better. All clips have labels that two training clips or more have."""
+    """How often a clip is named rightly, after the nearest training clip: damaged training clips, their own files
+    apart, and samples of --checkpoint by solver steps and guidance. A good score falls with every damage and rises as
+    samples get better. All clips have labels that two training clips or more have."""
     pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     weights, device = load_weights(weight_file(args.checkpoint), choose_device()), choose_device()
@@ -293,11 +283,11 @@ def names(args: argparse.Namespace) -> None:
     own = [number for number in order if folders.count(folders[number]) > 1][: args.number]
     wanted = [folders[number] for number in own]
     labels = torch.tensor([known.classes.index(name) for name in wanted])
-    named = naming(known, partial(picture_features, load_efficientnet().to(device)), device)
+    named = naming(known, partial(placed_features, load_efficientnet().to(device)), device)
     real = torch.stack([known.window(known.sources[number], 0) for number in own])
 
     def add(name: str, strength, clips: Tensor, own: Tensor | None = None) -> None:
-        rows.append([name, strength, f"{named(clips, labels, own):.3f}"])
+        rows.append([name, strength, *named(clips, labels, own)])
         print(rows[-1], flush=True)
 
     add("real training clips", "", real, torch.tensor(own))
@@ -308,10 +298,10 @@ def names(args: argparse.Namespace) -> None:
     for guidance, steps in ((1.0, 9), (2.0, 3), (2.0, 9), (2.0, 15)):
         clips = sampled(weights, asked, args, steps, "ab2", guidance).cpu()
         add(f"samples of {args.checkpoint.name}, guidance {guidance:g}, steps", steps, clips)
-    bars = {f"{name} {strength}".strip(): [float(share)] for name, strength, share in rows[1:]}
+    bars = {f"{name} {strength}".strip(): [float(share)] for name, strength, share, _ in rows[1:]}
     title, share = "Clips whose nearest training clip has their label", float(rows[0][2])
     draw_bars(bars, title, "share of clips", args.out / "names.png", share)
-    publish([(["clips, damage", "strength", "named"], rows)], args.made_by, args.out / "names.json")
+    publish([(["clips, damage", "strength", *NAMED], rows)], args.made_by, args.out / "names.json")
 
 
 @torch.no_grad()

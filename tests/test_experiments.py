@@ -367,7 +367,7 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     real.main(f"scores {there} {few} --reference 4".split())
     (_, trained), (_, cost), (_, gains) = tables_of(tmp_path / "real.json")
     assert [row[:2] for row in trained[:5:4]] == [["space-time-seed-1", 3], ["space-time-seed-2", 3]]
-    assert len(trained) == 4 * 4 + 1 and all(0 <= float(row[4]) <= 1 and "." in row[5] for row in trained[:-1])
+    assert len(trained) == 4 * 4 + 1 and all(0 <= float(row[4]) <= 1 and "." in row[6] for row in trained[:-1])
     assert len(cost) == 2 * 2 * len(real.STEPS) and [row[2] for row in gains][1] == "1.00"
     assert len(list(tmp_path.glob("real-*.png"))) == 3
     real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
@@ -382,10 +382,11 @@ def test_a_clip_is_named_after_the_nearest_file_but_its_own(tmp_path):
     for name, green in {"cat/a": 0, "cat/b": 40, "dog/a": 50, "dog/b": 250}.items():
         animation(tmp_path / f"{name}.webp", 8, (8, 8), green=green, lossless=True)
     known = FolderClips(tmp_path, 8, 8, labels=True)
-    named = real.naming(known, lambda clip: clip.mean((1, 2, 3)), torch.device("cpu"))
+    named = metrics.naming(known, lambda clip: clip.mean((1, 2, 3)), torch.device("cpu"))
     clips, labels = torch.stack([known.window(source, 0) for source in known.sources]), torch.tensor([0, 0, 1, 1])
-    assert named(clips, labels) == 1 and named(clips, 1 - labels) == 0
-    assert named(clips, labels, torch.arange(4)) == 0.5  # cat/b is nearest to dog/a, and dog/a to it
+    assert named(clips, labels) == ["1.000", "0"] and named(clips, 1 - labels)[0] == "0.000"
+    # but for its own file, cat/b is nearest to dog/a, and dog/a to both cats
+    assert named(clips, labels, torch.arange(4)) == ["0.500", "0.5"]
 
 
 def test_samples_that_repeat_training_clips_are_found(tmp_path, monkeypatch):
