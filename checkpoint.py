@@ -152,7 +152,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         raise ValueError(f"{path} does not fit this version of the model ({str(error).splitlines()[0]})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
-    head = {name: content[name] for name in (*SETTINGS, "step", *content.keys() & {"latent_scale", "label_dropout"})}
+    more = content.get("args", {}) | content  # older checkpoints have label_dropout in their arguments alone
+    head = {name: more[name] for name in (*SETTINGS, "step", *more.keys() & {"latent_scale", "label_dropout"})}
     return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
 
 

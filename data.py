@@ -147,7 +147,7 @@ class FolderClips(Dataset):
         whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
-        self.classes = tuple(sorted({self._class_name(source) for source in self.sources})) if self.labels else ()
+        self.classes = tuple(sorted({self.class_name(source) for source in self.sources})) if self.labels else ()
         clips = f"{len(self.sources)} clip{'s' * (len(self.sources) != 1)}"
         clips += f" of {sum(source.frames for source in self.sources)} frames in all"
         self.summary = f"{name}: {files} file{'s' * (files != 1)} found, {used} used, {clips}"
@@ -169,7 +169,7 @@ class FolderClips(Dataset):
             "that state no times, which --fps needs": self.fps and not source.unit,
             f"shorter than {self.span} frames": source.frames < self.span,
             f"latents smaller than {self.size}": source.kind == "latent" and too_small,
-            "in no sub-folder, so without a label": self.labels and self._class_name(source) is None,
+            "in no sub-folder, so without a label": self.labels and self.class_name(source) is None,
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -226,7 +226,7 @@ class FolderClips(Dataset):
             kinds = ", ".join(f"{count} {name}{'s' * (count > 1 and name[-1] != 's')}" for count, name in found)
         return f" ({kinds}); {skipped}" + "".join(f"\nwarning: {text}" for text in warned)
 
-    def _class_name(self, source: Source) -> str | None:
+    def class_name(self, source: Source) -> str | None:
         """The sub-folder of the folder that the clip is in."""
         parts = source.files[0].relative_to(self.folder).parts
         return parts[0] if len(parts) > 1 else None
@@ -283,7 +283,7 @@ class FolderClips(Dataset):
                 self._pass_over(source.files[0], error)
                 continue
             window = window.flip(-1) if self.flip and random.integers(2) else window
-            label = self.classes.index(self._class_name(source)) if self.labels else -1
+            label = self.classes.index(self.class_name(source)) if self.labels else -1
             return window, label
         raise DataError(f"{self.folder}: not one file can be decoded")
 

@@ -89,12 +89,20 @@ def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: a
     return f"steps {steps} with {args.solver}: {cost:.4g} full-rate network calls a clip{guided}"
 
 
+def check_guidance(weights: Weights, guidance: float) -> None:
+    """Raises ValueError for guidance other than 1 of a model that was not trained both with labels and without."""
+    if guidance != 1 and not (weights.classes and 0 < weights.label_dropout < 1):
+        never = "without" if weights.classes and not weights.label_dropout else "with"
+        raise ValueError(f"guidance needs a model trained both with labels and without: this was never {never} them")
+
+
 def generate(
     weights: Weights, pyramid: Pyramid, labels: Tensor | None, number: int,
     steps: int | list[int] = 30, solver: str = "euler", guidance: float = 1.0,
     seed: int = 0, precision: str = "auto", progress: bool = False, first: int = 0,
 ) -> Tensor:  # fmt: skip
     """`number` clips (B, C, T, H, W) from number `first` on. Clip i's noise depends on `seed` and i alone."""
+    check_guidance(weights, guidance)
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, *height_width(weights.size))
     generators = [generator_for(seed, cli.SAMPLING, index) for index in range(first, first + number)]
@@ -185,9 +193,7 @@ def run(args: argparse.Namespace) -> None:
     if args.list_labels:
         return print(*weights.classes or [f"{path} was trained without labels"], sep="\n")
     labels = choose_labels(weights.classes, args.number, args.label)
-    if args.guidance != 1 and not (weights.classes and weights.label_dropout):
-        never = f"{path} was never trained {'without' if weights.classes else 'with'} labels"
-        raise ValueError(f"--guidance needs a model that was trained with labels and without: {never}")
+    check_guidance(weights, args.guidance)
     pyramid, steps = make_pyramid(weights), args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages, pyramid.lengths)
     out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out

@@ -200,16 +200,18 @@ def settle(args: Namespace) -> tuple[Namespace, Family]:
         if not (args.lora / "run.json").exists():
             raise ValueError(f"--lora {args.lora} holds no run.json: it is not a folder that finetune.py made")
         saved = json.loads((args.lora / "run.json").read_text())
-        for name in ("stages", "pyramid", "shift"):
-            if getattr(args, name) not in (None, saved[name]):
-                raise ValueError(f"{args.lora} was trained with --{name} {saved[name]}, not {getattr(args, name)}")
-    args.rank = saved["lora"]
-    for name in ("model", "motion_adapter", "stages", "pyramid", "shift", "frames", "size", "fps"):
-        if getattr(args, name) is None:
-            setattr(args, name, saved.get(name))
+    args.model, args.rank = args.model or saved.get("model"), saved["lora"]
+    args.motion_adapter = args.motion_adapter or saved.get("motion_adapter")
     if not args.model:
         raise ValueError("--model or --lora is needed")
     family = family_of(args.model, args.motion_adapter)
+    saved["shift"] = saved["shift"] or family.schedule(args.model).get("shift")  # older runs have None for the model's
+    for name in ("stages", "pyramid", "shift"):
+        if args.lora and getattr(args, name) not in (None, saved[name]):
+            raise ValueError(f"{args.lora} was trained with --{name} {saved[name]}, not {getattr(args, name)}")
+    for name in ("stages", "pyramid", "shift", "frames", "size", "fps"):
+        if getattr(args, name) is None:
+            setattr(args, name, saved.get(name))
     for name in ("frames", "size", "fps"):  # a run's fps of 0 is each file's own
         setattr(args, name, getattr(args, name) or getattr(family, name))
     args.guidance = family.guidance if args.guidance is None else args.guidance

@@ -241,7 +241,7 @@ def naming(known: FolderClips, feature: Callable, device: torch.device) -> Calla
     middles = (known.window(source, (source.frames - known.span) // 2) for source in known.sources)
     features = torch.stack([feature(clip.to(device)) for clip in middles]).cpu().double()
     scale = features.std(0).where(features.std(0) > 1e-6, 1.0)  # a feature that all share says nothing
-    shown = torch.tensor([known.classes.index(source.files[0].parent.name) for source in known.sources])
+    shown = torch.tensor([known.classes.index(known.class_name(source)) for source in known.sources])
 
     @torch.no_grad()
     def score(clips: Tensor, labels: Tensor, own: Tensor | None = None) -> list[str]:

@@ -278,9 +278,11 @@ def names(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     weights, device = load_weights(weight_file(args.checkpoint), choose_device()), choose_device()
     known, rows = FolderClips(args.data / "train", weights.frames, weights.size, labels=True), []
-    folders = [source.files[0].parent.name for source in known.sources]
+    folders = [known.class_name(source) for source in known.sources]
     order = torch.randperm(len(folders), generator=torch.Generator().manual_seed(args.seed)).tolist()
     own = [number for number in order if folders.count(folders[number]) > 1][: args.number]
+    if not own:
+        raise ValueError(f"{args.data / 'train'} holds no label with two clips or more, which this compares")
     wanted = [folders[number] for number in own]
     labels = torch.tensor([known.classes.index(name) for name in wanted])
     named = naming(known, partial(placed_features, load_efficientnet().to(device)), device)

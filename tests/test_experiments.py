@@ -219,7 +219,9 @@ def test_the_pace_of_a_run_counts_each_stage_as_often_as_it_is_trained(monkeypat
     def run_train(words, out):
         assert "--log-interval 1 " in " ".join(words)
         stages = 2, 2, 0, 0, 0, 1, 0, 0, 2
-        seconds = itertools.accumulate([100, 100, 100, *((4, 2, 1)[k] for k in stages[3:])])  # the first third is slow
+        times = [100, 100, 100, *((4, 2, 1)[k] for k in stages[3:])]  # the first third is slow
+        times[6] = 50  # and one step of stage 0 is
+        seconds = itertools.accumulate(times)
         losses = [[0.5 if stage == k else None for stage in range(3)] for k in stages]
         rows = [{"seconds": now, "loss_by_stage": each} for now, each in zip(seconds, losses, strict=True)]
         out.mkdir()
@@ -228,6 +230,31 @@ def test_the_pace_of_a_run_counts_each_stage_as_often_as_it_is_trained(monkeypat
     monkeypatch.setattr(runs, "run_train", run_train)
     assert runs.seconds_a_step([], 3) == pytest.approx((4 + 2 + 1) / 3)
     assert runs.seconds_a_step(["--stage-odds", "4", "2", "1"], 3) == pytest.approx((4 * 1 + 2 * 2 + 1 * 4) / 7)
+
+
+def test_gains_in_training_time_are_against_vanilla_of_the_same_seed_with_their_range_over_turns(monkeypatch, tmp_path):
+    distances = {"flow-1": (8, 4, 2, 1), "flow-1-seed-2": (8, 4, 2, 0.5), "real": [0.2] * 4}
+    distances |= {"flow-3": (4, 2, 1, 0.5), "flow-3-seed-2": (1, 1, 1, 1)}
+    paces, drawn = iter([30 / 19, 1, 30 / 19, 2]), {}  # of 1,900 steps and of 3,000, two turns
+    monkeypatch.setattr(claims, "seconds_a_step", lambda words, trial: next(paces))
+    found = lambda cell, _: {"judge_distance": [distances[cell.run][cell.percent // 25 - 1]]}  # noqa: E731
+    monkeypatch.setattr(claims, "measured", found)
+    monkeypatch.setattr(claims, "draw_curves", lambda curves, *_, **__: drawn.update(curves))
+    for name in ("draw_clips", "clips_of", "front_row"):
+        monkeypatch.setattr(claims, name, lambda *_: [])
+    args = SimpleNamespace(repeats=2, smoke=False, seeds=[0], out=tmp_path)
+    (_, gains), (_, rows), _ = claims.against_time("a", "", [("flow", "1"), ("flow", "3")], {9: "euler"}, args)
+    # it is at vanilla's last distance after three quarters of 3,000 s, or of 6,000 s; vanilla takes 3,000 s
+    assert gains == [
+        ["flow-1", "1.00 [1.00, 1.00]"], ["flow-3", "1.00 [0.67, 1.33]"],
+        ["flow-1-seed-2", "1.00 [1.00, 1.00]"], ["flow-3-seed-2", "not reached"],
+    ]  # fmt: skip
+    assert rows[1] == ["flow-3", "1500", "4500", "4", "2", "1", "0.5"]
+    assert drawn["vanilla, seed 1"] == [(750 * n, [value]) for n, value in enumerate((8, 4, 2, 1), 1)]
+    distances["flow-3"], paces = (1, 1, 1, 1), iter([30 / 19, 1, 30 / 19, 2])
+    monkeypatch.setattr(claims, "seconds_a_step", lambda words, trial: next(paces))
+    (_, gains), *_ = claims.against_time("a", "", [("flow", "1"), ("flow", "3")], {9: "euler"}, args)
+    assert gains[1] == ["flow-3", "at least 3.00 [2.00, 4.00]"]
 
 
 def test_every_claim_has_its_table_and_its_figure_and_the_pages_are_up_to_date():
