@@ -280,9 +280,14 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
     for texts, problem in wrong.items():
         with pytest.raises(ValueError, match=problem):
             report.make_page(texts, tmp_path)
+    report.write_json(tmp_path / "a.json", {"tables": [[["n"], [[n] for n in range(17)]]]})
+    page = report.make_page("![one](a.png)\n![two](b.png)\n\n{{a.json}}\n", tmp_path)
+    images = [f'<img src="{name}.png" alt="{alt}" width="440">\n' for name, alt in {"a": "one", "b": "two"}.items()]
+    assert page.startswith(f"<p>\n{''.join(images)}</p>\n")
+    assert "<details><summary>Table of 17 rows</summary>\n\n| n |\n" in page and page.endswith("| 16 |\n\n</details>\n")
     monkeypatch.setattr(report.os, "replace", lambda *_: None)  # stopped just before: the file is the one before
     report.write_json(tmp_path / "a.json", {})
-    assert len(tables_of(tmp_path / "a.json")) == 2
+    assert len(tables_of(tmp_path / "a.json")) == 1
 
 
 @pytest.mark.parametrize(
