@@ -3,13 +3,15 @@
 import itertools
 import json
 import math
+import re
+import shlex
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import animation, fails_with_one_line
+from conftest import ROOT, animation, fails_with_one_line
 
 from cli import SAMPLING, generator_for
 from examples import finetune, generate
@@ -114,6 +116,19 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
         finetune.save_tensors(wrong, file)
         with pytest.raises(ValueError, match="whole was trained on another model than .*: their layers differ"):
             generate.load_finetuned(family, args, torch.float32)
+
+
+def test_the_readme_s_two_commands_finetune_and_sample_a_small_wan(places, tmp_path):
+    text = (ROOT / "README.md").read_text().replace("\\\n", "")
+    here = {"--model Wan-AI/Wan2.1-T2V-1.3B-Diffusers": places["wan"], "--data clips": f"--data {places['clips']}"}
+    here |= {"runs/wan": f"{tmp_path}/wan", "cat.mp4": f"{tmp_path}/cat.mp4"}
+    tune, make = (re.search(rf"{name} (--.*)", text)[1] for name in ("examples.finetune", "examples.generate"))
+    for there, small in here.items():
+        assert there in tune + make
+        tune, make = tune.replace(there, small), make.replace(there, small)
+    finetuned([*shlex.split(tune), *CLIPS.split(), "--steps", "2"])
+    generate.main([*shlex.split(make), "--device", "cpu"])
+    assert (tmp_path / "cat.mp4").stat().st_size > 500
 
 
 @each_model

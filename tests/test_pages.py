@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import re
+import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from conftest import ROOT, pages
 
 import tpdiff
+import train
 from checkpoint import SHIPPED, load_weights
 
 # From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
@@ -106,3 +108,17 @@ def test_the_front_page_s_numbers_of_the_shipped_emoji_model_are_those_of_its_we
     size = sum(each.numel() for each in weights.model.parameters()) / 1e6
     assert f"a model of {size:.1f} million parameters, trained for four minutes on one GPU" in front
     assert f"have {len(weights.classes)} labels" in front and f"--steps {weights.step} " in front
+
+
+def test_every_command_on_the_pages_is_one_that_its_parser_takes():
+    text, count = "\n".join(pages().values()).replace("\\\n", ""), 0
+    command = r"(?:python|launch|torchrun \S+) (?:-m )?((?:experiments|examples)\.\w+|\w+\.py)\b( [^\n`#]+)"
+    for name, words in re.findall(command, text):
+        module = import_module(name.removesuffix(".py"))
+        if hasattr(module, "make_parser"):
+            made = module.make_parser()
+            _, more = (made[0] if isinstance(made, tuple) else made).parse_known_args(shlex.split(words))
+            assert not more or name == "experiments.speed", (name, words)
+            train.make_parser().parse_args(more)  # what experiments.speed hands on
+            count += 1
+    assert count > 40
