@@ -180,7 +180,7 @@ def start_from_file(model: DiT, dataset: Dataset, args: Namespace) -> None:
     if weights.mode != args.mode:
         raise ValueError(f"{trained} with --mode {weights.mode}, not {args.mode}")
     if bool(weights.classes) != bool(dataset.classes):
-        raise ValueError(f"{trained} {'with' if weights.classes else 'without'} labels, unlike this")
+        raise ValueError(f"{trained} {'with' if weights.classes else 'without'} labels, unlike this run: see --labels")
     if dataset.classes:  # by name, and a name that is new starts as the null label
         old, embedding = weights.classes, weights.model.embed_label
         rows = [old.index(name) if name in old else len(old) for name in dataset.classes] + [len(old)]

@@ -136,13 +136,16 @@ def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None
 
 
 def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None = None) -> Tensor | None:
-    """(B,) labels: the `names` in turn, or every class; None for a model without classes. Raises ValueError."""
-    for name in names or ():
-        if name not in classes:
+    """(B,) labels: the `names` in turn, or every class; None for a model without classes. A name may also be an emoji
+    whose first code point is a class, as it is for weights/emoji.pt. Raises ValueError."""
+    names = names or classes
+    found = {name: name if name in classes or name.isascii() else f"{ord(name[0]):x}" for name in names}
+    for name, label in found.items():
+        if label not in classes:
             few = ", ".join(classes[:10]) + ", ...; --list-labels prints all" * (len(classes) > 10)
             known = f"its labels are {few}" if classes else "it was trained without labels"
             raise ValueError(f"--label {name} is unknown to the model: {known}")
-    chosen = torch.tensor([classes.index(name) for name in names or classes])
+    chosen = torch.tensor([classes.index(found[name]) for name in names])
     return chosen[torch.arange(number) % len(chosen)] if classes else None
 
 
@@ -164,7 +167,7 @@ def make_parser() -> cli.Parser:
     steps = "solver steps: a total, or one count per stage, noisiest first"
     add("--steps", type=positive_int, nargs="+", default=[30], help=steps)
     add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
-    add("--label", nargs="+", help="classes to sample, in turn [every class]")
+    add("--label", nargs="+", help="classes to sample, in turn; an emoji stands for its first code point [every class]")
     add("--list-labels", action="store_true", help="print the classes of the model, and stop")
     guidance = "classifier-free guidance scale; other than 1 doubles the cost"
     add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)

@@ -99,13 +99,18 @@ def training(args: argparse.Namespace) -> list:
     )
 
 
-def twice(args: argparse.Namespace) -> list:
+def twice(args: argparse.Namespace, mode: str = "flow") -> list:
     """Fig. 5 with twice as many steps of training, flow: vanilla, and the pyramid in time, in space, and in both. And
     all scores at the end, with thirty Euler steps, nine, and six of `ab2`; of the last also with 5-3-1 of `ab2`."""
     ways = {30: "euler", 9: "euler", 6: "ab2"}
-    *tables, ends = against_time("twice", "-twice", [("flow", name) for name in SYSTEMS], ways, args)
-    cells = [Cell(f"flow-3-space-time-twice{seed}", (5, 3, 1), "ab2") for seed in training_seeds(args)]
+    *tables, ends = against_time("twice", "-twice", [(mode, name) for name in SYSTEMS], ways, args)
+    cells = [Cell(f"{mode}-3-space-time-twice{seed}", (5, 3, 1), "ab2") for seed in training_seeds(args)]
     return [*tables, (FRONT, ends[1] + [front_row(cell, args) for cell in cells])]
+
+
+def twice_ddim(args: argparse.Namespace) -> list:
+    """`twice` with ddim."""
+    return twice(args, "ddim")
 
 
 def against_time(
@@ -138,7 +143,8 @@ def against_time(
         title = "Vanilla and pyramids" if not length else "Twice as many steps of training"
         labels = f"{title}, {mode}", "seconds of training", "judge's distance"
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
-    draw_clips(pictures, f"{title}: clips of the same noises", args.out / f"{claim}-clips.png")
+    name = claim if not length else f"{claim}-{mode}"  # short runs of both modes are in one picture
+    draw_clips(pictures, f"{title}: clips of the same noises", args.out / f"{name}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
     return [(["run", "times as fast to vanilla's last distance"], gains), (header, curve_rows), (FRONT, ends)]
 
@@ -231,7 +237,8 @@ def sampling(args: argparse.Namespace) -> list:
 
 
 CLAIMS = {
-    f.__name__: f for f in (latency, training, twice, sampling, alignment, renoising, early, *QUESTIONS, straight)
+    f.__name__.replace("_", "-"): f
+    for f in (latency, training, twice, twice_ddim, sampling, alignment, renoising, early, *QUESTIONS, straight)
 }
 
 
@@ -246,7 +253,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         if name != "latency":
             add_scoring(add)
             add("--runs", type=Path, default=Path("runs/evaluate"), help="where the runs are that it trains")
-        if whole or name in ("latency", "training", "twice"):
+        if whole or name in ("latency", "training", "twice", "twice-ddim"):
             add("--repeats", type=positive_int, default=9, help="timings of each kind")
         if whole or name == "latency":
             add("--width", type=positive_int, default=96, help="channels of a token")

@@ -35,7 +35,7 @@ SPACE = "--stages 3 --batch 32 16 4 --pyramid"  # small clips take as long as a 
 KINDS = {"1": ("--stages 1", 1900), "3": ("--stages 3", 3000)}
 KINDS |= {"3-space": (f"{SPACE} space", 2300), "3-space-time": (f"{SPACE} space-time", 3300)}
 SEEDS = {"": "seed 1", "-seed-2": "seed 2"}  # of training
-OPTIONS = {}  # -twice with ddim is for a claim to come
+OPTIONS = {}
 for mode, (name, (words, steps)) in itertools.product(("flow", "ddim"), KINDS.items()):
     OPTIONS[f"{mode}-{name}"] = f"--mode {mode} {words} --steps {steps}"
     OPTIONS[f"{mode}-{name}-twice"] = f"--mode {mode} {words} --steps {2 * steps}"

@@ -76,6 +76,9 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
     assert "it.gif exists already" in fails_with_one_line(capsys, sample.main, *words)
     assert sample.choose_labels(("ape", "cat", "dog"), 3, ["dog", "ape"]).tolist() == [2, 0, 2]
     assert sample.choose_labels(("ape", "cat"), 3).tolist() == [0, 1, 0]
+    assert sample.choose_labels(("1f3c4", "1f44b"), 3, ["1f44b", "🏄🏽"]).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="--label 🐳 is unknown"):
+        sample.choose_labels(("1f3c4", "1f44b"), 1, ["🐳"])
 
 
 def test_train_on_latents_then_sample_some(tmp_path, capsys):
