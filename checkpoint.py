@@ -98,7 +98,7 @@ def load_file(path: Path, *keys: str) -> dict:
         raise ValueError(f"{path} is no checkpoint, or not of this version of train.py (format {FORMAT})")
     missing = sorted({*HEAD, *keys} - content.keys())
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: another kind of file is needed here")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is no whole checkpoint.pt of train.py")
     content = {"pyramid": "time", "shift": 1.0, "ends": None} | content  # older ones are of the paper's pyramid
     head = {name: content[name] for name in SETTINGS}
     with suppress(KeyError, TypeError, ValueError, IndexError, RuntimeError):
@@ -123,7 +123,7 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
     """The run's arguments, those in `free` by `argv`, and its checkpoint. Raises ValueError if it changes another."""
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     if checkpoint["args"].get("time_shift", 1.0) != 1 and checkpoint["args"]["stages"] > 1:
-        raise ValueError(f"{out} was trained with --time-shift, a shift of each stage that is no more: start anew")
+        raise ValueError(f"{out} was trained with --time-shift, which is no longer supported: begin a new run")
     parser.set_defaults(**{"shift": checkpoint["args"].pop("time_shift", 1.0)} | checkpoint["args"])
     args = parser.parse_args(argv)
     for name in vars(args).keys() - free:

@@ -14,24 +14,27 @@ import torch
 import torch.distributed as dist
 
 SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
-BRACKETS = "\nWhat stands in [brackets] holds without the option."  # of a help
+BRACKETS = "[Brackets] hold the default."  # of a help
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        bare = action.default is None or action.default is False
+        bare = action.default is None or action.default is False or action.default == "" or "[" in action.help
         return action.help if bare else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults and ends
-    with an example: `epilog`, or the bare command, or its first sub-command."""
+    """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults, explains
+    brackets, and ends with an example: `epilog`, or the bare command, or its first sub-command."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
 
     def format_help(self) -> str:
         first = [next(iter(action.choices)) for action in self._actions if action.nargs == argparse.PARSER]
+        about = self.description or ""
+        if any("[" in (action.help or "") for action in self._actions) and BRACKETS not in about:
+            self.description = f"{about}\n{BRACKETS}"
         self.epilog = self.epilog or f"example: python -m {' '.join([self.prog, *first])}"
         return super().format_help()
 
@@ -88,7 +91,7 @@ def device_type(name: str) -> str:
     """ "cpu", "cuda" or "mps", as --device has it. Raises ValueError if there is none such."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(name, True):
-        raise ValueError(f"--device {name}: this torch, {torch.__version__}, finds none")
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no such device")
     return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
 
 

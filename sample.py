@@ -93,7 +93,7 @@ def check_guidance(weights: Weights, guidance: float) -> None:
     """Raises ValueError for guidance other than 1 of a model that was not trained both with labels and without."""
     if guidance != 1 and not (weights.classes and 0 < weights.label_dropout < 1):
         never = "without" if weights.classes and not weights.label_dropout else "with"
-        raise ValueError(f"guidance needs a model trained both with labels and without: this was never {never} them")
+        raise ValueError(f"guidance needs a model trained with labels and without: it was never trained {never} labels")
 
 
 def generate(
@@ -156,7 +156,7 @@ def free_name(stem: Path) -> Path:
 
 
 def make_parser() -> cli.Parser:
-    about = {"description": "Sample clips from trained weights, as a GIF and a PNG strip." + cli.BRACKETS}
+    about = {"description": "Sample clips from trained weights, as a GIF and a PNG strip."}
     parser = cli.Parser(prog="sample.py", **about, epilog="example: python sample.py --stages 3 --label 7 --guidance 2")
     add = parser.add_argument
     add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
@@ -171,7 +171,7 @@ def make_parser() -> cli.Parser:
     add("--list-labels", action="store_true", help="print the classes of the model, and stop")
     guidance = "classifier-free guidance scale; other than 1 doubles the cost"
     add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)
-    add("--seed", type=non_negative_int, default=0, help="clip i's noise depends on the seed and i alone")
+    add("--seed", type=non_negative_int, default=0, help="of the noise; clip number i has the same in every call")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     cli.add_device(add)
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")

@@ -135,9 +135,9 @@ class Pyramid:
             raise ValueError(f"ends must be {stages} times that begin with 0, rise and stay below 1, not {ends}")
         if not 0 < shift < math.inf:
             raise ValueError(f"shift must be a number above 0, not {shift}")
-        targets = ("epsilon", "velocity", "sample") if mode == "ddim" else (None,)
+        targets = ("epsilon", "velocity", "sample") if mode == "ddim" else ()
         if mode == "flow" and alphas_cumprod is not None or prediction not in (None, *targets):
-            raise ValueError(f"mode {mode} predicts one of {targets}, not {prediction}; alphas_cumprod is ddim's alone")
+            raise ValueError('"ddim" has prediction epsilon, velocity or sample; "flow" has neither it nor alphas_cumprod')
         self.mode, self.stages, self.factor, self.ends = mode, int(stages), tuple(map(int, factor)), ends
         self.shift, self.prediction, self.alphas_cumprod = float(shift), None, None
         if mode == "ddim":

@@ -45,7 +45,7 @@ NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames n
 
 
 def make_parser() -> cli.Parser:
-    about = {"description": "Train a video diffusion model on the temporal pyramid." + cli.BRACKETS}
+    about = {"description": "Train a video diffusion model on the temporal pyramid."}
     parser = cli.Parser(prog="train.py", **about, epilog="example: python train.py --mode flow --out runs/mine")
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
@@ -54,21 +54,21 @@ def make_parser() -> cli.Parser:
     add("--stage-odds", type=positive_int, nargs="+", help=odds)
     add("--pyramid", choices=FACTORS, default="time", help="what a stage halves: frame rate, height and width, or all")
     add("--shift", type=real_number(0.01, 100), default=1.0, help="above 1: noisier times in training and sampling")
-    ends = "times at which the stages end, noisiest first and the last 0, as in --ends 0.5 0.25 0 [in equal distances]"
+    ends = "times at which the stages end, noisiest first and the last 0, as in --ends 0.5 0.25 0 [equally spaced]"
     add("--ends", type=real_number(0, 1), nargs="+", help=ends)
-    pairing = "how noise is paired with data: permuted within a batch, or the nearest of --candidates"
+    pairing = "how noise is paired with data: permuted within a batch, the nearest of --candidates, or neither"
     add("--align", choices=["assignment", "nearest", "none"], default="assignment", help=pairing)
     add("--candidates", type=positive_int, default=8, help="noises a clip for --align nearest")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of animations, numbered stills, videos or latents [moving digits, made on the fly]")
     add("--labels", choices=["folder"], help="folder: the names of --data's sub-folders are the classes [no labels]")
     add("--fps", type=real_number(0.01, 1000), help="frames a second to read clips of --data at [each at its own]")
-    add("--from-start", action="store_true", help="windows begin with their clips, as latents of causal VAEs need it")
+    add("--from-start", action="store_true", help="take each clip's first frames, as latents of causal VAEs need")
     add("--held-out", type=real_number(0, 0.5), default=0.0, help="share of clips kept for a loss at every save")
     add("--frame-stride", type=positive_int, default=1, help="2 takes every second frame of --data, and so on")
     add("--flip", action="store_true", help="mirror half of the clips of --data")
     add("--grayscale", action="store_true", help="one channel from --data instead of three")
-    add("--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="factor that brings latents to unit size")
+    add("--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="one factor for all channels of latents")
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip, any number")
     size = "height and width, or one number for both; multiples of the patch and of what --pyramid halves [32; of "
@@ -82,7 +82,7 @@ def make_parser() -> cli.Parser:
     add("--heads", type=positive_int, default=4, help="attention heads")
     add("--convolution", action="store_true", help="a 3x3 convolution in each MLP, so that patches see neighbours")
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=positive_int, default=3000, help="optimizer steps; --resume may change it and the rate")
+    add("--steps", type=positive_int, default=3000, help="optimizer steps; a change on --resume moves --lr's curve")
     batch = "clips a process in one forward pass: one number, or one for each stage, noisiest first"
     add("--batch", type=positive_int, nargs="+", action=cli.OneOrMore, default=4, help=batch)
     add("--accumulate", type=positive_int, default=1, help="micro-batches a step; above 1 there are no CUDA graphs")
@@ -351,7 +351,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     """What `train` needs after `args`. Raises ValueError or OSError on bad input."""
     rank, world, device = cli.start_processes(args.device)
     if checkpoint and (micros := checkpoint["world"] * checkpoint["args"]["accumulate"]) != world * args.accumulate:
-        raise ValueError(f"{args.out} needs processes x --accumulate = {micros}, not {world} x {args.accumulate}")
+        raise ValueError(f"{args.out} resumes at processes x --accumulate = {micros}, not {world} x {args.accumulate}")
     dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
     args.size = dataset.size
     disk.check_size(args)

@@ -6,7 +6,8 @@
 
 First the model's own VAE and text encoder turn the clips of --data and their captions (clip.txt beside clip.mp4) into
 files under --out, once. Then its network is trained alone, by Algorithm 2 of the paper. --stages 1 is the model's own
-diffusion, by the same code. A batch of one cannot exchange noises; it takes the nearest of 8. A run's folder holds
+diffusion, by the same code. A batch of one cannot exchange noises; it takes the nearest of 8. There are no previews and
+no losses of held-out clips. How much memory real models need was not measured. A run's folder holds
   cache/             the clips' latents and prompts      run.json        how it was trained
   lora.safetensors   or network/, for generate.py        metrics.jsonl   losses every few steps
   checkpoint.pt      to resume from
@@ -47,7 +48,7 @@ NO_MEMORY = "not enough memory: a smaller --size, --frames, --batch or --lora ne
 
 def make_parser() -> cli.Parser:
     example = "example: accelerate launch -m examples.finetune --model FOLDER --data clips --lora 64 --out runs/mine"
-    about = {"description": "Finetune Wan, CogVideoX or AnimateDiff on the pyramid." + cli.BRACKETS, "epilog": example}
+    about = {"description": "Finetune Wan, CogVideoX or AnimateDiff on the pyramid.", "epilog": example}
     parser = cli.Parser(prog="finetune", **about)
     add = parser.add_argument_group("model and method").add_argument
     add("--model", help="name on Hugging Face's hub or local folder")
@@ -61,7 +62,7 @@ def make_parser() -> cli.Parser:
     add("--prompt-dropout", type=cli.real_number(0, 1), default=0.1, help="share of prompts dropped, for guidance")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of videos or animations, each beside its caption, a .txt of its name")
-    add("--frames", type=cli.positive_int, help="pictures of a clip; longer ones are cut [the model's: 81, 49, 16]")
+    add("--frames", type=cli.positive_int, help="pictures of a clip; longer files become several clips [81, 49, 16]")
     add("--size", type=cli.positive_int, nargs="+", action=cli.OneOrMore, help="height and width [the model's]")
     add("--fps", type=cli.real_number(0, 1000), help="rate to count frames at; 0: each file's own [the model's]")
     add = parser.add_argument_group("optimization").add_argument

@@ -35,13 +35,13 @@ def family_of(model: str, motion_adapter: str | None = None) -> Family:
     index = library().DiffusionPipeline.load_config(model)
     name = index["_class_name"]
     if name not in FAMILIES:
-        row = "the network's and the VAE's class, mode and target, how it is called and told the stride, LoRA's layers"
-        raise ValueError(f"{model} is a {name}, and families.py has {', '.join(FAMILIES)}: a row needs {row}")
+        known = f"known are {', '.join(FAMILIES)}; to add one, write a row like WAN in examples/families.py"
+        raise ValueError(f"{model} is a {name}, which is not supported: {known}")
     if index.get("transformer_2", [None, None])[1]:
         raise ValueError(f"{model} has two networks, for early and late times: only models of one are known")
     if name == "StableDiffusionPipeline" and not motion_adapter:
         raise ValueError(
-            f"{model} makes images: give --motion-adapter, such as guoyww/animatediff-motion-adapter-v1-5-3"
+            f"{model} makes images: give --motion-adapter, such as guoyww/animatediff-motion-adapter-v1-5-2"
         )
     if motion_adapter and FAMILIES[name].folder != "unet":
         raise ValueError(f"{model} is a {name} and takes no --motion-adapter")
@@ -94,7 +94,7 @@ def latent_shape(family: Family, vae: Module, pyramid: Pyramid, frames: int, siz
         raise ValueError(f"--size {size[0]} {size[1]}: {why}; the nearest is --size {fits[0]} {fits[1]}")
     nearest = max(0, round((frames - 1) / every)) * every + 1
     if nearest != frames:
-        raise ValueError(f"--frames {frames}: the VAE takes 1 and every {every} more; the nearest is {nearest}")
+        raise ValueError(f"--frames {frames}: the VAE takes 1 plus a multiple of {every}; the nearest is {nearest}")
     return (frames - 1) // every + 1, size[0] // pixels, size[1] // pixels
 
 
@@ -167,14 +167,14 @@ def guided(model: Callable, prompt: Tensor, negative: Tensor, guidance: float) -
 
 def make_parser() -> cli.Parser:
     example = 'example: python -m examples.generate --model FOLDER --lora runs/mine --prompt "a cat" --out cat.mp4'
-    about = {"description": "Make videos with Wan, CogVideoX or AnimateDiff." + cli.BRACKETS, "epilog": example}
+    about = {"description": "Make videos with Wan, CogVideoX or AnimateDiff.", "epilog": example}
     parser = cli.Parser(prog="generate", **about)
     add = parser.add_argument
     add("--model", help="name on the hub or local folder [the run's]")
     add("--motion-adapter", help="AnimateDiff's, with an image model as --model [the run's]")
-    add("--lora", type=Path, metavar="RUN", help="folder of a run of finetune.py [none: the model as it is]")
+    add("--lora", type=Path, metavar="RUN", help="folder of a run of finetune.py, of any --lora [the model as it is]")
     add("--prompt", nargs="+", required=True, help="one or several, each in quotes: a clip each, in one grid")
-    add("--negative-prompt", default="", help="what guidance leads away from")
+    add("--negative-prompt", default="", help="what guidance leads away from [nothing]")
     add("--steps", type=cli.positive_int, nargs="+", action=cli.OneOrMore, default=30,
         help="a total, or one count per stage, noisiest first")  # fmt: skip
     add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
@@ -183,9 +183,9 @@ def make_parser() -> cli.Parser:
     add("--pyramid", choices=FACTORS, help="what a stage halves [the run's, else time]")
     add("--shift", type=cli.real_number(0.01, 100), help="time shift, 1 for none [the run's, else the model's]")
     add("--frames", type=cli.positive_int, help="of the video [the run's, else the model's]")
-    add("--size", type=cli.positive_int, nargs="+", action=cli.OneOrMore, help="height and width [same]")
-    add("--fps", type=cli.real_number(1, 50), help="frames a second of the file [same]")
-    add("--seed", type=cli.non_negative_int, default=0, help="clip i's noise depends on the seed and i alone")
+    add("--size", type=cli.positive_int, nargs="+", action=cli.OneOrMore, help="height and width [as --frames]")
+    add("--fps", type=cli.real_number(1, 50), help="frames a second of the file [the run's, else the model's]")
+    add("--seed", type=cli.non_negative_int, default=0, help="of the noise; clip number i has the same in every call")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU that has it")
     cli.add_device(add)
     add("--tiling", action="store_true", help="decode in tiles, for less memory")

@@ -1,7 +1,4 @@
-"""Figures: curves with their spread, clips side by side, and the losses of runs of train.py:
-
-python -m experiments.figures losses runs/flow-3 runs/flow-1 --out losses.png
-"""
+"""Figures: the losses of runs of train.py, the times of the stages, and a clip on its way through the stages."""
 
 import itertools
 import json
@@ -124,7 +121,7 @@ def draw_clips(pictures: dict[str, Tensor], title: str, path: Path) -> None:
 def draw_losses(runs: list[Path], path: Path) -> None:
     """The losses of runs, stage by stage, over the seconds that they trained: in training, smoothed, and, where clips
     are held out, on those. Raises ValueError or OSError if there are none."""
-    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(6, 3.8), layout="constrained")
     for number, run in enumerate(runs):
         if not (run / "metrics.jsonl").exists():
             raise ValueError(f"{run} holds no metrics.jsonl: it is not the folder of a run")
@@ -156,7 +153,7 @@ def smooth(values: tuple[float, ...], decay: float = 0.8) -> list[float]:
 
 def draw_windows(path: Path, stages: int = 3) -> None:
     """The times that each stage works on, from t = 1 to 0, its frame rate, and the jumps of renoising between them."""
-    figure, rows = pyplot().subplots(2, 1, figsize=(7, 4), sharex=True, layout="constrained")
+    figure, rows = pyplot().subplots(2, 1, figsize=(6, 3.8), sharex=True, layout="constrained")
     for axes, mode in zip(rows, ("flow", "ddim"), strict=True):
         pyramid = Pyramid(mode, stages)
         for stage in pyramid:
@@ -169,7 +166,7 @@ def draw_windows(path: Path, stages: int = 3) -> None:
             if stage.index > 0:
                 following, arrow = pyramid[stage.index - 1], {"arrowstyle": "->", "color": "black"}
                 axes.annotate("", (following.t_start, height + 0.7), (stage.t_end, height + 0.3), arrowprops=arrow)
-        axes.set(title=f"{mode}: every stage starts a little noisier than the one before it ended", yticks=[])
+        axes.set(title=f"{mode}: each later stage starts a little noisier than the one before ended", yticks=[])
         axes.set_ylim(0.4, stages + 0.6)
     rows[1].set(xlim=(1, 0), xlabel="noise time t: sampling runs from 1, noise, to 0, data; arrows are renoising")
     figure.savefig(path, dpi=120)
@@ -210,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         purpose = " ".join(draw.__doc__.split(".")[0].split())
         adds[name] = commands.add_parser(name, help=purpose, description=purpose, **runs.get(name, {})).add_argument
     adds["losses"]("runs", type=Path, nargs="+", help="folders of runs")
-    adds["stages"]("--checkpoint", type=Path, default=SHIPPED / "flow-3.pt", help="weights of three stages")
+    adds["stages"]("--checkpoint", type=Path, default=SHIPPED / "flow-3.pt", help="of three stages [weights/flow-3.pt]")
     adds["stages"]("--label", type=non_negative_int, default=3, help="number of the class to sample")
     for name, add in adds.items():
         add("--out", type=file_to_write, default=Path(f"{name}.png"), help="PNG to write")

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import inspect
 import math
 import statistics
 import sys
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import sample
 from checkpoint import SHIPPED, Weights, find_weights, load_weights, make_pyramid, weight_file
-from cli import Parser, choose_device, keep_memory, non_negative_int, one_sentence, positive_int, whole_number
+from cli import Parser, choose_device, keep_memory, one_sentence, positive_int, real_number, whole_number
 from data import FolderClips, MovingDigits, bounce, draw_digit
 from experiments.report import file_to_write, provenance, publish
 from tpdiff import Pyramid, split_steps
@@ -325,8 +326,8 @@ def check_comparable(path: Path, weights: Weights, args: argparse.Namespace) -> 
         if weights.latent_scale is not None or weights.frames < 3:
             raise ValueError(f"{path} makes latents, or fewer than 3 frames: it cannot be compared")
         return
-    if args.i3d or args.frame_stride != 1:
-        raise ValueError("--i3d and --frame-stride have no meaning without --data")
+    if args.i3d or args.fps or args.frame_stride != 1:
+        raise ValueError("--i3d, --fps and --frame-stride have no meaning without --data")
     if shape_of(weights) != (1, 16, 32) or weights.classes != MovingDigits.classes:
         problem = "was not trained on 16 frames of moving digits of 32x32, which is all that the judge knows"
         raise ValueError(f"{path} {problem}; give real clips with --data")
@@ -334,7 +335,8 @@ def check_comparable(path: Path, weights: Weights, args: argparse.Namespace) -> 
 
 def held_out(channels: int, frames: int, size: int, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
     """Clips of --data, the metrics, and how many clips the reference has taken: at most four windows of a clip."""
-    data = FolderClips(args.data, frames, size, frame_stride=args.frame_stride, grayscale=channels == 1)
+    rate = {"frame_stride": args.frame_stride, "fps": args.fps}
+    data = FolderClips(args.data, frames, size, grayscale=channels == 1, **rate)
     if data.latent:
         raise ValueError(f"{args.data} holds latents, and only pictures can be compared")
     print(data.summary)
@@ -357,6 +359,7 @@ def make_parser() -> Parser:
     data = "folder of real clips, best held out from training; at most four windows of each are used [moving digits]"
     add("--data", help=data)
     add("--frame-stride", type=positive_int, default=1, help="of --data, as in train.py")
+    add("--fps", type=real_number(0.01, 1000), help="of --data, as in train.py [each file's own]")
     add("--i3d", type=Path, help="of --data: TorchScript file of I3D, for FVD itself")
     add("--json", type=file_to_write, help="file to write the table to as well")
     add_scoring(add)
@@ -369,7 +372,7 @@ def make_parser() -> Parser:
 def add_command(commands, name: str, function: Callable) -> Callable:
     """A sub-command that calls `function` of its arguments. Returns what adds an option to it."""
     purpose = function.__doc__.split(".")[0]
-    parser = commands.add_parser(name, help=purpose, description=function.__doc__)
+    parser = commands.add_parser(name, help=purpose, description=inspect.cleandoc(function.__doc__))
     parser.set_defaults(function=function)
     return parser.add_argument
 
@@ -378,7 +381,7 @@ def add_scoring(add: Callable) -> None:
     """The options of whatever samples clips and scores them."""
     add("--number", type=whole_number(2), default=340, help="clips that are sampled with each of --seeds")
     add("--reference", type=whole_number(2), default=4000, help="real clips that samples are compared with")
-    add("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="sampling seeds")
+    add("--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2], help="sampling seeds")
     add("--batch", type=positive_int, default=10, help="clips sampled at once; a GPU wants more")
 
 

@@ -350,11 +350,11 @@ def make_parser() -> Parser:
     functions = {"train": train_systems, "scores": scores, "distance": validate, "names": names, "copies": copies}
     train_, scores_, distance_, names_, copies_ = (add_command(commands, *each) for each in functions.items())
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
-    trial = "first a run of three times as many steps tells how many a system can make in --seconds"
+    trial = "a third of the steps of a trial run, which tells how many steps fit into --seconds"
     train_("--trial", type=positive_int, default=50, help=trial)
     train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
     train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
-    train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4'")
+    train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4' [none]")
     scores_("--number", type=whole_number(2), default=192, help="clips that are sampled for each distance")
     distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
     names_("--number", type=whole_number(2), default=192, help="clips to damage, and samples of each kind")
@@ -368,7 +368,7 @@ def make_parser() -> Parser:
     for add in (scores_, distance_, copies_):
         add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")
     for add in (names_, copies_):
-        add("--checkpoint", type=Path, default=SHIPPED / "emoji.pt", help="whose samples these are")
+        add("--checkpoint", type=Path, default=SHIPPED / "emoji.pt", help="whose samples these are [weights/emoji.pt]")
     for add in (distance_, copies_):
         add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
     for add in (train_, scores_, distance_, names_, copies_):

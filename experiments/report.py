@@ -1,7 +1,7 @@
-"""README.md, made of the tables in results/ and of texts.md; and what those who measure share: tables, JSON files,
-where a number comes from.
+"""Makes the results page, README.md here, of texts.md and of the tables in results/; and the table of claims in the
+README.md above, of claims.txt.
 
-  python -m experiments.report            writes README.md here, and the table of claims in the other README.md
+  python -m experiments.report            writes both
   python -m experiments.report --check    says whether they are up to date, and ends with 1 if not
 
 A line {{training.json}} of texts.md stands for every table of that file of results/, {{training.json 0 2}} for the

@@ -118,8 +118,9 @@ def make_parser() -> Parser:
     parser = Parser(prog="experiments.sizes", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     for function in (attention, training, one):  # without a help, `one` is not listed
-        purpose = {} if function == one else {"help": function.__doc__.split(":")[0]}
-        add = commands.add_parser(function.__name__, **purpose).add_argument
+        purpose = " ".join(function.__doc__.split())
+        shown = {} if function == one else {"help": purpose.split(".")[0]}
+        add = commands.add_parser(function.__name__, description=purpose, **shown).add_argument
         add("--repeats", type=positive_int, default=9, help="times that each way is timed")
         add("--limit", type=real_number(1, 10_000), default=16, help="GiB that a process may hold")
         add("--smoke", action="store_true", help="a tiny size, to see that it runs")

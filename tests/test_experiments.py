@@ -301,6 +301,8 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
         (metrics, "quality --checkpoint {shipped}/flow-3.pt {run}", "give real clips with --data"),  # each is looked at
         (metrics, "quality --checkpoint {shipped}/flow-3.pt {shipped}/flow-1.pt --steps 9 9 9", "flow-1.pt: "),
         (metrics, "quality --data {tmp} --checkpoint {shipped}/flow-3.pt {run}", "another shape"),
+        (metrics, "quality --data {run}/clips --checkpoint {run} --fps 0.01", "shorter than"),
+        (metrics, "quality --checkpoint {run} --fps 8", "no meaning without --data"),
     ],
 )
 def test_what_cannot_be_measured_or_written_is_refused_at_once(module, line, said, run, tmp_path, capsys):

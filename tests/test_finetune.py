@@ -306,7 +306,7 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do():
 @pytest.mark.parametrize(
     "command, line, said",
     [
-        (finetune, f"--model {{ltx}} {RUN}", "is a LTXPipeline, and families.py has WanPipeline"),
+        (finetune, f"--model {{ltx}} {RUN}", "is a LTXPipeline, which is not supported: known are WanPipeline"),
         (finetune, f"--model {{two}} {RUN}", "two networks"),
         (finetune, f"--model {{models}}/animatediff {RUN}", "--motion-adapter"),
         (finetune, "--out {tmp}/run", "--model and --data"),
