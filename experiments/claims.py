@@ -143,6 +143,7 @@ def against_time(
         title = "Vanilla and pyramids" if not length else "Twice as many steps of training"
         labels = f"{title}, {mode}", "seconds of training", "judge's distance"
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
+    pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[:4]
     name = claim if not length else f"{claim}-{mode}"  # short runs of both modes are in one picture
     draw_clips(pictures, f"{title}: clips of the same noises", args.out / f"{name}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
@@ -229,10 +230,13 @@ def sampling(args: argparse.Namespace) -> list:
     labels = "Quality against cost, flow", "full-rate network calls", "judge's distance"
     real = statistics.mean(measured(Cell("real"), args)["judge_distance"])
     draw_curves(curves, *labels, args.out / "sampling.png", real=real)
-    runs = "shipped-flow-3", "shipped-flow-3-space-time"
-    ways = itertools.product(runs, ("euler", "ab2"), (9, (5, 3, 1), (1, 3, 5)))
-    splits = [Cell(run, split, solver) for run, solver, split in ways]
-    tables = itertools.chain.from_iterable(cells.values()), splits
+    splits = {}
+    for system, solver, split in itertools.product(("3", "3-space-time"), ("euler", "ab2"), (9, (5, 3, 1), (1, 3, 5))):
+        cell = Cell(f"shipped-flow-{system}", split, solver)
+        splits[f"{SYSTEMS[system]}, {solver}, {front_row(cell, args)[1]}"] = [cell]
+    metric = "judge_distance", "judge's distance"
+    draw_cells(splits, "How nine steps are shared out over the stages, noisiest first", metric, "sampling-splits", args)
+    tables = (itertools.chain.from_iterable(each.values()) for each in (cells, splits))
     return [(FRONT, [front_row(cell, args) for cell in each]) for each in tables]
 
 

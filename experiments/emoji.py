@@ -76,9 +76,14 @@ def write_clips(package: bytes, out: Path) -> None:
                 aside.replace(path)
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="experiments.emoji", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/emoji64"), help="folder for the clips")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     with one_sentence(parser, "not enough memory"):
         megabytes = 0

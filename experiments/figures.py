@@ -21,6 +21,7 @@ from tpdiff import Pyramid, randn
 COLOURS = {"vanilla": "C0", "time": "C1", "space": "C2", "space-time": "C3", "space and time": "C3", "real": "black"}
 PYRAMIDS = {"time": "pyramid in time", "space": "pyramid in space"}
 PYRAMIDS |= dict.fromkeys(["space-time", "space and time"], "pyramid in space and time") | {"real": "real clips"}
+OPTIONS = {"euler": "Euler", "ab2": "second order", "seed 1": "training seed 1", "seed 2": "training seed 2"}
 
 
 def pyplot():
@@ -34,9 +35,9 @@ def pyplot():
 
 
 def in_words(name: str) -> str:
-    """A legend's name, its first part as whoever does not know our names of systems would call it."""
+    """A legend's name, its parts as whoever does not know our names of systems and options would call them."""
     system, *others = name.split(", ")
-    return ", ".join([PYRAMIDS.get(system, system), *others])
+    return ", ".join([PYRAMIDS.get(system, system), *(OPTIONS.get(other, other) for other in others)])
 
 
 def draw_curves(
@@ -166,10 +167,10 @@ def draw_windows(path: Path, stages: int = 3) -> None:
             if stage.index > 0:
                 following, arrow = pyramid[stage.index - 1], {"arrowstyle": "->", "color": "black"}
                 axes.annotate("", (following.t_start, height + 0.7), (stage.t_end, height + 0.3), arrowprops=arrow)
-        axes.set(title=f"{mode}: each later stage starts a little noisier than the one before ended", yticks=[])
-        axes.set_ylim(0.4, stages + 0.6)
+        axes.set_title(f"{mode}: each later stage starts a little noisier than the one before ended", fontsize=10)
+        axes.set(yticks=[], ylim=(0.4, stages + 0.6))
     rows[1].set(xlim=(1, 0), xlabel="noise time t: sampling runs from 1, noise, to 0, data; arrows are renoising")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=160)
 
 
 def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
@@ -198,7 +199,7 @@ def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> Parser:
     example = "example: python -m experiments.figures stages"
     parser = Parser(prog="experiments.figures", description=__doc__, epilog=example)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
@@ -211,6 +212,11 @@ def main(argv: list[str] | None = None) -> None:
     adds["stages"]("--label", type=non_negative_int, default=3, help="number of the class to sample")
     for name, add in adds.items():
         add("--out", type=file_to_write, default=Path(f"{name}.png"), help="PNG to write")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     with one_sentence(parser, "not enough memory"):
         if args.what == "losses":

@@ -267,6 +267,9 @@ def validate(args: argparse.Namespace) -> None:
     for path, weights in models.items():
         made = sampled(weights, labels[path], args, args.steps, args.solver).cpu()
         add(f"samples of {path}", f"{weights.step} steps", made)
+    (_, _, real, *_), *others = ((*row[:2], float(row[3])) for row in rows)
+    bars = {" ".join(map(str, words)).strip(): [value] for *words, value in others}
+    draw_bars(bars, "How far clips are from held-out ones", "distance, block 11", args.out / "distance.png", real)
     publish([(["damage", "strength", *features], rows)], args.made_by, args.out / "distance.json")
 
 

@@ -160,9 +160,14 @@ def make_front_page(page: str, claims: str, results: Path) -> str:
     return parts[0] + MARKS[0] + re.sub(r"\{\{(.+?)\}\}", number, claims) + MARKS[1] + parts[2]
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="experiments.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a page is out of date")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     with one_sentence(parser, "not enough memory"):
         made = {PAGE: make_page(TEXTS.read_text(), RESULTS)}

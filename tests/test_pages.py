@@ -14,6 +14,7 @@ from conftest import ROOT, pages
 import tpdiff
 import train
 from checkpoint import SHIPPED, load_weights
+from test_tpdiff import KNOWN_ERRORS
 
 # From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
 CORE = ["tpdiff", "model", "video", "data", "cli", "checkpoint", "sample", "train"]
@@ -50,12 +51,13 @@ def test_the_core_has_these_files_alone_none_imports_upward_and_tpdiff_needs_tor
 def test_every_equation_of_the_paper_has_its_code_and_its_test():
     text = (ROOT / "COMPANION.md").read_text().split("## Where this departs")[0]
     headings = " ".join(re.findall(r"^### (.*)$", text, re.MULTILINE))
-    ranges = re.findall(r"Eq\. (\d+)'?(?: (?:and|to) (\d+))?", headings)
+    ranges = re.findall(r"Eq\. (\d+)(?: (?:and|to) (\d+))?(?!\d*')", headings)
     numbers = {number for first, last in ranges for number in range(int(first), int(last or first) + 1)}
     assert numbers == set(range(1, 25)) and {"1", "2"} <= set(re.findall(r"Algorithm (\d)", headings))
+    assert all(name in headings for name in ("10'", "15' and 16'", "Any number of frames", "Time shift"))
     for section in re.split(r"^### ", text, flags=re.MULTILINE)[1:]:
-        assert "`test_" in section, section
-        assert "```python" in section or section.startswith("Eq. 17") or "15'" in section.splitlines()[0], section
+        assert "`test_" in section and "```math" in section, section
+        assert "```python" in section or section.startswith("Eq. 17"), section
 
 
 def test_every_line_of_code_on_the_companion_s_pages_is_in_the_function_named_before_it():
@@ -72,18 +74,37 @@ def test_every_line_of_code_on_the_companion_s_pages_is_in_the_function_named_be
         assert "\n".join(["", *shown, ""]) in "\n".join(["", *inside, ""]), (name, lines)
 
 
+def parsers_of(module: str) -> list[argparse.ArgumentParser]:
+    """A command's parser, and those of its sub-commands."""
+    made = import_module(module).make_parser()
+    parser = made[0] if isinstance(made, tuple) else made
+    choices = [action.choices for action in parser._actions if action.nargs == argparse.PARSER]
+    return [parser, *(choices[0].values() if choices else ())]
+
+
+def commands() -> dict[str, list[argparse.ArgumentParser]]:
+    """The parsers of all commands, by how python is told of the command."""
+    files = [path for path in ROOT.glob("e*s/*.py") if "def make_parser" in path.read_text()]
+    assert len(files) >= 11
+    modules = [f"{path.parent.name}.{path.stem}" for path in files]
+    found = {f"{name}.py": parsers_of(name) for name in ("train", "sample")}
+    return found | {f"-m {name}": parsers_of(name) for name in modules}
+
+
+def test_every_option_that_the_pages_name_is_one_of_a_command():
+    text = "\n".join(page for name, page in pages().items() if name != "CHANGELOG.md")  # that has old ones
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"<!--|\]\(\S+\)", "", text)))
+    known = {word for each in commands().values() for parser in each for word in parser._option_string_actions}
+    unknown = named - known - {"--nproc_per_node"}
+    assert len(named) > 40 and not unknown, unknown
+
+
 def test_every_help_ends_with_an_example_of_the_command_that_asks_for_it():
-    files = [path for path in (ROOT / "experiments").glob("*.py") if "def make_parser" in path.read_text()]
-    assert len(files) >= 6
-    for name in ("train", "sample", *(f"-m experiments.{path.stem}" for path in files)):
-        made = import_module(name.removeprefix("-m ")).make_parser()
-        parser = made[0] if isinstance(made, tuple) else made
-        choices = [action.choices for action in parser._actions if action.nargs == argparse.PARSER]
-        for each in (parser, *(choices[0].values() if choices else ())):
+    for name, parsers in commands().items():
+        for each in parsers:
             last = each.format_help().splitlines()[-1]
-            assert f"example: python {name}" in last, (name, each.prog)
-            if name.startswith("-m"):  # all that the command needs stands there
-                parser.parse_args(last.partition(name)[2].split())
+            assert last.startswith("example: ") and f" {name}" in last, (name, each.prog)
+            parsers[0].parse_args(shlex.split(last.partition(name)[2]))  # all that the command needs stands there
 
 
 def test_every_test_method_and_file_that_the_pages_name_or_link_exists_and_the_version_in_the_changelog():
@@ -101,6 +122,21 @@ def test_every_test_method_and_file_that_the_pages_name_or_link_exists_and_the_v
     assert len(files) > 10 and not {file for file in files if not file.exists()}
 
 
+def test_every_link_to_a_heading_finds_one_and_the_front_page_is_short():
+    def places(page: Path) -> set[str]:  # as GitHub names them
+        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    count = 0
+    for name, text in pages().items():
+        for file, place in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", text):
+            assert place in places((ROOT / name).parent / file if file else ROOT / name), (name, file, place)
+            count += 1
+    front = pages()["README.md"]
+    assert count > 30 and len(front.split()) <= 1900 and front.count("\n") <= 230
+    assert len(re.findall(r"^\| ---", front, re.MULTILINE)) <= 3
+
+
 def test_the_front_page_s_numbers_of_the_shipped_emoji_model_are_those_of_its_weights_and_its_log():
     weights, front = load_weights(SHIPPED / "emoji.pt"), " ".join(pages()["README.md"].split())
     log = (ROOT / "experiments/results/emoji/metrics.jsonl").read_text().splitlines()
@@ -110,8 +146,21 @@ def test_the_front_page_s_numbers_of_the_shipped_emoji_model_are_those_of_its_we
     assert f"have {len(weights.classes)} labels" in front and f"--steps {weights.step} " in front
 
 
+def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
+    text = " ".join((ROOT / "COMPANION.md").read_text().split())
+    *errors, last = (100 * KNOWN_ERRORS[mode, solver][20] for mode in ("flow", "ddim") for solver in ("euler", "ab2"))
+    euler, ab2, ddim_euler = (f"{error:.2g}%" for error in errors)
+    assert f"is {euler} with Euler and {ab2} with `ab2` in flow mode. In ddim" in text
+    assert f"In ddim mode it is {ddim_euler} and {last:.1f}%" in text
+    gamma = tpdiff.Pyramid("ddim").gamma_sigma(1.0)[0].item()
+    assert f"leaves {100 * gamma:.1f}% of the clip" in text and f"`1 / gamma`, which is {1 / gamma:.0f}" in text
+    p = tpdiff.Pyramid("flow", 3, shift=3)
+    a, b, c = tpdiff.split_steps(30, 3, p.lengths)
+    assert f"with three stages and `shift=3`, 30 steps become {a}, {b} and {c}" in text
+
+
 def test_every_command_on_the_pages_is_one_that_its_parser_takes():
-    text, count = "\n".join(pages().values()).replace("\\\n", ""), 0
+    text, count = "\n".join(pages().values()).replace("\\\n", "").replace("-->", "\n"), 0
     command = r"(?:python|launch|torchrun \S+) (?:-m )?((?:experiments|examples)\.\w+|\w+\.py)\b( [^\n`#]+)"
     for name, words in re.findall(command, text):
         module = import_module(name.removesuffix(".py"))
