@@ -98,7 +98,8 @@ def load_file(path: Path, *keys: str) -> dict:
         raise ValueError(f"{path} is no checkpoint, or not of this version of train.py (format {FORMAT})")
     missing = sorted({*HEAD, *keys} - content.keys())
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it is no whole checkpoint.pt of train.py")
+        kind = "no whole checkpoint.pt" if keys else "damaged"
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is {kind}")
     content = {"pyramid": "time", "shift": 1.0, "ends": None} | content  # older ones are of the paper's pyramid
     head = {name: content[name] for name in SETTINGS}
     with suppress(KeyError, TypeError, ValueError, IndexError, RuntimeError):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
-BRACKETS = "[Brackets] hold the default."  # of a help
+BRACKETS = "Below, [brackets] hold the default."  # of a help
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

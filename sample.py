@@ -139,7 +139,8 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
     """(B,) labels: the `names` in turn, or every class; None for a model without classes. A name may also be an emoji
     whose first code point is a class, as it is for weights/emoji.pt. Raises ValueError."""
     names = names or classes
-    found = {name: name if name in classes or name.isascii() else f"{ord(name[0]):x}" for name in names}
+    words = {name for name in names if name in classes or name.isascii() or name.isalpha()}
+    found = {name: name if name in words else f"{ord(name[0]):x}" for name in names}
     for name, label in found.items():
         if label not in classes:
             few = ", ".join(classes[:10]) + ", ...; --list-labels prints all" * (len(classes) > 10)
@@ -171,7 +172,7 @@ def make_parser() -> cli.Parser:
     add("--list-labels", action="store_true", help="print the classes of the model, and stop")
     guidance = "classifier-free guidance scale; other than 1 doubles the cost"
     add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)
-    add("--seed", type=non_negative_int, default=0, help="of the noise; clip number i has the same in every call")
+    add("--seed", type=non_negative_int, default=0, help="of the noise; clip i has the same noise whatever --number is")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     cli.add_device(add)
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
@@ -196,6 +197,8 @@ def run(args: argparse.Namespace) -> None:
     if args.list_labels:
         return print(*weights.classes or [f"{path} was trained without labels"], sep="\n")
     labels = choose_labels(weights.classes, args.number, args.label)
+    if args.label:
+        print("labels:", *(weights.classes[label] for label in labels[: len(args.label)]))
     check_guidance(weights, args.guidance)
     pyramid, steps = make_pyramid(weights), args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages, pyramid.lengths)

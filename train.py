@@ -68,7 +68,7 @@ def make_parser() -> cli.Parser:
     add("--frame-stride", type=positive_int, default=1, help="2 takes every second frame of --data, and so on")
     add("--flip", action="store_true", help="mirror half of the clips of --data")
     add("--grayscale", action="store_true", help="one channel from --data instead of three")
-    add("--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="one factor for all channels of latents")
+    add("--latent-scale", type=real_number(1e-6, 1e6), default=1.0, help="of all channels; to bring latents to size 1")
     add("--digits", type=positive_int, default=1, help="moving digits in a clip")
     add("--frames", type=positive_int, default=16, help="frames a clip, any number")
     size = "height and width, or one number for both; multiples of the patch and of what --pyramid halves [32; of "
@@ -351,7 +351,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     """What `train` needs after `args`. Raises ValueError or OSError on bad input."""
     rank, world, device = cli.start_processes(args.device)
     if checkpoint and (micros := checkpoint["world"] * checkpoint["args"]["accumulate"]) != world * args.accumulate:
-        raise ValueError(f"{args.out} resumes at processes x --accumulate = {micros}, not {world} x {args.accumulate}")
+        raise ValueError(f"{args.out} must keep processes x --accumulate = {micros}, not {world} x {args.accumulate}")
     dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
     args.size = dataset.size
     disk.check_size(args)

@@ -62,7 +62,7 @@ def make_parser() -> cli.Parser:
     add("--prompt-dropout", type=cli.real_number(0, 1), default=0.1, help="share of prompts dropped, for guidance")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of videos or animations, each beside its caption, a .txt of its name")
-    add("--frames", type=cli.positive_int, help="pictures of a clip; longer files become several clips [81, 49, 16]")
+    add("--frames", type=cli.positive_int, help="longer files become several clips [Wan 81, CogVideoX 49, else 16]")
     add("--size", type=cli.positive_int, nargs="+", action=cli.OneOrMore, help="height and width [the model's]")
     add("--fps", type=cli.real_number(0, 1000), help="rate to count frames at; 0: each file's own [the model's]")
     add = parser.add_argument_group("optimization").add_argument

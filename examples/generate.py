@@ -172,7 +172,7 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument
     add("--model", help="name on the hub or local folder [the run's]")
     add("--motion-adapter", help="AnimateDiff's, with an image model as --model [the run's]")
-    add("--lora", type=Path, metavar="RUN", help="folder of a run of finetune.py, of any --lora [the model as it is]")
+    add("--lora", type=Path, metavar="RUN", help="folder of a finetune run, also one of --lora 0 [the model as it is]")
     add("--prompt", nargs="+", required=True, help="one or several, each in quotes: a clip each, in one grid")
     add("--negative-prompt", default="", help="what guidance leads away from [nothing]")
     add("--steps", type=cli.positive_int, nargs="+", action=cli.OneOrMore, default=30,
@@ -185,7 +185,7 @@ def make_parser() -> cli.Parser:
     add("--frames", type=cli.positive_int, help="of the video [the run's, else the model's]")
     add("--size", type=cli.positive_int, nargs="+", action=cli.OneOrMore, help="height and width [as --frames]")
     add("--fps", type=cli.real_number(1, 50), help="frames a second of the file [the run's, else the model's]")
-    add("--seed", type=cli.non_negative_int, default=0, help="of the noise; clip number i has the same in every call")
+    add("--seed", type=cli.non_negative_int, default=0, help="of the noise; clip i has the same noise in every call")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU that has it")
     cli.add_device(add)
     add("--tiling", action="store_true", help="decode in tiles, for less memory")

@@ -109,7 +109,7 @@ def twice(args: argparse.Namespace, mode: str = "flow") -> list:
 
 
 def twice_ddim(args: argparse.Namespace) -> list:
-    """What `twice` measures of flow, of ddim: quality against training time with twice as many steps."""
+    """As `twice`, with ddim."""
     return twice(args, "ddim")
 
 
@@ -145,7 +145,7 @@ def against_time(
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
     pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[:4]
     name = claim if not length else f"{claim}-{mode}"  # short runs of both modes are in one picture
-    draw_clips(pictures, f"{title}: clips of the same noises", args.out / f"{name}-clips.png")
+    draw_clips(pictures, f"{title}: clips of the same noises, and real ones", args.out / f"{name}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
     return [(["run", "times as fast to vanilla's last distance"], gains), (header, curve_rows), (FRONT, ends)]
 

@@ -243,6 +243,7 @@ def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:
 def validate(args: argparse.Namespace) -> None:
     """How far damaged real clips are from others, of other files, by several distances; and samples of --checkpoint. A
     good distance grows with every damage and falls as a model gets better."""
+    pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     models = {path: load_weights(weight_file(path), choose_device()) for path in args.checkpoint}
     seen = FolderClips(args.data / "train", 16, 64, labels=True)

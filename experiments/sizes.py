@@ -9,6 +9,7 @@ before them. What would need more than --limit GiB is left out.
 """
 
 import argparse
+import inspect
 import os
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="experiments.sizes", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     for function in (attention, training, one):  # without a help, `one` is not listed
-        purpose = " ".join(function.__doc__.split())
+        purpose = inspect.cleandoc(function.__doc__)
         shown = {} if function == one else {"help": purpose.split(".")[0]}
         add = commands.add_parser(function.__name__, description=purpose, **shown).add_argument
         add("--repeats", type=positive_int, default=9, help="times that each way is timed")

@@ -308,7 +308,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="experiments.speed", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     for name, (_, purpose) in MEASURES.items():
-        add = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}. Any option of train.py may follow.")
+        about = f"{purpose.capitalize()}. Any option of train.py may follow."
+        add = commands.add_parser(name, help=purpose, description=about)
         add.add_argument("--repeats", type=positive_int, default=25, help="times that each thing is timed")
         add.add_argument("--json", type=file_to_write, help="file to write the tables to as well")
     return parser

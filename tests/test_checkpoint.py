@@ -114,7 +114,7 @@ def test_train_does_not_overwrite_a_run_nor_go_on_from_a_damaged_one(run, capsys
     resume = capsys, train.main, "--resume", "--out", run
     with monkeypatch.context() as patch:
         patch.setattr(cli, "start_processes", lambda device: (0, 2, torch.device("cpu")))
-        assert "resumes at processes x --accumulate = 1, not 2 x 1" in fails_with_one_line(*resume)
+        assert "must keep processes x --accumulate = 1, not 2 x 1" in fails_with_one_line(*resume)
     (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:10_000])
     error = fails_with_one_line(*resume)
     assert "not a whole checkpoint" in error and "previous.pt is the one before it" in error

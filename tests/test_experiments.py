@@ -149,7 +149,8 @@ def test_distances_flicker_tracks_and_times_are_those_computed_by_hand():
     assert 0.7 < metrics.off_track(path, 10.0) < 1.5
     assert in_milliseconds([0.001 * n for n in range(1, 10)]) == "5.0 [3.0, 7.0]"  # median and quartiles
     assert figures.smooth((1.0, 2.0), 0.5) == [1.0, 1.5]
-    assert figures.in_words("time, seed 1") == "pyramid in time, seed 1" and figures.in_words("a, time") == "a, time"
+    assert figures.in_words("time, seed 1") == "pyramid in time, training seed 1"
+    assert figures.in_words("a, time") == "a, time"
 
 
 @both_modes
@@ -407,6 +408,7 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
     ((_, rows),) = tables_of(tmp_path / "distance.json")
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
+    assert (tmp_path / "distance.png").exists()
     real.main(f"names --data {tmp_path} --number 4 --batch 4 --out {tmp_path} --checkpoint {weights}".split())
     ((_, rows),) = tables_of(tmp_path / "names.json")
     assert rows[0][0] == "real training clips" and len(rows) == 17 and (tmp_path / "names.png").exists()
