@@ -35,8 +35,9 @@ class Parser(argparse.ArgumentParser):
         about = self.description or ""
         if any("[" in (action.help or "") for action in self._actions) and BRACKETS not in about:
             self.description = f"{about}\n{BRACKETS}"
-        self.epilog = self.epilog or f"example: python -m {' '.join([self.prog, *first])}"
-        return super().format_help()
+        python = "python " if ".py" in self.prog else "python -m "
+        self.epilog = self.epilog or f"example: {python}{' '.join([self.prog, *first])}"
+        return super().format_help().replace("usage: ", f"usage: {python}", 1)
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}" + "; --help lists all" * message.startswith("unrecognized"), file=sys.stderr)

@@ -137,7 +137,7 @@ class Pyramid:
             raise ValueError(f"shift must be a number above 0, not {shift}")
         targets = ("epsilon", "velocity", "sample") if mode == "ddim" else ()
         if mode == "flow" and alphas_cumprod is not None or prediction not in (None, *targets):
-            raise ValueError(f'prediction {prediction}: "ddim" has epsilon, velocity, sample, "flow" none and no alphas_cumprod')
+            raise ValueError(f"{prediction=}: ddim has epsilon, velocity, sample; flow none, and no alphas_cumprod")
         self.mode, self.stages, self.factor, self.ends = mode, int(stages), tuple(map(int, factor)), ends
         self.shift, self.prediction, self.alphas_cumprod = float(shift), None, None
         if mode == "ddim":

@@ -49,7 +49,7 @@ NO_MEMORY = "not enough memory: a smaller --size, --frames, --batch or --lora ne
 def make_parser() -> cli.Parser:
     example = "example: accelerate launch -m examples.finetune --model FOLDER --data clips --lora 64 --out runs/mine"
     about = {"description": "Finetune Wan, CogVideoX or AnimateDiff on the pyramid.", "epilog": example}
-    parser = cli.Parser(prog="finetune", **about)
+    parser = cli.Parser(prog="examples.finetune", **about)
     add = parser.add_argument_group("model and method").add_argument
     add("--model", help="name on Hugging Face's hub or local folder")
     add("--motion-adapter", help="AnimateDiff's, with an image model as --model")

@@ -168,7 +168,7 @@ def guided(model: Callable, prompt: Tensor, negative: Tensor, guidance: float) -
 def make_parser() -> cli.Parser:
     example = 'example: python -m examples.generate --model FOLDER --lora runs/mine --prompt "a cat" --out cat.mp4'
     about = {"description": "Make videos with Wan, CogVideoX or AnimateDiff.", "epilog": example}
-    parser = cli.Parser(prog="generate", **about)
+    parser = cli.Parser(prog="examples.generate", **about)
     add = parser.add_argument
     add("--model", help="name on the hub or local folder [the run's]")
     add("--motion-adapter", help="AnimateDiff's, with an image model as --model [the run's]")

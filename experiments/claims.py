@@ -145,7 +145,7 @@ def against_time(
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
     pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[:4]
     name = claim if not length else f"{claim}-{mode}"  # short runs of both modes are in one picture
-    draw_clips(pictures, f"{title}: clips of the same noises, and real ones", args.out / f"{name}-clips.png")
+    draw_clips(pictures, f"{title}: sampled and real clips", args.out / f"{name}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
     return [(["run", "times as fast to vanilla's last distance"], gains), (header, curve_rows), (FRONT, ends)]
 
@@ -195,7 +195,8 @@ def renoising(args: argparse.Namespace) -> list:
         bars[f"{cell.run.removeprefix('shipped-')[:4]}, {length} training, {cell.renoising}"] = [cell]
     draw_cells(bars, "Four ways of renoising", metric, "renoising-digits", args)
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, (cell,) in bars.items()}
-    draw_clips(pictures, "Four ways of renoising: clips of the same noises", args.out / "renoising.png")
+    pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[:3]
+    draw_clips(pictures, "Four ways of renoising, and real clips", args.out / "renoising.png")
     return [(["run, renoising", *SCORES], rows)]
 
 
@@ -207,7 +208,8 @@ def early(args: argparse.Namespace) -> list:
     for percent, mode, n in itertools.product((10, 25, 50), modes, systems):
         clips = clips_of(Cell(f"{mode}-{n}", 9, percent=percent), args, args.seeds[0], 8)
         pictures[f"{SYSTEMS[n]}, {mode}, {percent}%"] = clips[5:8]
-    draw_clips(pictures, "Clips after 10, 25 and 50% of training", args.out / "early.png")
+    pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[5:8]
+    draw_clips(pictures, "After 10, 25 and 50% of training, and real clips", args.out / "early.png")
     real = statistics.mean(measured(Cell("real"), args)["flicker"])
     for run in runs:
         found = [measured(Cell(run, 9, percent=percent), args) for percent in (25, 50)]
