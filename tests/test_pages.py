@@ -102,7 +102,8 @@ def test_every_option_that_the_pages_name_is_one_of_a_command():
 def test_every_help_ends_with_an_example_of_the_command_that_asks_for_it():
     for name, parsers in commands().items():
         for each in parsers:
-            last = each.format_help().splitlines()[-1]
+            first, *_, last = each.format_help().splitlines()
+            assert first.startswith(f"usage: python {name} ")
             assert last.startswith("example: ") and f" {name}" in last, (name, each.prog)
             parsers[0].parse_args(shlex.split(last.partition(name)[2]))  # all that the command needs stands there
 
