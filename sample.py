@@ -196,7 +196,10 @@ def run(args: argparse.Namespace) -> None:
         weights.model.compile_blocks()
     if args.list_labels:
         return print(*weights.classes or [f"{path} was trained without labels"], sep="\n")
-    labels = choose_labels(weights.classes, args.number, args.label)
+    try:
+        labels = choose_labels(weights.classes, args.number, args.label)
+    except ValueError as error:
+        raise ValueError(f"{error} ({path})") from None
     if args.label:
         print("labels:", *(weights.classes[label] for label in labels[: len(args.label)]))
     check_guidance(weights, args.guidance)

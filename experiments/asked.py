@@ -2,10 +2,11 @@
 of flow. Each of QUESTIONS is a sub-command of experiments.claims."""
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from itertools import product
+from itertools import count, product
 from statistics import mean
 
 import torch
@@ -301,19 +302,36 @@ def rival(args: argparse.Namespace) -> list:
 
 def draws(args: argparse.Namespace) -> list:
     """How much distance and path differ by the draw of clips alone: those of other real clips, of --number, half and a
-    quarter of them, drawn anew for each of --seeds."""
-    rows, curve = [], []
-    for number in (args.number, max(2, args.number // 2), max(2, args.number // 4)):
-        options = argparse.Namespace(**vars(args) | {"number": number})
-        make, metrics = partial(others, REAL, args.reference), partial(scored, reference=args.reference)
-        found = stored("draws", "real", make, metrics, options)
-        distances = found["judge_distance"]
-        curve.append((number, distances))
-        shown = mean(distances), min(distances), max(distances)
-        rows.append([number, len(args.seeds), *(f"{value:.3g}" for value in shown), spread(found["off_track"])])
+    quarter of them, drawn anew for each of --seeds. With random digits, as the row `real` of all tables has them, and
+    with all digits in turn, as samples have them."""
+    tables, curves, metrics = [], {}, partial(scored, reference=args.reference)
+    for name, draw in {"random digits": others, "digits in turn": in_turn}.items():
+        rows, curve = [], curves.setdefault(f"real clips, {name}", [])
+        for number in (args.number, max(2, args.number // 2), max(2, args.number // 4)):
+            options = argparse.Namespace(**vars(args) | {"number": number})
+            called = "draws" if draw == others else f"draws, {name}"
+            found = stored(called, "real", partial(draw, REAL, args.reference), metrics, options)
+            distances = found["judge_distance"]
+            curve.append((number, distances))
+            shown = mean(distances), min(distances), max(distances)
+            rows.append([number, len(args.seeds), *(f"{value:.3g}" for value in shown), spread(found["off_track"])])
+        header = [f"clips, {name}", "draws", "judge's distance, mean", "lowest", "highest", "off track, px"]
+        tables.append((header, rows))
     labels = "Draws of real clips", "clips", "judge's distance"
-    draw_curves({"real clips": curve}, *labels, args.out / "draws.png", from_zero=True)
-    return [(["clips", "draws", "judge's distance, mean", "lowest", "highest", "off track, px"], rows)]
+    draw_curves(curves, *labels, args.out / "draws.png", from_zero=True)
+    return tables
+
+
+def in_turn(data: MovingDigits, reference: int, seed: int, number: int) -> Tensor:
+    """Real clips that no reference holds, of all digits in turn, each seed's own."""
+    chosen, waiting = [], defaultdict(list)
+    numbers = count(reference + 10 * seed * number)
+    for index in range(number):
+        while not waiting[index % 10]:
+            drawn = next(numbers)
+            waiting[data.tracks(drawn)[0][0]].append(drawn)
+        chosen.append(waiting[index % 10].pop(0))
+    return torch.stack([data[each][0] for each in chosen])
 
 
 QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival, draws)

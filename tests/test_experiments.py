@@ -481,17 +481,26 @@ def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypat
 def test_draws_of_real_clips_are_scored_for_every_seed_and_are_not_those_of_the_reference(monkeypatch):
     asked_for, args = [], SimpleNamespace(number=12, seeds=[0, 1, 2], reference=50, out=Path())
 
-    def stored(_name, run, make, _metrics, options):
+    def stored(name, run, make, _metrics, options):
         firsts = [make(seed, options.number) for seed in options.seeds]
         asked_for.append((run, [len(clips) for clips in firsts]))
-        assert torch.equal(firsts[1], metrics.real_clips(50 + options.number, options.number))
+        if "turn" in name:
+            assert not torch.equal(firsts[1], firsts[0])
+        else:
+            assert torch.equal(firsts[1], metrics.real_clips(50 + options.number, options.number))
         return {"judge_distance": [3.0, 1.0, 2.0], "off_track": [0.5] * 3}
 
     monkeypatch.setattr(asked, "stored", stored)
     monkeypatch.setattr(asked, "draw_curves", lambda *_, **__: None)
-    ((header, rows),) = asked.draws(args)
-    assert asked_for == [("real", [12] * 3), ("real", [6] * 3), ("real", [3] * 3)]
+    (header, rows), (_, again) = asked.draws(args)
+    assert asked_for == 2 * [("real", [12] * 3), ("real", [6] * 3), ("real", [3] * 3)] and rows == again
     assert [row[:5] for row in rows] == [[number, 3, "2", "1", "3"] for number in (12, 6, 3)] and len(header) == 6
+
+
+def test_real_clips_of_digits_in_turn_are_new_and_of_each_digit():
+    labels = [metrics.REAL[number][1] for number in range(200)]
+    expected = torch.stack([metrics.REAL[labels.index(label, 50)][0] for label in range(10)])
+    assert torch.equal(asked.in_turn(metrics.REAL, 50, 0, 12)[:10], expected)
 
 
 def test_traits_are_read_and_compared_with_those_of_real_clips():
