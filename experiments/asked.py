@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from itertools import count, product
+from itertools import product
 from statistics import mean
 
 import torch
@@ -325,7 +325,7 @@ def draws(args: argparse.Namespace) -> list:
 def in_turn(data: MovingDigits, reference: int, seed: int, number: int) -> Tensor:
     """Real clips that no reference holds, of all digits in turn, each seed's own."""
     chosen, waiting = [], defaultdict(list)
-    numbers = count(reference + 10 * seed * number)
+    numbers = iter(range(reference + 10 * seed * number, reference + 10 * (seed + 1) * number))
     for index in range(number):
         while not waiting[index % 10]:
             drawn = next(numbers)

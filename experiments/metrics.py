@@ -308,8 +308,9 @@ def quality(args: argparse.Namespace) -> None:
         pyramid = make_pyramid(weights)
         make = partial(sample_clips, weights, pyramid, steps, args.solver, args.batch)
         made[name] = scores_of(make, metrics, args)
-    made["real"] = scores_of(lambda seed, number: real_clips(references + seed * number, number, real), metrics, args)
-    table = ["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()]
+    name = "real" if args.data else "real, random digits"
+    made[name] = scores_of(lambda seed, number: real_clips(references + seed * number, number, real), metrics, args)
+    table = ["", *made[name]], [[name, *map(spread, found.values())] for name, found in made.items()]
     more = {"number": args.number, "seeds": args.seeds, "real": references, "steps": steps, "solver": args.solver}
     more["files"] = [digest(weight_file(path)) for path in paths]
     publish([table], args.made_by | more, args.json)
