@@ -309,7 +309,7 @@ def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
     if args.held_out:
         held_out = FolderClips(args.data, args.frames, args.size, 0, **options | {"flip": False}, validation=True)
         dataset.classes = held_out.classes = tuple(sorted({*dataset.classes, *held_out.classes}))
-        dataset.summary += f"\nheld out: {len(held_out.sources)} of the clips"
+        dataset.summary += f"\nheld out: {len(held_out.sources)} clip{'s' * (len(held_out.sources) != 1)}"
     dataset.summary += f"\nlabels: {len(dataset.classes)}" if args.labels else ""
     dataset.judged_on = held_out
     return dataset

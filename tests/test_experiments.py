@@ -108,7 +108,7 @@ def test_quality_of_the_shipped_weights_is_measured(capsys, tmp_path, monkeypatc
     metrics.main("quality --number 3 --reference 20 --seeds 0 5 --steps 3 --batch 2".split())
     header, _, ours, real = capsys.readouterr().out.strip().splitlines()
     assert "judge_distance" in header and "off_track" in header
-    assert "flow-3.pt (flow, 3 stages, step 12000)" in ours and real.startswith("| real | ")
+    assert "flow-3.pt (flow, 3 stages, step 12000)" in ours and real.startswith("| real, random digits | ")
 
 
 def test_i3d_is_given_clips_of_224_pixels_in_three_channels():
