@@ -45,11 +45,12 @@ def make_pyramid(run, kind: type = Pyramid) -> Pyramid:
     return kind(run.mode, run.stages, prediction={"flow": None, "ddim": "velocity"}[run.mode], **options)
 
 
-def check_size(args: Namespace) -> None:
+def check_size(args: Namespace, latent: bool = False) -> None:
     """Raises ValueError if height and width, where they are known yet, do not divide into patches at every stage."""
     divisors = [args.patch * n ** (args.stages - 1) for n in FACTORS[args.pyramid][1:]]
     if any(length % divisor for length, divisor in zip(height_width(args.size or divisors), divisors, strict=True)):
         why = f"--patch {args.patch}, {args.stages} stages in {args.pyramid}"
+        why += "; latents are (C, T, H, W), and by default --size is all of H and W" * latent
         raise ValueError(f"--size {args.size} must be a multiple of {divisors}, height and width: {why}")
 
 

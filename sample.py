@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from tpdiff import Pyramid, split_steps
 from video import import_av
 
 MOST_PIXELS = 2**24  # of a preview
+CODE_POINT = re.compile("1f[0-9a-f]{3}")  # the labels of weights/emoji.pt
 SUFFIXES = (".gif", ".png", ".npy", ".mp4")  # of what is written; .npy for latents
 
 
@@ -195,7 +197,8 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         weights.model.compile_blocks()
     if args.list_labels:
-        return print(*weights.classes or [f"{path} was trained without labels"], sep="\n")
+        shown = [f"{name}  {chr(int(name, 16))}" if CODE_POINT.fullmatch(name) else name for name in weights.classes]
+        return print(*shown or [f"{path} was trained without labels"], sep="\n")
     try:
         labels = choose_labels(weights.classes, args.number, args.label)
     except ValueError as error:

@@ -354,7 +354,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
         raise ValueError(f"{args.out} must keep processes x --accumulate = {micros}, not {world} x {args.accumulate}")
     dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
     args.size = dataset.size
-    disk.check_size(args)
+    disk.check_size(args, dataset.latent)
     if checkpoint and checkpoint["digest"] != dataset.digest:
         advice = f"a new run with --init {args.out} and another --out can"
         raise ValueError(f"{args.data} holds other clips than when {args.out} began: --resume cannot go on, {advice}")

@@ -81,6 +81,12 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
         sample.choose_labels(("1f3c4", "1f44b"), 1, ["🐳"])
 
 
+def test_labels_that_are_emojis_are_listed_beside_them(capsys):
+    sample.main(["--checkpoint", str(SHIPPED / "emoji.pt"), "--list-labels"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "1f3c4  \N{SURFER}" in lines and len(lines) == 403
+
+
 def test_train_on_latents_then_sample_some(tmp_path, capsys):
     (tmp_path / "latents").mkdir()
     np.save(tmp_path / "latents" / "a.npy", np.full((4, 8, 8, 8), 20, np.float32))

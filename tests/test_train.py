@@ -463,4 +463,5 @@ def test_workers_are_as_many_as_the_help_says(monkeypatch):
 def test_latents_are_taken_whole_where_no_size_is_given(tmp_path, capsys):
     torch.save(torch.randn(4, 9, 8, 16), tmp_path / "a.pt")
     words = ["--data", tmp_path, "--frames", 8, "--patch", 3, "--out", tmp_path / "run"]
-    assert "--size (8, 16) must be a multiple of [3, 3]" in fails_with_one_line(capsys, train.main, *words)
+    said = fails_with_one_line(capsys, train.main, *words)
+    assert "--size (8, 16) must be a multiple of [3, 3]" in said and "latents are (C, T, H, W)" in said
