@@ -132,6 +132,8 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
         was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
         if was != now:
             raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
+    if checkpoint["step"] >= args.steps and os.environ.get("RANK", "0") == "0":
+        print(f"note: {out} has {checkpoint['step']} steps already; a larger --steps trains it on")
     return args, checkpoint
 
 

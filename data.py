@@ -152,7 +152,7 @@ class FolderClips(Dataset):
         clips += f" of {sum(source.frames for source in self.sources)} frames in all"
         self.summary = f"{name}: {files} file{'s' * (files != 1)} found, {used} used, {clips}"
         if not self.sources:
-            raise DataError(f"{self.summary}; {why}. Looked for pictures, videos and latents of {self.span}+ frames")
+            raise DataError(f"{self.summary}; {why}. Wanted: pictures, videos, latents, {self.span}+ frames (--frames)")
         self._settle_channels()
         self.summary += self._described(why)
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]

@@ -124,7 +124,7 @@ def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None
     suffix = ".gif" if weights.latent_scale is None else ".npy"
     path, aside = args.out / f"step-{weights.step:07d}{suffix}", args.out / f"unfinished{suffix}"
     try:
-        for first in range(0, number, batch):
+        for first in tqdm(range(0, number, batch), desc=f"sampling {number} clips", unit="batch", leave=False):
             part = labels if labels is None else labels[first : first + batch]
             options = {"precision": args.precision, "first": first}
             clips.append(generate(weights, pyramid, part, min(batch, number - first), **options).cpu())

@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid)
     if args.resume:
         args, checkpoint = disk.args_to_resume(parser, argv, out, FREE)
-    elif (out / "checkpoint.pt").exists():
+    elif (out / "checkpoint.pt").exists() and (not args.data or Path(args.data).is_dir()):  # else that is told first
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
     idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")
     idle |= {} if args.align == "nearest" else {"candidates": f"with --align {args.align}"}

@@ -111,7 +111,12 @@ def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(run, cap
 
 def test_train_does_not_overwrite_a_run_nor_go_on_from_a_damaged_one(run, capsys, monkeypatch):
     assert "--resume" in fails_with_one_line(capsys, train.main, *TINY, "--steps", 1, "--out", run)
+    assert "gone is not a folder" in fails_with_one_line(capsys, train.main, "--data", run / "gone", "--out", run)
     resume = capsys, train.main, "--resume", "--out", run
+    train.parse_args(["--resume", "--out", str(run)])
+    assert " steps already; a larger --steps" in capsys.readouterr().out
+    train.parse_args(["--resume", "--out", str(run), "--steps", "99"])
+    assert not capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(cli, "start_processes", lambda device: (0, 2, torch.device("cpu")))
         assert "must keep processes x --accumulate = 1, not 2 x 1" in fails_with_one_line(*resume)
