@@ -325,7 +325,7 @@ def draws(args: argparse.Namespace) -> list:
 def in_turn(data: MovingDigits, reference: int, seed: int, number: int) -> Tensor:
     """Real clips that no reference holds, of all digits in turn, each seed's own."""
     chosen, waiting = [], defaultdict(list)
-    numbers = iter(range(reference + 10 * seed * number, reference + 10 * (seed + 1) * number))
+    numbers = iter(range(reference + 10 * seed * number, 10**9))  # seldom more than 2 * number of them
     for index in range(number):
         while not waiting[index % 10]:
             drawn = next(numbers)

@@ -501,6 +501,7 @@ def test_real_clips_of_digits_in_turn_are_new_and_of_each_digit():
     labels = [metrics.REAL[number][1] for number in range(200)]
     expected = torch.stack([metrics.REAL[labels.index(label, 50)][0] for label in range(10)])
     assert torch.equal(asked.in_turn(metrics.REAL, 50, 0, 12)[:10], expected)
+    assert all(len(asked.in_turn(metrics.REAL, 50, seed, 2)) == 2 for seed in range(20))  # also if a digit is late
 
 
 def test_traits_are_read_and_compared_with_those_of_real_clips():
