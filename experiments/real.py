@@ -7,9 +7,9 @@
   python -m experiments.real names                                    the same for how often clips are named rightly
   python -m experiments.real copies                                   whether samples repeat training clips
 
-All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to 128 clips. The pyramids
-in space train their smallest and cheapest stage twice as often as the others. Runs and their kept weights stay, and a
-stopped run is continued. The distance uses an image network's features.
+All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to eight times. The
+pyramids in space train their smallest and cheapest stage twice as often as the others. Runs and their kept weights
+stay, and a stopped run is continued. The distance uses an image network's features.
 """
 
 import argparse
@@ -58,11 +58,12 @@ from experiments.runs import run_train, seconds_a_step
 from tpdiff import split_steps
 
 SYSTEMS = {
-    "vanilla": "--stages 1 --batch 16",
-    "time": "--batch 64 32 16",
-    "space": "--pyramid space --batch 128 64 16 --stage-odds 2 1 1",
-    "space-time": "--pyramid space-time --batch 128 64 16 --stage-odds 2 1 1",
+    "vanilla": "--stages 1",
+    "time": "",
+    "space": "--pyramid space --stage-odds 2 1 1",
+    "space-time": "--pyramid space-time --stage-odds 2 1 1",
 }
+BATCHES = {"vanilla": (1,), "time": (4, 2, 1), "space": (8, 4, 1), "space-time": (8, 4, 1)}  # in batches of stage 0
 COMMON = "--labels folder --size 64 --width 192 --depth 6 --heads 6 --convolution --warmup 200 --ema 0.999"
 COMMON += " --sample-number 0"
 SHARES = (25, 50, 75, 100)  # percent of a run after which its weights are kept
@@ -72,7 +73,8 @@ NO_MEMORY = "not enough memory: a smaller --batch needs less"
 
 def train_words(system: str, seed: int, args: argparse.Namespace) -> list[str]:
     """Options of train.py, all but those that depend on the time."""
-    words = [*COMMON.split(), *SYSTEMS[system].split(), "--seed", str(seed), "--data", str(args.data / "train")]
+    words = [*COMMON.split(), *SYSTEMS[system].split(), "--batch", *(str(args.clips * n) for n in BATCHES[system])]
+    words += ["--seed", str(seed), "--data", str(args.data / "train")]
     return words + shlex.split(args.options)
 
 
@@ -358,6 +360,7 @@ def make_parser() -> Parser:
     train_("--trial", type=positive_int, default=50, help=trial)
     train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
     train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
+    train_("--clips", type=positive_int, default=16, help="clips of a step at stage 0, where they have all frames")
     train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4' [none]")
     scores_("--number", type=whole_number(2), default=192, help="clips that are sampled for each distance")
     distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
