@@ -6,6 +6,7 @@ A run's folder holds
   checkpoint-best.pt      the one with the lowest loss on the clips held out, or else in training on the way to it
   weights.pt              the weights' moving average (EMA) in bf16, to sample from
   metrics.jsonl           a row of losses every few steps
+  held-out.txt            the clips that --held-out keeps out of training
 
 A file is written aside and then renamed, so that a crash while saving leaves the previous file intact. Files are read
 with weights_only: no code in them is run.
@@ -34,6 +35,7 @@ HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
 SHIPPED = Path(__file__).parent / "weights"
 FACTORS = {"time": (2, 1, 1), "space": (1, 2, 2), "space-time": (2, 2, 2)}  # what --pyramid names
 SETTINGS = ("mode", "stages", "pyramid", "shift", "ends", "frames", "size")  # of a run, that sampling must know
+LATER = ("label_dropout", "held_out")  # the same, which older files lack
 COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
 
 
@@ -54,9 +56,10 @@ def check_size(args: Namespace, latent: bool = False) -> None:
         raise ValueError(f"--size {args.size} must be a multiple of {divisors}, height and width: {why}")
 
 
-def run_name(mode: str, stages: int, pyramid: str) -> str:
-    """The name of a run's folder: flow-3, or flow-3-space-time."""
-    return f"{mode}-{stages}" + ("" if pyramid == "time" else f"-{pyramid}")
+def run_name(mode: str, stages: int, pyramid: str, data: str | None = None) -> str:
+    """The name of a run's folder: flow-3, or flow-3-space-time, or of the clips of a folder flow-3-FOLDER."""
+    parts = mode, str(stages), "" if pyramid == "time" else pyramid, Path(data).resolve().name if data else ""
+    return "-".join(filter(None, parts))
 
 
 @dataclass
@@ -75,6 +78,8 @@ class Weights:
     shift: float = 1.0
     ends: list[float] | None = None  # as --ends has them: noisiest stage first
     label_dropout: float = 0.1
+    digest: str = ""  # of the clips it was trained on; "" of digits, and in older files
+    held_out: float = 0.0
 
 
 def weights_of(state, dataset: Dataset, args: Namespace) -> Weights:
@@ -156,8 +161,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         raise ValueError(f"{path} does not fit this version of the model ({str(error).splitlines()[0]})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
-    more = content.get("args", {}) | content  # older checkpoints have label_dropout in their arguments alone
-    head = {name: more[name] for name in (*SETTINGS, "step", *more.keys() & {"latent_scale", "label_dropout"})}
+    more = content.get("args", {}) | content  # older checkpoints have LATER in their arguments alone
+    head = {name: more[name] for name in (*SETTINGS, "step", *more.keys() & {"latent_scale", "digest", *LATER})}
     return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
 
 
@@ -234,7 +239,7 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
         state.since_judged.zero_()
     head = {"format": FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
-    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in (*SETTINGS, "label_dropout")}
+    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in (*SETTINGS, *LATER)}
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
     whole |= {name: getattr(state, name) for name in COUNTS}

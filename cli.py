@@ -24,11 +24,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one sentence on stderr and exit code 2, and a help that shows the defaults, explains
-    brackets, and ends with an example: `epilog`, or the bare command, or its first sub-command."""
+    """argparse without abbreviations, with its errors as one sentence on stderr and exit code 2, and a help that shows
+    the defaults, explains brackets, and ends with an example: `epilog`, or the bare command, or its first sub-command.
+    """
 
     def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, **options)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def format_help(self) -> str:
         first = [next(iter(action.choices)) for action in self._actions if action.nargs == argparse.PARSER]

@@ -315,6 +315,12 @@ def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
     return dataset
 
 
+def list_held_out(dataset: Dataset, path: Path) -> None:
+    """Writes the files of a folder's clips that are held out, a line each."""
+    if isinstance(dataset.judged_on, FolderClips):
+        path.write_text("".join(f"{source.files[0]}\n" for source in dataset.judged_on.sources))
+
+
 def to_images(clips: Tensor) -> np.ndarray:
     """(B, C, T, H, W) with pixels in [-1, 1] -> (B, T, H, W, 3) uint8. Raises ValueError if C is not 1 or 3."""
     if clips.shape[1] not in (1, 3):

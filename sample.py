@@ -24,7 +24,9 @@ from video import import_av
 
 MOST_PIXELS = 2**24  # of a preview
 CODE_POINT = re.compile("1f[0-9a-f]{3}")  # the labels of weights/emoji.pt
-SUFFIXES = (".gif", ".png", ".npy", ".mp4")  # of what is written; .npy for latents
+PICTURES, LATENTS = (".gif", ".png", ".mp4"), (".npy",)  # suffixes of what is written
+SUFFIXES = PICTURES + LATENTS
+FEW = 200  # training steps: before, samples are mostly noise
 
 
 def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool) -> Callable:
@@ -88,7 +90,7 @@ def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: a
     steps = "-".join(map(str, counts)) + " (noisiest stage first)" * (len(counts) > 1)
     cost = full_rate_steps(counts, pyramid, shape, calls=1 if args.guidance == 1 else 2)
     guided = " (twice as many as without guidance)" * (args.guidance != 1)
-    return f"steps {steps} with {args.solver}: {cost:.4g} full-rate network calls a clip{guided}"
+    return f"steps {steps} with {args.solver}: a clip costs as much as {cost:.4g} network calls on all frames{guided}"
 
 
 def check_guidance(weights: Weights, guidance: float) -> None:
@@ -179,8 +181,8 @@ def make_parser() -> cli.Parser:
     cli.add_device(add)
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add("--fps", type=real_number(1, 50), default=12, help="frames a second of the GIF or MP4")
-    out = "file name: .mp4 makes a video (with PyAV), else .gif and .png are added [samples/NAME-NNN, after the run]"
-    add("--out", type=Path, help=out)
+    out = "file: .gif, .png (frames in a row), .mp4 (needs PyAV) or, of latents, .npy; without a suffix .gif and .png"
+    add("--out", type=Path, help=f"{out} [samples/RUN-NNN]")
     return parser
 
 
@@ -208,37 +210,37 @@ def run(args: argparse.Namespace) -> None:
     check_guidance(weights, args.guidance)
     pyramid, steps = make_pyramid(weights), args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages, pyramid.lengths)
-    out = args.out.with_suffix("") if args.out and args.out.suffix in SUFFIXES else args.out
-    of_a_run = path.stem.startswith(("weights", "checkpoint"))
-    out = out or free_name(Path("samples") / (path.resolve().parent.name if of_a_run else path.stem))
-    gif, strip, latents, video = (out.with_name(out.name + suffix) for suffix in SUFFIXES)
-    files = [gif, strip] if weights.latent_scale is None else [latents]
-    if args.out and args.out.suffix == ".mp4":
-        if weights.latent_scale is not None:
-            raise ValueError(f"--out {args.out}: {path} makes latents, which are no pictures; use .npy and decode them")
-        import_av(video)  # says what to install
-        files = [video]
-    elif args.out and args.out.suffix == ".npy" and latents not in files:
-        raise ValueError(f"--out {args.out}: {path} makes pictures, which go to .gif and .png, or .mp4")
+    of_a_run, pictures = path.stem.startswith(("weights", "checkpoint")), weights.latent_scale is None
+    out = args.out or free_name(Path("samples") / (path.resolve().parent.name if of_a_run else path.stem))
+    kinds = PICTURES if pictures else LATENTS
+    files = [out] if out.suffix in SUFFIXES else [out.with_name(out.name + kind) for kind in kinds[:2]]
+    if files[0].suffix not in kinds:
+        advice = f"pictures: {', '.join(kinds)}" if pictures else "latents, which are no pictures: .npy, to decode them"
+        raise ValueError(f"--out {out}: {path} makes {advice}")
+    if out.suffix == ".mp4":
+        import_av(out)  # says what to install
     if there := [file for file in files if file.exists()]:
-        raise ValueError(f"--out {out}: {there[0]} exists already; choose another name")
+        raise ValueError(f"{there[0]} exists already: choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()  # what cannot be written shall not be found out after sampling
     stages = f"{cli.count(weights.stages, 'stage')} in {weights.pyramid}" if weights.stages > 1 else "1 stage"
     print(f"weights: {path} ({weights.mode}, {stages}, step {weights.step})")
+    if weights.step < FEW:
+        print("note: after so few training steps samples are mostly noise")
     start = time.perf_counter()
     options = steps, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
     said = f"{cli.count(args.number, 'clip')} of {cli.count(weights.frames, 'frame')}"
     print(f"{said}, {(time.perf_counter() - start) / args.number:.2f} s a clip")
     print(said_cost(counts, pyramid, clips.shape, args))
-    if video in files:
-        save_video(clips, video, min(5, args.number), fps=args.fps)
-    elif gif in files:
-        save_gif(clips, gif, min(5, args.number), fps=args.fps)
-        save_strip(clips, strip)
-    else:
-        save_latents(clips, latents, weights.latent_scale)
+    for file in files:
+        if file.suffix == ".npy":
+            save_latents(clips, file, weights.latent_scale)
+        elif file.suffix == ".png":
+            save_strip(clips, file)
+        else:
+            save = save_video if file.suffix == ".mp4" else save_gif
+            save(clips, file, min(5, args.number), fps=args.fps)
     print(f"wrote {' and '.join(map(str, files))}")
 
 

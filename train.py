@@ -31,7 +31,7 @@ import checkpoint as disk
 import cli
 from checkpoint import FACTORS, make_pyramid, run_name
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
-from data import DATA_ONLY, DataError, height_width, open_data
+from data import DATA_ONLY, DataError, height_width, list_held_out, open_data
 from model import Captured, DiT, DiTConfig, make_optimizers
 from sample import save_preview
 from tpdiff import Generators, Pyramid, align, draw_nearest, randn
@@ -99,7 +99,7 @@ def make_parser() -> cli.Parser:
     add("--gradient-checkpointing", action="store_true", help="less memory, more time: blocks run again in backward")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=non_negative_int, default=0, help="of everything random")
-    add("--out", type=Path, help="folder of the run [runs/MODE-STAGES, and -PYRAMID if not time]")
+    add("--out", type=Path, help="folder of the run [runs/MODE-STAGES, -PYRAMID if not time, -NAME of --data]")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--log-interval", type=positive_int, default=50, help="steps between rows of metrics.jsonl")
     add("--sample-interval", type=positive_int, default=800, help="steps between sample GIFs")
@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     """The arguments, and on --resume the checkpoint, whose arguments are then the defaults. Raises ValueError."""
     parser = make_parser()
     args, checkpoint = parser.parse_args(argv), None
-    out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid)
+    out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid, args.data)
     if args.resume:
         args, checkpoint = disk.args_to_resume(parser, argv, out, FREE)
     elif (out / "checkpoint.pt").exists() and (not args.data or Path(args.data).is_dir()):  # else that is told first
@@ -365,6 +365,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         disk.start_metrics(args.out / "metrics.jsonl", state.step)
+        list_held_out(dataset, args.out / "held-out.txt")
         print(dataset.summary)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
         kind = f"{'bf16' if use_bf16(args.precision, device) else 'fp32'} on {world} x {device.type}"

@@ -19,6 +19,7 @@ from sample import make_predict
 from tpdiff import Pyramid, randn
 
 COLOURS = {"vanilla": "C0", "time": "C1", "space": "C2", "space-time": "C3", "space and time": "C3", "real": "black"}
+COLOURS |= {"trained on the pyramid": "C1"}  # in time
 PYRAMIDS = {"time": "pyramid in time", "space": "pyramid in space"}
 PYRAMIDS |= dict.fromkeys(["space-time", "space and time"], "pyramid in space and time") | {"real": "real clips"}
 OPTIONS = {"euler": "Euler", "ab2": "second order", "seed 1": "training seed 1", "seed 2": "training seed 2"}

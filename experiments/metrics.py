@@ -264,13 +264,7 @@ def spread(values: list[float], form: str = ".3g") -> str:
 
 
 def sample_clips(
-    weights: Weights,
-    pyramid: Pyramid,
-    steps: int | tuple[int, ...],
-    solver: str,
-    batch: int,
-    seed: int,
-    number: int,
+    weights: Weights, pyramid: Pyramid, steps: int | tuple[int, ...], solver: str, batch: int, seed: int, number: int
 ) -> Tensor:
     """`number` clips (B, C, T, H, W) of all classes in turn, `batch` at once; clip i's noise depends on the seed and i
     alone."""
@@ -302,7 +296,7 @@ def quality(args: argparse.Namespace) -> None:
             raise ValueError(f"{path}: {error}") from None
     real, metrics, references = REAL, partial(digit_metrics, reference=args.reference), args.reference
     if args.data:
-        real, metrics, references = held_out(*shape, args)
+        real, metrics, references = held_out(*shape, runs, args)
     for path, weights in runs.items():
         name = f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"
         pyramid = make_pyramid(weights)
@@ -334,13 +328,20 @@ def check_comparable(path: Path, weights: Weights, args: argparse.Namespace) -> 
         raise ValueError(f"{path} {problem}; give real clips with --data")
 
 
-def held_out(channels: int, frames: int, size: int, args: argparse.Namespace) -> tuple[Dataset, Callable, int]:
-    """Clips of --data, the metrics, and how many clips the reference has taken: at most four windows of a clip."""
+def held_out(channels: int, frames: int, size: int, runs: dict[Path, Weights], args) -> tuple[Dataset, Callable, int]:
+    """Clips of --data, the metrics, and how many clips the reference has taken: at most four windows of a clip. If the
+    runs were trained on this folder, the clips are those that --held-out kept from them."""
     rate = {"frame_stride": args.frame_stride, "fps": args.fps}
-    data = FolderClips(args.data, frames, size, grayscale=channels == 1, **rate)
+    find = partial(FolderClips, args.data, frames, size, grayscale=channels == 1, **rate)
+    parts = {share: find(held_out=share) for share in {0.0, *(weights.held_out for weights in runs.values())}}
+    seen = {path: each.held_out for path, each in runs.items() if each.digest == parts[each.held_out].digest}
+    kept = len({*seen.values()}) == 1 and max(seen.values())
+    if seen:
+        print("note:", *seen, "kept these clips from training:" if kept else "saw these clips in training:")
+    data = find(held_out=kept, validation=True) if kept else parts[0.0]
     if data.latent:
         raise ValueError(f"{args.data} holds latents, and only pictures can be compared")
-    print(data.summary)
+    print("in gray, as samples are: " * (channels == 1) + data.summary)
     features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}
     features |= {"fvd": partial(i3d_features, load_i3d(args.i3d))} if args.i3d else {}
     references = min(args.reference, 4 * len(data.sources))
@@ -351,8 +352,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="experiments.metrics", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = add_command(commands, "quality", quality)
-    checkpoint = "weights.pt or a run's folder, or several [newest in runs/, else shipped]"
-    add("--checkpoint", type=Path, nargs="+", help=checkpoint)
+    add("--checkpoint", type=Path, nargs="+", help="weights.pt, or folders of runs [newest in runs/, else shipped]")
     add("--mode", choices=["flow", "ddim"], default="flow", help="without --checkpoint: mode of the run to look for")
     add("--stages", type=positive_int, default=3, help="without --checkpoint: its number of stages")
     add("--steps", type=positive_int, nargs="+", default=[30], help="solver steps, as in sample.py")

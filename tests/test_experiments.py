@@ -103,6 +103,24 @@ def test_quality_of_a_run_on_real_clips_beside_held_out_ones(run, tmp_path, caps
     assert float(made[1].split()[0]) > 2 * float(real[1].split()[0]) >= 0
 
 
+def test_quality_takes_the_clips_that_a_run_has_not_seen_or_says_that_it_saw_them(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "load_efficientnet", few_channels)
+    content, clips = torch.load(run / "weights.pt", weights_only=True), run / "clips"
+    old, all_seen = tmp_path / "old.pt", tmp_path / "all-seen.pt"
+    torch.save({name: value for name, value in content.items() if name not in ("held_out", "digest")}, old)
+    torch.save(content | {"held_out": 0.0, "digest": FolderClips(clips, 8, 16).digest}, all_seen)
+    for paths, note, used in (
+        ([run], f"note: {run} kept these clips from training:\n{clips}: 3 files found, 1 used", 1),
+        ([all_seen], f"note: {all_seen} saw these clips in training:\n{clips}: 3 files found, 3 used", 3),
+        ([run, all_seen], f"note: {run} {all_seen} saw these clips in training:\n{clips}: 3 files", 3),
+        ([old], f"{clips}: 3 files found, 3 used", 3),
+    ):
+        words = f"quality --data {clips} --checkpoint {' '.join(map(str, paths))} --steps 3 --number 2 --seeds 0"
+        metrics.main([*words.split(), "--json", str(tmp_path / "a.json")])
+        assert capsys.readouterr().out.startswith(note)
+        assert json.loads((tmp_path / "a.json").read_text())["real"] == 4 * used
+
+
 def test_quality_of_the_shipped_weights_is_measured(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there are no runs
     metrics.main("quality --number 3 --reference 20 --seeds 0 5 --steps 3 --batch 2".split())

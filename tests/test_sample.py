@@ -69,7 +69,7 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
     assert capsys.readouterr().out == "cat\ndog\n"
     run_sample(*words, "--label", "cat", "--guidance", 2, "--solver", "ab2", "--steps", 4, 2, 1)
     out = capsys.readouterr().out
-    assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} full-rate network calls a clip (twice as many as without" in out
+    assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} network calls on all frames (twice as many as without" in out
     assert str(tmp_path / "it.gif") in out
     with Image.open(tmp_path / "it.gif") as gif:
         assert gif.n_frames == 7
@@ -96,6 +96,7 @@ def test_train_on_latents_then_sample_some(tmp_path, capsys):
     assert "latents: 1 file found, 1 used, 1 clip of 8 frames in all (" in capsys.readouterr().out
     words = "--checkpoint", tmp_path / "run", "--out", tmp_path / "it", "--number", 2, "--steps", 3
     assert "never trained with labels" in fails_with_one_line(capsys, sample.main, *words, "--guidance", 2)
+    assert "makes latents" in fails_with_one_line(capsys, sample.main, *words[:2], "--out", tmp_path / "it.gif")
     run_sample(*words)
     assert "it.npy" in capsys.readouterr().out
     expected = sample.generate(load_weights(tmp_path / "run" / "weights.pt"), Pyramid("flow", 3), None, 2, 3) / 0.05
@@ -118,8 +119,9 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     run_sample(*"--pyramid space-time --number 2 --steps 10 --precision fp32".split())
     out = capsys.readouterr().out
     cost = 5 * 4 / 13 / 16 + 3 * 7 / 13 / 4 + 2  # of 13 frames 7 and then 4 are left; a half and a quarter each way
-    assert f"steps 5-3-2 (noisiest stage first) with euler: {cost:.4g} full-rate network calls a clip\n" in out
-    assert f"weights: {path} " in out and "wrote samples/flow-3-space-time-000.gif" in out
+    assert f"steps 5-3-2 (noisiest stage first) with euler: a clip costs as much as {cost:.4g} network calls on all frames\n" in out
+    assert f"weights: {path} " in out and "\nnote: after so few training steps samples are mostly noise\n" in out
+    assert "wrote samples/flow-3-space-time-000.gif" in out
     with Image.open("samples/flow-3-space-time-000.gif") as gif:
         assert gif.n_frames == 13 and gif.size == (3 * (2 * (32 + 2) + 2), 3 * (16 + 2 + 2))
     words = "--pyramid", "space-time", "--guidance", 2
@@ -142,8 +144,8 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--checkpoint {tmp}/bare.pt", "lacks classes"), ("--checkpoint {tmp}/hostile.pt", "not a whole checkpoint"),
     ("--checkpoint {tmp}/empty.pt", "not a whole checkpoint"), ("--checkpoint {tmp}/text.pt", "it is of another kind"),
     ("--checkpoint {tmp}/cut.pt", "not a whole checkpoint"), ("--out {tmp}/text.pt/a", "File exists"),
-    ("--out {tmp}/taken.gif", "taken.png exists already"),
-    ("--out {tmp}/a.npy", "makes pictures, which go to .gif and .png, or .mp4"),
+    ("--out {tmp}/taken", "taken.png exists already"), ("--out {tmp}/taken.png", "taken.png exists already"),
+    ("--out {tmp}/a.npy", "makes pictures: .gif, .png, .mp4"),
     ("--chekpoint a", "--chekpoint a; --help lists all"), ("--out /proc/a --number 10000000", "No such file"),
 ])  # fmt: skip
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
@@ -176,6 +178,17 @@ def test_weights_that_hold_what_cannot_be_are_refused(key, value, message, tmp_p
     torch.save(good | {key: value}, tmp_path / "wrong.pt")
     words = "--checkpoint", tmp_path / "wrong.pt", "--out", tmp_path / "it"
     assert message in fails_with_one_line(capsys, sample.main, *words)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+def test_out_with_a_suffix_writes_that_file_alone(name, tmp_path, capsys):
+    words = "--checkpoint", SHIPPED / "flow-1.pt", "--number", 2, "--steps", 1, "--out", tmp_path / name
+    run_sample(*words)
+    out = capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [name] and out.endswith(f"wrote {tmp_path / name}\n")
+    assert "mostly noise" not in out
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == name[2:].upper()
 
 
 @pytest.mark.parametrize("fps", [12, 24.5])

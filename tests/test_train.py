@@ -371,6 +371,7 @@ def folder(tmp_path_factory) -> Path:
         ("--out {data}/file", "File exists"),
         ("--resume", "checkpoint.pt does not exist"),
         ("--data {data}/gone", "gone is not a folder"),
+        ("--label 7", "unrecognized arguments: --label 7"),
         ("--data {data}/empty", "skipped: 5 that cannot be decoded"),
         ("--data {data}/bomb", "skipped: 1 that cannot be decoded"),
         ("--data {out}", "is --data: the run's own GIFs would be trained on"),
@@ -393,6 +394,12 @@ def test_as_many_stages_are_taken_as_halve_something():
         train.parse_args(words.split())
 
 
+def test_the_clips_of_a_folder_have_a_run_of_their_own(tmp_path):
+    words = {"": "flow-3", "--pyramid space": "flow-3-space", f"--data {tmp_path}/cats/": "flow-3-cats"}
+    for given, name in words.items():
+        assert train.parse_args(given.split())[0].out == Path("runs", name)
+
+
 def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_best(tmp_path, monkeypatch, capsys):
     for number, name in itertools.product(range(6), "ab"):
         animation(tmp_path / "clips" / name / f"{number}.gif", 9)
@@ -412,6 +419,9 @@ def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_be
     assert measured[0][0] != measured[-1][0]  # of other weights
     assert "held out: 2 clips" in capsys.readouterr().out
     clips, digits = open_data(arguments(*words)), open_data(arguments(*words[:2]))
+    kept = (tmp_path / "held-out.txt").read_text().splitlines()
+    assert kept == [str(source.files[0]) for source in clips.judged_on.sources] and len(kept) == 2
+    assert not {*kept} & {str(source.files[0]) for source in clips.sources}
     assert clips.judged_on.classes == clips.classes == ("a", "b")
     assert not torch.equal(digits[0][0], digits.judged_on[0][0])  # of another seed
 
