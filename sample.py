@@ -26,7 +26,7 @@ MOST_PIXELS = 2**24  # of a preview
 CODE_POINT = re.compile("1f[0-9a-f]{3}")  # the labels of weights/emoji.pt
 PICTURES, LATENTS = (".gif", ".png", ".mp4"), (".npy",)  # suffixes of what is written
 SUFFIXES = PICTURES + LATENTS
-FEW = 200  # training steps: before, samples are mostly noise
+FEW = 500  # training steps: before, samples may still look like noise, as those of digits do
 
 
 def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool) -> Callable:
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
     stages = f"{cli.count(weights.stages, 'stage')} in {weights.pyramid}" if weights.stages > 1 else "1 stage"
     print(f"weights: {path} ({weights.mode}, {stages}, step {weights.step})")
     if weights.step < FEW:
-        print("note: after so few training steps samples are mostly noise")
+        print("note: after so few training steps samples may still look like noise")
     start = time.perf_counter()
     options = steps, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
