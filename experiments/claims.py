@@ -9,6 +9,7 @@ long as the weights they are of. Times are measured anew, so leave the machine a
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -21,6 +22,7 @@ import torch
 import sample
 from checkpoint import FACTORS, Weights, make_pyramid
 from cli import Parser, choose_device, generator_for, keep_memory, one_sentence, positive_int, use_bf16
+from data import height_width
 from experiments.asked import QUESTIONS, draw_cells
 from experiments.figures import draw_clips, draw_curves, pyplot
 from experiments.metrics import NO_MEMORY, add_scoring, real_clips, spread
@@ -150,6 +152,40 @@ def against_time(
     return [(["run", "times as fast to vanilla's last distance"], gains), (header, curve_rows), (FRONT, ends)]
 
 
+def work(args: argparse.Namespace) -> list:
+    """Fig. 5 by the network's work in place of seconds, which depend on the machine. The distances are those in the
+    files that `training`, `twice` and `twice-ddim` have made."""
+    rows, curves = [], {}
+    for claim in ("training", "twice", "twice-ddim"):
+        for run, _, _, *found in json.loads((args.out / f"{claim}.json").read_text())["tables"][1][1]:
+            system, whole = run.split("-seed")[0].removesuffix("-twice"), train_options(run, args).steps
+            whole, distances = whole * work_of_a_step(run, args), [float(each.split()[0]) for each in found]
+            if system.endswith("-1"):
+                vanilla, goal = whole, distances[-1]
+            points = [(n / 4 * whole / vanilla, [each]) for n, each in enumerate(distances, start=1)]
+            reached = time_to(goal, points)
+            gain = "at least " * (reached == points[0][0]) + f"{1 / reached:.2f}" if reached else "not reached"
+            rows.append([run, f"{whole / vanilla:.2f}", gain])
+            if claim != "training":
+                mode, name = system.split("-", 1)
+                curve = curves.setdefault(f"{SYSTEMS[name]}, {mode}", [(x, []) for x, _ in points])
+                for (_, values), each in zip(curve, distances, strict=True):
+                    values.append(each)
+    labels = "Twice as many steps, by the network's work", "training work, as a share of vanilla's", "judge's distance"
+    draw_curves(curves, *labels, args.out / "work.png")
+    return [(["run", "work of the run, of vanilla's", "times less work to vanilla's last distance"], rows)]
+
+
+def work_of_a_step(run: str, args: argparse.Namespace) -> float:
+    """Clips of an average training step; each counts by its share of the full clip's pixels."""
+    options = train_options(run, args)
+    odds = options.stage_odds or [1] * options.stages
+    batches = [options.batch] * options.stages if isinstance(options.batch, int) else options.batch
+    shape = 1, 1, options.frames, *height_width(options.size or 32)
+    clips = [often * batch for often, batch in zip(odds, batches, strict=True)]
+    return sample.full_rate_steps(clips, make_pyramid(options), shape) / sum(odds)
+
+
 def alignment(args: argparse.Namespace) -> list:
     """Table 3: training with alignment, with the nearest of eight noises, and without, nine Euler steps. And how much
     of the target's variance alignment removes."""
@@ -244,7 +280,7 @@ def sampling(args: argparse.Namespace) -> list:
 
 CLAIMS = {
     f.__name__.replace("_", "-"): f
-    for f in (latency, training, twice, twice_ddim, sampling, alignment, renoising, early, *QUESTIONS, straight)
+    for f in (latency, training, twice, twice_ddim, work, sampling, alignment, renoising, early, *QUESTIONS, straight)
 }
 
 
@@ -256,7 +292,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     for name, purpose in (purposes | {"all": "Every one of them, one after the other."}).items():
         text = purpose.replace("%", "%%")
         add, whole = commands.add_parser(name, help=text, description=text).add_argument, name == "all"
-        if name != "latency":
+        if name not in ("latency", "work"):
             add_scoring(add)
             add("--runs", type=Path, default=Path("runs/evaluate"), help="where the runs are that it trains")
         if whole or name in ("latency", "training", "twice", "twice-ddim"):
