@@ -128,6 +128,8 @@ def load_checkpoint(path: Path) -> dict:
 
 def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, free: set[str]) -> tuple[Namespace, dict]:
     """The run's arguments, those in `free` by `argv`, and its checkpoint. Raises ValueError if it changes another."""
+    if not (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out / 'checkpoint.pt'} does not exist: give the run's folder with --out")
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     if checkpoint["args"].get("time_shift", 1.0) != 1 and checkpoint["args"]["stages"] > 1:
         raise ValueError(f"{out} was trained with --time-shift, which is no longer supported: begin a new run")
@@ -168,7 +170,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
 
 def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     """The newest run under runs/ that matches, else the shipped weights. Raises ValueError if there are neither."""
-    for path in sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+    others = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in others:
         try:
             content = load_file(path)
             if (content["mode"], content["stages"], content["pyramid"]) == (mode, stages, pyramid):
@@ -179,6 +182,9 @@ def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     if not shipped.exists():
         flags = f"--mode {mode} --stages {stages} --pyramid {pyramid}"
         raise ValueError(f"no weights for {flags}: none in runs/, no {shipped.name}; to train: python train.py {flags}")
+    if others:
+        said = f"note: no run in runs/ has this mode, stages and pyramid; the newest is {others[0].parent}"
+        print(said, file=sys.stderr)
     return shipped
 
 
@@ -256,9 +262,10 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
 
 
 def start_metrics(path: Path, step: int) -> None:
-    """Drops the rows past `step` from metrics.jsonl, and a half-written one: those steps will be run again."""
+    """Makes metrics.jsonl, or drops its rows past `step`, and a half-written one: those steps will be run again."""
     rows = path.read_text().splitlines() if step and path.exists() else []
     kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(row + "\n" for row in kept))
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from typing import NoReturn
 
 import numpy as np
@@ -20,6 +21,8 @@ BRACKETS = "Below, [brackets] hold the default."  # of a help
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         bare = action.default is None or action.default is False or action.default == "" or "[" in action.help
+        if isinstance(action.default, list) and not bare:
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return action.help if bare else super()._get_help_string(action)
 
 
@@ -41,7 +44,11 @@ class Parser(argparse.ArgumentParser):
         return super().format_help().replace("usage: ", f"usage: {python}", 1)
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}" + "; --help lists all" * message.startswith("unrecognized"), file=sys.stderr)
+        if message.startswith("unrecognized"):
+            typed, options = message.split(": ", 1)[1].split()[0], list(self._option_string_actions)
+            near = get_close_matches(typed, options, n=1)
+            message += f"; did you mean {near[0]}?" if near else "; --help lists all"
+        print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 

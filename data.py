@@ -167,7 +167,7 @@ class FolderClips(Dataset):
             "single pictures, which --frames 1 takes": stills and source.frames == 1,
             "stills beside videos or animations": stills and source.files[0].parent in moving,
             "that state no times, which --fps needs": self.fps and not source.unit,
-            f"shorter than {self.span} frames": source.frames < self.span,
+            f"shorter than {self.span} frames" + f" at --fps {self.fps}" * bool(self.fps): source.frames < self.span,
             f"latents smaller than {self.size}": source.kind == "latent" and too_small,
             "in no sub-folder, so without a label": self.labels and self.class_name(source) is None,
         }

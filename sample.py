@@ -20,6 +20,7 @@ from checkpoint import FACTORS, Weights, find_weights, load_weights, make_pyrami
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
 from data import height_width, save_gif, save_latents, save_strip, save_video
 from tpdiff import Pyramid, split_steps
+from video import SUFFIXES as READ
 from video import import_av
 
 MOST_PIXELS = 2**24  # of a preview
@@ -165,16 +166,20 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="sample.py", **about, epilog="example: python sample.py --stages 3 --label 7 --guidance 2")
     add = parser.add_argument
     add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
-    add("--stages", type=positive_int, help="stages; 1 is vanilla [the checkpoint's, else 3]")
+    add("--stages", type=positive_int, help="stages; 1 is vanilla, plain diffusion [the checkpoint's, else 3]")
     add("--pyramid", choices=FACTORS, help="what a stage halves [the checkpoint's, else time]")
-    add("--checkpoint", type=Path, help="weights.pt or checkpoint.pt of a run [newest match in runs/, else shipped]")
+    add(
+        "--checkpoint",
+        type=Path,
+        help="a run's folder, or its weights.pt or checkpoint.pt [newest match in runs/, else shipped]",
+    )
     add("--number", type=positive_int, default=10, help="clips to sample")
     steps = "solver steps: a total, or one count per stage, noisiest first"
     add("--steps", type=positive_int, nargs="+", default=[30], help=steps)
     add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
     add("--label", nargs="+", help="classes to sample, in turn; an emoji stands for its first code point [every class]")
     add("--list-labels", action="store_true", help="print the classes of the model, and stop")
-    guidance = "classifier-free guidance scale; other than 1 doubles the cost"
+    guidance = "above 1 labels show more strongly (classifier-free guidance); other than 1 doubles the cost"
     add("--guidance", type=real_number(-100, 100), default=1.0, help=guidance)
     add("--seed", type=non_negative_int, default=0, help="of the noise; clip i has the same noise whatever --number is")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
@@ -182,7 +187,7 @@ def make_parser() -> cli.Parser:
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add("--fps", type=real_number(1, 50), default=12, help="frames a second of the GIF or MP4")
     out = "file: .gif, .png (frames in a row), .mp4 (needs PyAV) or, of latents, .npy; without a suffix .gif and .png"
-    add("--out", type=Path, help=f"{out} [samples/RUN-NNN]")
+    add("--out", type=Path, help=f"{out}; a folder: RUN-NNN in it [samples]")
     return parser
 
 
@@ -211,9 +216,10 @@ def run(args: argparse.Namespace) -> None:
     pyramid, steps = make_pyramid(weights), args.steps[0] if len(args.steps) == 1 else args.steps
     counts = split_steps(steps, weights.stages, pyramid.lengths)
     of_a_run, pictures = path.stem.startswith(("weights", "checkpoint")), weights.latent_scale is None
-    out = args.out or free_name(Path("samples") / (path.resolve().parent.name if of_a_run else path.stem))
+    out, name = args.out or Path("samples"), path.resolve().parent.name if of_a_run else path.stem
+    out = free_name(out / name) if out.is_dir() or not args.out else out
     kinds = PICTURES if pictures else LATENTS
-    files = [out] if out.suffix in SUFFIXES else [out.with_name(out.name + kind) for kind in kinds[:2]]
+    files = [out] if out.suffix in (*SUFFIXES, *READ) else [out.with_name(out.name + kind) for kind in kinds[:2]]
     if files[0].suffix not in kinds:
         advice = f"pictures: {', '.join(kinds)}" if pictures else "latents, which are no pictures: .npy, to decode them"
         raise ValueError(f"--out {out}: {path} makes {advice}")
@@ -241,7 +247,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             save = save_video if file.suffix == ".mp4" else save_gif
             save(clips, file, min(5, args.number), fps=args.fps)
-    print(f"wrote {' and '.join(map(str, files))}")
+    rate = f", {args.fps:g} frames a second" * (files[0].suffix in (".gif", ".mp4"))
+    print(f"wrote {' and '.join(map(str, files))}{rate}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -569,7 +569,7 @@ def covariance_error(p: Pyramid, steps: int, solver: str, size: tuple = (16, 1, 
     return ((out.T @ out - data_covariance(size)).norm() / data_covariance(size).norm()).item()
 
 
-# EQUATIONS, "What was checked": three stages, error by steps per stage.
+# By steps a stage, of three stages. From a derivation and a program that are not this code.
 KNOWN_ERRORS = {
     ("flow", "euler"): {5: 1.9e-1, 10: 1.0e-1, 20: 5.2e-2, 100: 1.1e-2, 1000: 1.1e-3},
     ("flow", "ab2"): {5: 4.1e-2, 10: 1.0e-2, 20: 2.5e-3, 100: 9.8e-5, 1000: 9.8e-7},
@@ -584,7 +584,7 @@ def test_whole_sampler_reproduces_gaussian_covariance_with_the_known_errors(mode
         assert covariance_error(Pyramid(mode, 3), steps, solver) == pytest.approx(known, rel=0.06), steps
 
 
-# EQUATIONS, "Final covariance error": Euler with 10 and 40 steps a stage, ab2 with 10, 40 and 160.
+# The same for other pyramids: Euler with 10 and 40 steps a stage, ab2 with 10, 40 and 160.
 PAPER = (1.0e-1, 2.6e-2, 1.0e-2, 6.2e-4, 3.8e-5)
 ERROR_STEPS = (("euler", 10), ("euler", 40), ("ab2", 10), ("ab2", 40), ("ab2", 160))
 FINAL_ERRORS = [

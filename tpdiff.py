@@ -62,7 +62,7 @@ def _block_mean(x: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def align(x: Tensor, noise: Tensor) -> Tensor:
-    """Data-noise alignment, Algorithm 1: `noise` permuted along the batch to lie nearest to `x`, that is p.down(x0, k).
+    """Data-noise alignment, Algorithm 1: `noise` permuted along the batch to be near `x`, clips at a stage's rate.
     The permutation minimizes the sum of the distances ||x_i - noise_i|| and is found on the CPU, in float32 also under
     autocast. Raises ValueError if the shapes differ or a distance is NaN."""
     if x.shape != noise.shape:
@@ -114,7 +114,7 @@ class Pyramid:
                     (2, 2, 2) PyramidalWan. Frames may be any number, height and width divide by factor^(K - 1).
     ends            the stages' end times t by index, rising from 0. Default: k / K, as in Pyramid Flow. The starts
                     follow by Eq. 16', so neighbouring windows overlap in t.
-    shift           s of t = s u / (1 + (s - 1) u): training times and the sampler's steps are uniform in u.
+    shift           a of t = a v / (1 + (a - 1) v): training times and the sampler's steps are uniform in v.
     prediction      ddim only, the target: "epsilon" (Eq. 11, the default), "velocity" gamma eps_k - sigma X_k (arXiv
                     2202.00512), or "sample" X_k. In flow mode the target is v_k (Eq. 13).
     All are attributes, and so is `lengths`, the unshifted time of [ends[k], ends[k + 1]]. `p[k]` is the `Stage` k.

@@ -4,7 +4,8 @@
   torchrun --nproc_per_node=8 train.py --mode flow         one process a GPU
 
 Every random draw belongs to a step (its stage) or to a sample number (its clip, noise, time and label dropout), not
-to a process. So a resumed run is the same run, and n processes train on the same batch as one with n times as many.
+to a process. So a resumed run is the same run, and n processes draw what one with n times as many clips would draw. But
+each exchanges noises among its own clips (--align assignment).
 """
 
 import copy
@@ -363,7 +364,6 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
         disk.start_from_file(model, dataset, args)
     state = make_state(model, args, device, checkpoint)
     if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
         disk.start_metrics(args.out / "metrics.jsonl", state.step)
         list_held_out(dataset, args.out / "held-out.txt")
         print(dataset.summary)

@@ -85,8 +85,9 @@ def usual_distance(times: list[int]) -> Fraction:
 
 
 def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
-    """All clips under the folder but those beside the index. A file that has not changed since is not opened again.
-    `series`: stills whose numbers run on are one clip; else each is a clip of one frame."""
+    """All clips under the folder, but not those beside the index or beside a run's checkpoint.pt in a folder below.
+    A file that has not changed since is not opened again. `series`: stills whose numbers run on are one clip; else each
+    is a clip of one frame."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
     known, rows = {}, {"format": INDEX_FORMAT}
@@ -130,7 +131,8 @@ def _from_row(files: tuple[Path, ...], row: dict) -> Source:
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
     """The files of each clip under the folder, in order: one, or with `series` the stills whose numbers run on."""
     for directory, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if Path(directory, name).resolve() != without)
+        paths = (Path(directory, name) for name in sorted(below))
+        below[:] = [p.name for p in paths if p.resolve() != without and not (p / "checkpoint.pt").exists()]
         numbered = defaultdict(list)
         for path in (Path(directory, name) for name in sorted(names)):
             suffix, match = path.suffix.lower(), re.fullmatch(r"(.*?)(\d+)", path.stem)
@@ -277,7 +279,7 @@ def open_latent(path: Path) -> Tensor:
     if path.suffix.lower() == ".pt":
         latent = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(latent, Tensor):
-            raise DataError(f"holds a {type(latent).__name__} and not one tensor, the latent")
+            raise DataError(f"holds a {type(latent).__name__}, and a latent is one tensor (C, T, H, W)")
         latent = latent.detach()
     else:
         latent = torch.from_numpy(np.load(path, mmap_mode="c"))

@@ -341,10 +341,10 @@ def held_out(channels: int, frames: int, size: int, runs: dict[Path, Weights], a
     data = find(held_out=kept, validation=True) if kept else parts[0.0]
     if data.latent:
         raise ValueError(f"{args.data} holds latents, and only pictures can be compared")
-    print("in gray, as samples are: " * (channels == 1) + data.summary)
     features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}
     features |= {"fvd": partial(i3d_features, load_i3d(args.i3d))} if args.i3d else {}
     references = min(args.reference, 4 * len(data.sources))
+    print("in gray, as samples are: " * (channels == 1) + data.summary + f"\n{references} windows are compared with")
     return data, distances_to(real_clips(0, references, data), features), references
 
 

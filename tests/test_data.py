@@ -171,7 +171,7 @@ LATENT = torch.zeros(4, 9, 8, 8)
 
 
 @pytest.mark.parametrize("files, options, message", [
-    ({"a.pt": [1]}, {}, r"1 that holds a list and not one tensor, the latent \(a.pt\)"),
+    ({"a.pt": [1]}, {}, r"1 that holds a list, and a latent is one tensor \(C, T, H, W\) \(a.pt\)"),
     ({"a.pt": LATENT.byte()}, {}, "holds uint8, and latents are floating-point"), ({}, {}, "clips is not a folder"),
     ({"a.pt": LATENT.cfloat()}, {}, "holds complex64, and latents are floating-point numbers"),
     ({"a.pt": LATENT[0]}, {}, r"is of shape \(9, 8, 8\), and a latent is \(C, T, H, W\)"),
@@ -201,6 +201,18 @@ def test_clips_held_out_are_a_share_of_the_files_and_the_same_whatever_else_is_a
     parts = [FolderClips(tmp_path, size=8, held_out=0.2, validation=n > 0, **more) for n, more in enumerate(asked)]
     rest, held, again = ({source.files[0] for source in part.sources} for part in parts)
     assert (len(rest), len(held)) == (16, 4) and not rest & held and again == held
+
+
+def test_clips_that_runs_have_made_are_no_data(tmp_path):
+    for name in "a.gif", "run/step-1.gif", "run/clips/b.gif", "own/c.gif":
+        animation(tmp_path / name, 9)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
+    data = FolderClips(tmp_path, 8, 16)
+    assert [source.files[0].name for source in data.sources] == ["a.gif", "c.gif"]
+    (tmp_path / "checkpoint.pt").write_bytes(b"")  # the folder itself is what was asked for
+    assert len(FolderClips(tmp_path, 8, 16).sources) == 2
+    with pytest.raises(DataError, match="1 shorter than 8 frames at --fps 6.25"):
+        FolderClips(tmp_path / "run" / "clips", 8, 16, fps=6.25)
 
 
 def test_the_index_spares_files_that_have_not_changed(clip_folder, monkeypatch):

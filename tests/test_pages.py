@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from conftest import ROOT, pages
 
 import tpdiff
@@ -155,9 +156,14 @@ def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
     assert f"In ddim mode it is {ddim_euler} and {last:.1f}%" in text
     gamma = tpdiff.Pyramid("ddim").gamma_sigma(1.0)[0].item()
     assert f"leaves {100 * gamma:.1f}% of the clip" in text and f"`1 / gamma`, which is {1 / gamma:.0f}" in text
-    p = tpdiff.Pyramid("flow", 3, shift=3)
-    a, b, c = tpdiff.split_steps(30, 3, p.lengths)
-    assert f"with three stages and `shift=3`, 30 steps become {a}, {b} and {c}" in text
+    betas = torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64)  # AnimateDiff's
+    gamma = tpdiff.Pyramid("ddim", alphas_cumprod=(1 - betas).cumprod(0)).gamma_sigma(1.0)[0].item()
+    assert f"that of AnimateDiff {100 * gamma:.0f}%" in text and f"and {1 / gamma:.0f} with that of AnimateDiff" in text
+    for a, ends, said in ((3, None, "`shift=3`, 30 steps become"), (5, None, "`shift=5` they become"), (3, ..., "")):
+        p = tpdiff.Pyramid("flow", 3, shift=a, ends=ends and (0, a / (a + 2), 2 * a / (2 * a + 1)))
+        counts = tpdiff.split_steps(30, 3, p.lengths)
+        assert counts == [10, 10, 10] if ends else "{} {}, {} and {}".format(said, *counts) in text
+    assert "`ends=(0, a / (a + 2), 2 * a / (2 * a + 1))` three stages have equal parts" in text
 
 
 def test_every_command_on_the_pages_is_one_that_its_parser_takes():

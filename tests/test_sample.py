@@ -127,9 +127,14 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
         assert gif.n_frames == 13 and gif.size == (3 * (2 * (32 + 2) + 2), 3 * (16 + 2 + 2))
     words = "--pyramid", "space-time", "--guidance", 2
     assert "never trained without labels" in fails_with_one_line(capsys, sample.main, *words)
-    run_sample("--checkpoint", SHIPPED / "emoji.pt", "--number", 1, "--steps", 3)
+    run_sample("--checkpoint", SHIPPED / "emoji.pt", "--number", 1, "--steps", 3, "--fps", 8)
     out = capsys.readouterr().out
-    assert "wrote samples/emoji-000.gif" in out and "\n1 clip of 16 frames, " in out  # named after the weights
+    assert "\n1 clip of 16 frames, " in out  # named after the weights
+    assert out.endswith("wrote samples/emoji-000.gif and samples/emoji-000.png, 8 frames a second\n")
+    run_sample("--number", 1, "--steps", 3, "--out", "samples")
+    out, said = capsys.readouterr()
+    assert "wrote samples/flow-3-000.gif" in out and "note: no run in runs/ has this mode, stages and pyramid" in said
+    assert "the newest is runs/flow-3-space-time" in said
 
 
 @pytest.mark.parametrize("words, message", [
@@ -146,8 +151,9 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--checkpoint {tmp}/empty.pt", "not a whole checkpoint"), ("--checkpoint {tmp}/text.pt", "it is of another kind"),
     ("--checkpoint {tmp}/cut.pt", "not a whole checkpoint"), ("--out {tmp}/text.pt/a", "File exists"),
     ("--out {tmp}/taken", "taken.png exists already"), ("--out {tmp}/taken.png", "taken.png exists already"),
-    ("--out {tmp}/a.npy", "makes pictures: .gif, .png, .mp4"),
-    ("--chekpoint a", "--chekpoint a; --help lists all"), ("--out /proc/a --number 10000000", "No such file"),
+    ("--out {tmp}/a.npy", "makes pictures: .gif, .png, .mp4"), ("--out {tmp}/a.jpg", "makes pictures: .gif, .png"),
+    ("--chekpoint a", "--chekpoint a; did you mean --checkpoint?"), ("--xyz", "--xyz; --help lists all"),
+    ("--out /proc/a --number 10000000", "No such file"),
 ])  # fmt: skip
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -186,7 +192,7 @@ def test_out_with_a_suffix_writes_that_file_alone(name, tmp_path, capsys):
     words = "--checkpoint", SHIPPED / "flow-1.pt", "--number", 2, "--steps", 1, "--out", tmp_path / name
     run_sample(*words)
     out = capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == [name] and out.endswith(f"wrote {tmp_path / name}\n")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and f"wrote {tmp_path / name}" in out
     assert "like noise" not in out
     with Image.open(tmp_path / name) as picture:
         assert picture.format == name[2:].upper()
