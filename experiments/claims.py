@@ -157,7 +157,9 @@ def work(args: argparse.Namespace) -> list:
     files that `training`, `twice` and `twice-ddim` have made."""
     rows, curves = [], {}
     for claim in ("training", "twice", "twice-ddim"):
-        for run, _, _, *found in json.loads((args.out / f"{claim}.json").read_text())["tables"][1][1]:
+        if not (path := args.out / f"{claim}.json").exists():
+            raise ValueError(f"{path} is missing: python -m experiments.claims {claim} makes it")
+        for run, _, _, *found in json.loads(path.read_text())["tables"][1][1]:
             system, whole = run.split("-seed")[0].removesuffix("-twice"), train_options(run, args).steps
             whole, distances = whole * work_of_a_step(run, args), [float(each.split()[0]) for each in found]
             if system.endswith("-1"):

@@ -276,6 +276,25 @@ def test_gains_in_training_time_are_against_vanilla_of_the_same_seed_with_their_
     assert gains[1] == ["flow-3", "at least 3.00 [2.00, 4.00]"]
 
 
+def test_gains_in_training_work_count_clips_by_their_share_of_a_full_clip(monkeypatch, tmp_path):
+    monkeypatch.setattr(claims, "draw_curves", lambda *_, **__: None)
+    rows = [["1", "8", "4", "2", "1 [1, 1]"], ["3", "4", "2", "1", "0.5"], ["3-space-time", "2", "2", "2", "2"]]
+    for claim, mode, length in (
+        ("training", "flow", ""),
+        ("twice", "flow", "-twice"),
+        ("twice-ddim", "ddim", "-twice"),
+    ):
+        made = [[f"{mode}-{system}{length}", "ms", "s", *found] for system, *found in rows]
+        report.write_json(tmp_path / f"{claim}.json", {"tables": [[], [[], made]]})
+    args = SimpleNamespace(out=tmp_path, smoke=False)
+    ((_, found),) = claims.work(args)
+    assert found[0] == ["flow-1", "1.00", "1.00"] and [row[2] for row in found[2::3]] == ["not reached"] * 3
+    steps = [runs.train_options(run, args).steps for run in ("flow-1", "flow-3")]
+    whole = steps[1] / steps[0] * (1 / 4 + 1 / 2 + 1) / 3  # vanilla's last distance after three quarters of that
+    assert found[1] == ["flow-3", f"{whole:.2f}", f"{1 / (0.75 * whole):.2f}"]
+    assert claims.work_of_a_step("flow-3-space-time", args) == pytest.approx((32 / 64 + 16 / 8 + 4) / 3)
+
+
 def test_every_claim_has_its_table_and_its_figure_and_the_pages_are_up_to_date():
     report.main(["--check"])
     prose = re.sub(r"```.*?```|`[^`]*`|\]\(.*?\)|\{\{.*?\}\}", "", report.TEXTS.read_text(), flags=re.DOTALL)
@@ -317,6 +336,7 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
         (metrics, f"quality --json {'a' * 300}/b", "there is no folder"),
         (metrics, "quality --number 1", "at least 2"),
         (claims, "latency --seeds 1", "unrecognized arguments: --seeds"),
+        (claims, "work --out {tmp}", "training.json is missing: python -m experiments.claims training makes it"),
         (metrics, "quality --checkpoint {shipped}/flow-3.pt {run}", "give real clips with --data"),  # each is looked at
         (metrics, "quality --checkpoint {shipped}/flow-3.pt {shipped}/flow-1.pt --steps 9 9 9", "flow-1.pt: "),
         (metrics, "quality --data {tmp} --checkpoint {shipped}/flow-3.pt {run}", "another shape"),
