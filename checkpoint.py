@@ -47,13 +47,18 @@ def make_pyramid(run, kind: type = Pyramid) -> Pyramid:
     return kind(run.mode, run.stages, prediction={"flow": None, "ddim": "velocity"}[run.mode], **options)
 
 
+def in_words(value) -> str:
+    """A value of an option as it is typed: "8 4"; None is "left out"."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else "left out" if value is None else str(value)
+
+
 def check_size(args: Namespace, latent: bool = False) -> None:
     """Raises ValueError if height and width, where they are known yet, do not divide into patches at every stage."""
     divisors = [args.patch * n ** (args.stages - 1) for n in FACTORS[args.pyramid][1:]]
     if any(length % divisor for length, divisor in zip(height_width(args.size or divisors), divisors, strict=True)):
         why = f"--patch {args.patch}, {args.stages} stages in {args.pyramid}"
         why += "; latents are (C, T, H, W), and by default --size is all of H and W" * latent
-        raise ValueError(f"--size {args.size} must be a multiple of {divisors}, height and width: {why}")
+        raise ValueError(f"--size {in_words(args.size)}: height and width must be multiples of {divisors[0]}: {why}")
 
 
 def run_name(mode: str, stages: int, pyramid: str, data: str | None = None) -> str:
@@ -98,8 +103,9 @@ def load_file(path: Path, *keys: str) -> dict:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:
         text = str(error) or type(error).__name__  # of foreign files torch advises to run what is in them
-        reason = "it is of another kind" if "weights_only" in text else text.splitlines()[0]
-        raise ValueError(f"{path} is not a whole checkpoint of train.py ({reason})") from None
+        if "weights_only" in text:
+            raise ValueError(f"{path} is not a checkpoint of train.py: it is of another kind") from None
+        raise ValueError(f"{path} is not a whole checkpoint of train.py ({text.splitlines()[0]})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint, or not of this version of train.py (format {FORMAT})")
     missing = sorted({*HEAD, *keys} - content.keys())
@@ -138,6 +144,7 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
     for name in vars(args).keys() - free:
         was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
         if was != now:
+            was, now = in_words(was), in_words(now)
             raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     if checkpoint["step"] >= args.steps and os.environ.get("RANK", "0") == "0":
         print(f"note: {out} has {checkpoint['step']} steps already; a larger --steps trains it on")

@@ -45,7 +45,7 @@ def _glyph(digit: int, height: int) -> np.ndarray:
 def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     """One number stands for a square. Raises DataError if there are more than two."""
     if not isinstance(size, int) and len(size) != 2:
-        raise DataError(f"a size is one number, or height and width, not {size}")
+        raise DataError(f"a size is one number, or height and width, not {' '.join(map(str, size))}")
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

@@ -126,11 +126,11 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
     if args.data and Path(args.data).resolve() == out.resolve():
         raise ValueError(f"--out {out} is --data: the run's own GIFs would be trained on; choose another --out")
-    args.out, stages = out, args.stages
+    args.out, stages, given = out, args.stages, disk.in_words(args.batch)
     if len(batch_sizes(args)) != stages:
-        raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {args.batch}")
-    if args.stage_odds and (len(args.stage_odds) != args.stages or max(args.stage_odds) > 1000):
-        raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {args.stages}, noisiest first")
+        raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {given}")
+    if args.stage_odds and (len(args.stage_odds) != stages or max(args.stage_odds) > 1000):
+        raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {stages}, noisiest first")
     if args.ends and (len(args.ends) != stages or args.ends[-1] != 0):
         raise ValueError(f"--ends needs a time for each of --stages {stages}, noisiest first and the last 0")
     if args.pyramid == "time" and 1 < stages and args.frames <= 2 ** (stages - 2) and not args.resume:

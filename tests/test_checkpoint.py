@@ -92,8 +92,8 @@ def make_older(run: Path, **args) -> None:
 
 def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(run, capsys):
     make_older(run)
-    options = {"--stage-odds 4 2 1": "[4, 2, 1]", "--shift 3": "3.0", "--pyramid space": "space", "--batch 4 4 2": "("}
-    options |= {"--ends 0.5 0.25 0": "[0.5, 0.25, 0.0]", "--width 64": "64"}
+    options = {"--stage-odds 4 2 1": "4 2 1", "--shift 3": "3.0", "--pyramid space": "space", "--batch 4 4 2": "4 4 2"}
+    options |= {"--ends 0.5 0.25 0": "0.5 0.25 0.0", "--width 64": "64"}
     for words, now in options.items():
         error = fails_with_one_line(capsys, train.main, "--resume", "--out", run, *words.split())
         assert f"was trained with {words.split()[0]} " in error and f"--resume cannot change it to {now}" in error

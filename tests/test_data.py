@@ -182,7 +182,7 @@ LATENT = torch.zeros(4, 9, 8, 8)
     ({"a.pt": LATENT}, {"flip": True}, "neither mirrored nor made grey"),
     ({"a.pt": LATENT, "b.pt": LATENT[..., :6]}, {"size": None}, r"\(8, 6\) and \(8, 8\): --size crops them"),
     ({"a.pt": LATENT, "b.gif": None}, {}, r"(a.pt|b.gif) and .*(a.pt|b.gif) differ: "),
-    ({"a.gif": None}, {"size": (8, 8, 8)}, r"one number, or height and width, not \(8, 8, 8\)"),
+    ({"a.gif": None}, {"size": (8, 8, 8)}, r"one number, or height and width, not 8 8 8"),
     ({"a.gif": None}, {"latent_scale": 2}, "a latent scale is for latents"),
     ({"a.gif": None}, {"frame_stride": 3}, "clips: 1 file found, 0 used.*1 shorter than 10 frames"),
 ])  # fmt: skip

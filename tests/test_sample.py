@@ -147,7 +147,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--steps 10 0 10", "--steps"), ("--guidance nan", "--guidance"), ("--number 0", "--number"),
     ("--seed 1e5", "--seed"), ("--label cat", "7, 8, 9"),
     ("--checkpoint {tmp}", "weights.pt does not exist"), ("--checkpoint {tmp}/gone.pt", "gone.pt does not exist"),
-    ("--checkpoint {tmp}/bare.pt", "lacks classes"), ("--checkpoint {tmp}/hostile.pt", "not a whole checkpoint"),
+    ("--checkpoint {tmp}/bare.pt", "lacks classes"), ("--checkpoint {tmp}/hostile.pt", "not a checkpoint of train"),
     ("--checkpoint {tmp}/empty.pt", "not a whole checkpoint"), ("--checkpoint {tmp}/text.pt", "it is of another kind"),
     ("--checkpoint {tmp}/cut.pt", "not a whole checkpoint"), ("--out {tmp}/text.pt/a", "File exists"),
     ("--out {tmp}/taken", "taken.png exists already"), ("--out {tmp}/taken.png", "taken.png exists already"),

@@ -352,13 +352,16 @@ def folder(tmp_path_factory) -> Path:
     "words, message",
     [
         *[(words, f"argument {words.split()[0]}: must be a") for words in BAD_NUMBERS.split(",")],
-        ("--size 30", "--size 30 must be a multiple of [4, 4], height and width: --patch 4, 3 stages in time"),
-        ("--size 24 16 --pyramid space-time", "of [16, 16], height and width: --patch 4, 3 stages in space-time"),
+        ("--size 30", "--size 30: height and width must be multiples of 4: --patch 4, 3 stages in time"),
+        (
+            "--size 24 16 --pyramid space-time",
+            "--size 24 16: height and width must be multiples of 16: --patch 4, 3 stages",
+        ),
         ("--frames 4 --stages 4", "--stages 4 is too many for --frames 4: take fewer, or --pyramid space"),
-        ("--size 16 16 16", "a size is one number, or height and width, not (16, 16, 16)"),
+        ("--size 16 16 16", "a size is one number, or height and width, not 16 16 16"),
         ("--size 8 32", "size >= 16, frames and digits >= 1, not (8, 32)"),
         ("--mode ddim --stages 40 --frames 1000000000000", "use fewer stages"),
-        ("--batch 8 4", "--batch needs one number, or one for each of --stages 3, not (8, 4)"),
+        ("--batch 8 4", "--batch needs one number, or one for each of --stages 3, not 8 4"),
         ("--stage-odds 2 1", "--stage-odds needs a number up to 1000 for each of --stages 3"),
         ("--stage-odds 2 1 5000", "--stage-odds needs a number up to 1000"),
         ("--ends 0.5 0", "--ends needs a time for each of --stages 3, noisiest first and the last 0"),
@@ -474,4 +477,4 @@ def test_latents_are_taken_whole_where_no_size_is_given(tmp_path, capsys):
     torch.save(torch.randn(4, 9, 8, 16), tmp_path / "a.pt")
     words = ["--data", tmp_path, "--frames", 8, "--patch", 3, "--out", tmp_path / "run"]
     said = fails_with_one_line(capsys, train.main, *words)
-    assert "--size (8, 16) must be a multiple of [3, 3]" in said and "latents are (C, T, H, W)" in said
+    assert "--size 8 16: height and width must be multiples of 3" in said and "latents are (C, T, H, W)" in said
