@@ -41,15 +41,17 @@ COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a Stat
 
 def make_pyramid(run, kind: type = Pyramid) -> Pyramid:
     """The pyramid of a `run`, which is arguments of train.py or Weights. In ddim mode the network says the velocity.
-    That is past the paper, which finetunes a model that predicts noise: trained from scratch on noise, no digit stayed
+    That is past the paper, whose network predicts noise: trained from scratch on noise, no digit stayed
     legible. Raises ValueError, as Pyramid does."""
     options = {"factor": FACTORS[run.pyramid], "shift": run.shift, "ends": run.ends and run.ends[::-1]}
     return kind(run.mode, run.stages, prediction={"flow": None, "ddim": "velocity"}[run.mode], **options)
 
 
 def in_words(value) -> str:
-    """A value of an option as it is typed: "8 4"; None is "left out"."""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else "left out" if value is None else str(value)
+    """A value of an option as it is typed: "8 4"; None and False are "left out"."""
+    if value is None or value is False:
+        return "left out"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def check_size(args: Namespace, latent: bool = False) -> None:
@@ -134,7 +136,7 @@ def load_checkpoint(path: Path) -> dict:
 
 def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, free: set[str]) -> tuple[Namespace, dict]:
     """The run's arguments, those in `free` by `argv`, and its checkpoint. Raises ValueError if it changes another."""
-    if not (out / "checkpoint.pt").exists():
+    if not list(out.glob("checkpoint*.pt")):
         raise ValueError(f"{out / 'checkpoint.pt'} does not exist: give the run's folder with --out")
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     if checkpoint["args"].get("time_shift", 1.0) != 1 and checkpoint["args"]["stages"] > 1:
@@ -177,12 +179,13 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
 
 def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
     """The newest run under runs/ that matches, else the shipped weights. Raises ValueError if there are neither."""
-    others = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in others:
+    others = []
+    for path in sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             content = load_file(path)
             if (content["mode"], content["stages"], content["pyramid"]) == (mode, stages, pyramid):
                 return path
+            others.append(path.parent)
         except ValueError as error:
             print(f"passed over: {error}", file=sys.stderr)
     shipped = SHIPPED / f"{run_name(mode, stages, pyramid)}.pt"
@@ -190,7 +193,7 @@ def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
         flags = f"--mode {mode} --stages {stages} --pyramid {pyramid}"
         raise ValueError(f"no weights for {flags}: none in runs/, no {shipped.name}; to train: python train.py {flags}")
     if others:
-        said = f"note: no run in runs/ has this mode, stages and pyramid; the newest is {others[0].parent}"
+        said = f"note: no run in runs/ has this mode, stages and pyramid; the newest is {others[0]}"
         print(said, file=sys.stderr)
     return shipped
 

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+from argparse import PARSER
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def format_help(self) -> str:
-        first = [next(iter(action.choices)) for action in self._actions if action.nargs == argparse.PARSER]
+        first = [next(iter(action.choices)) for action in self._actions if action.nargs == PARSER]
         about = self.description or ""
         if any("[" in (action.help or "") for action in self._actions) and BRACKETS not in about:
             self.description = f"{about}\n{BRACKETS}"
@@ -45,9 +46,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
-            typed, options = message.split(": ", 1)[1].split()[0], list(self._option_string_actions)
-            near = get_close_matches(typed, options, n=1)
-            message += f"; did you mean {near[0]}?" if near else "; --help lists all"
+            commands = next((action.choices for action in self._actions if action.nargs == PARSER), {})
+            options = {option for parser in (self, *commands.values()) for option in parser._option_string_actions}
+            near = get_close_matches(message.split(": ", 1)[1].partition(" ")[0].partition("=")[0], options, n=1)
+            message += f"; did you mean {near[0]}?" if near else f"; {'COMMAND ' * bool(commands)}--help lists all"
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
 

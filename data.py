@@ -74,7 +74,8 @@ class MovingDigits(Dataset):
     def __init__(self, frames: int = 16, size: int | tuple[int, int] = 32, digits: int = 1, seed: int = 0):
         short = min(height_width(size))
         if short < 16 or frames < 1 or digits < 1:
-            raise DataError(f"moving digits need size >= 16, frames and digits >= 1, not {size}, {frames}, {digits}")
+            given = f"not {short}, {frames} and {digits}"
+            raise DataError(f"moving digits need a size of 16 or more, and at least one frame and digit, {given}")
         self.frames, self.size, self.digits, self.seed, self.short = frames, size, digits, seed, short
         self.summary = f"moving digits, {digits} a clip, made on the fly"
         self.glyphs = [_glyph(digit, round(short * 5 / 8)) for digit in range(10)]
@@ -143,7 +144,7 @@ class FolderClips(Dataset):
             self.sources += [] if reason else [source]
             skipped[reason].extend(source.files)
         if self.held_out:
-            self.sources = self._part()
+            self.sources = self._part(self.held_out, self.validation)
         whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
@@ -155,8 +156,7 @@ class FolderClips(Dataset):
             raise DataError(f"{self.summary}; {why}. Wanted: pictures, videos, latents, {self.span}+ frames (--frames)")
         self._settle_channels()
         self.summary += self._described(why)
-        names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in self.sources]
-        self.digest = hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
+        self.digest = self.digest_without(0)
 
     def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
         """Why a clip cannot be used, the first reason of several; "" if it can."""
@@ -167,8 +167,9 @@ class FolderClips(Dataset):
             "single pictures, which --frames 1 takes": stills and source.frames == 1,
             "stills beside videos or animations": stills and source.files[0].parent in moving,
             "that state no times, which --fps needs": self.fps and not source.unit,
-            f"shorter than {self.span} frames" + f" at --fps {self.fps}" * bool(self.fps): source.frames < self.span,
-            f"latents smaller than {self.size}": source.kind == "latent" and too_small,
+            f"shorter than {self.span} frames" + f" at --fps {self.fps or 0:g}" * bool(self.fps): source.frames
+            < self.span,
+            f"latents smaller than {height}x{width}": source.kind == "latent" and too_small,
             "in no sub-folder, so without a label": self.labels and self.class_name(source) is None,
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
@@ -177,12 +178,18 @@ class FolderClips(Dataset):
         """The names of the first three."""
         return ", ".join(str(file.relative_to(self.folder)) for file in files[:3]) + ", ..." * (len(files) > 3)
 
-    def _part(self) -> list[Source]:
+    def digest_without(self, held_out: float) -> str:
+        """What tells these clips from others, without a share of them that is held out."""
+        sources = self._part(held_out, False) if held_out else self.sources
+        names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in sources]
+        return hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
+
+    def _part(self, held_out: float, validation: bool) -> list[Source]:
         """The clips that are held out, or the others, in the order of their names, whose hashes decide."""
         sources = {source.files[0].relative_to(self.folder): source for source in self.sources}
         names = sorted(sources, key=lambda name: hashlib.sha256(str(name).encode()).digest())
-        count = max(1, round(self.held_out * len(names)))
-        return [sources[name] for name in sorted(names[:count] if self.validation else names[count:])]
+        count = max(1, round(held_out * len(names)))
+        return [sources[name] for name in sorted(names[:count] if validation else names[count:])]
 
     def _settle_channels(self) -> None:
         kinds = {(source.kind == "latent", source.channels): source.files[0] for source in self.sources}
@@ -198,7 +205,8 @@ class FolderClips(Dataset):
         if self.size is None:
             sizes = sorted({(source.height, source.width) for source in self.sources}) if self.latent else [(32, 32)]
             if len(sizes) > 1:
-                raise DataError(f"{self.folder} holds latents of {sizes[0]} and {sizes[-1]}: --size crops them alike")
+                one, other = ("x".join(map(str, size)) for size in (sizes[0], sizes[-1]))
+                raise DataError(f"{self.folder} holds latents of {one} and {other}: --size crops them alike")
             self.size = sizes[0] if sizes[0][0] != sizes[0][1] else sizes[0][0]
 
     def _described(self, skipped: str) -> str:
@@ -316,7 +324,7 @@ def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
 
 
 def list_held_out(dataset: Dataset, path: Path) -> None:
-    """Writes the files of a folder's clips that are held out, a line each."""
+    """Writes the files of a folder's clips that are held out, a line each; of numbered stills the first."""
     if isinstance(dataset.judged_on, FolderClips):
         path.write_text("".join(f"{source.files[0]}\n" for source in dataset.judged_on.sources))
 

@@ -91,7 +91,9 @@ def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: a
     steps = "-".join(map(str, counts)) + " (noisiest stage first)" * (len(counts) > 1)
     cost = full_rate_steps(counts, pyramid, shape, calls=1 if args.guidance == 1 else 2)
     guided = " (twice as many as without guidance)" * (args.guidance != 1)
-    return f"steps {steps} with {args.solver}: a clip costs as much as {cost:.4g} network calls on all frames{guided}"
+    return (
+        f"steps {steps} with {args.solver}: a clip costs as much as {cost:.4g} network calls on the full clip{guided}"
+    )
 
 
 def check_guidance(weights: Weights, guidance: float) -> None:
@@ -155,10 +157,15 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
     return chosen[torch.arange(number) % len(chosen)] if classes else None
 
 
+def with_end(name: Path, suffix: str) -> Path:
+    """The name with a suffix more; what follows another dot stays."""
+    return name.with_name(name.name + suffix)
+
+
 def free_name(stem: Path) -> Path:
     """`stem` with the first number at which there is no such file."""
     names = (stem.with_name(f"{stem.name}-{number:03d}") for number in itertools.count())
-    return next(name for name in names if not any(name.with_suffix(suffix).exists() for suffix in SUFFIXES))
+    return next(name for name in names if not any(with_end(name, suffix).exists() for suffix in SUFFIXES))
 
 
 def make_parser() -> cli.Parser:
@@ -187,7 +194,7 @@ def make_parser() -> cli.Parser:
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
     add("--fps", type=real_number(1, 50), default=12, help="frames a second of the GIF or MP4")
     out = "file: .gif, .png (frames in a row), .mp4 (needs PyAV) or, of latents, .npy; without a suffix .gif and .png"
-    add("--out", type=Path, help=f"{out}; a folder: RUN-NNN in it [samples]")
+    add("--out", type=Path, help=f"{out}; an existing folder: RUN-NNN in it [samples]")
     return parser
 
 
@@ -219,11 +226,12 @@ def run(args: argparse.Namespace) -> None:
     out, name = args.out or Path("samples"), path.resolve().parent.name if of_a_run else path.stem
     out = free_name(out / name) if out.is_dir() or not args.out else out
     kinds = PICTURES if pictures else LATENTS
-    files = [out] if out.suffix in (*SUFFIXES, *READ) else [out.with_name(out.name + kind) for kind in kinds[:2]]
-    if files[0].suffix not in kinds:
+    suffix = out.suffix.lower()
+    files = [out] if suffix in (*SUFFIXES, *READ) else [with_end(out, kind) for kind in kinds[:2]]
+    if files[0].suffix.lower() not in kinds:
         advice = f"pictures: {', '.join(kinds)}" if pictures else "latents, which are no pictures: .npy, to decode them"
         raise ValueError(f"--out {out}: {path} makes {advice}")
-    if out.suffix == ".mp4":
+    if suffix == ".mp4":
         import_av(out)  # says what to install
     if there := [file for file in files if file.exists()]:
         raise ValueError(f"{there[0]} exists already: choose another --out")
@@ -240,14 +248,15 @@ def run(args: argparse.Namespace) -> None:
     print(f"{said}, {(time.perf_counter() - start) / args.number:.2f} s a clip")
     print(said_cost(counts, pyramid, clips.shape, args))
     for file in files:
-        if file.suffix == ".npy":
+        kind = file.suffix.lower()
+        if kind == ".npy":
             save_latents(clips, file, weights.latent_scale)
-        elif file.suffix == ".png":
+        elif kind == ".png":
             save_strip(clips, file)
         else:
-            save = save_video if file.suffix == ".mp4" else save_gif
+            save = save_video if kind == ".mp4" else save_gif
             save(clips, file, min(5, args.number), fps=args.fps)
-    rate = f", {args.fps:g} frames a second" * (files[0].suffix in (".gif", ".mp4"))
+    rate = f", {args.fps:g} frames a second" * (files[0].suffix.lower() in (".gif", ".mp4"))
     print(f"wrote {' and '.join(map(str, files))}{rate}")
 
 

@@ -131,8 +131,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {given}")
     if args.stage_odds and (len(args.stage_odds) != stages or max(args.stage_odds) > 1000):
         raise ValueError(f"--stage-odds needs a number up to 1000 for each of --stages {stages}, noisiest first")
-    if args.ends and (len(args.ends) != stages or args.ends[-1] != 0):
-        raise ValueError(f"--ends needs a time for each of --stages {stages}, noisiest first and the last 0")
+    if args.ends and (len(args.ends) != stages or args.ends[-1] != 0 or args.ends != sorted({*args.ends} - {1})[::-1]):
+        raise ValueError(f"--ends needs a time below 1 for each of --stages {stages}, falling to 0")
     if args.pyramid == "time" and 1 < stages and args.frames <= 2 ** (stages - 2) and not args.resume:
         raise ValueError(f"--stages {stages} is too many for --frames {args.frames}: take fewer, or --pyramid space")
     args.size = args.size if args.size or args.data else 32

@@ -27,6 +27,7 @@ STILLS = (".png", ".jpg", ".jpeg")
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .flv .wmv .3gp".split())
 CUT_ANYWHERE = (".ts", ".mts", ".m2ts", ".mpg", ".mpeg")  # what is cut off from these does not show in their packets
 LATENTS = (".npy", ".pt")
+RUN = "checkpoint.pt"  # in the folder of a run of train.py, whose samples are no data
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
 INDEX_FORMAT = 2  # of the file that keeps what the headers said; raised when old ones can no longer be read
 LATENT_CHANNELS = (4, 8, 12, 16, 24, 32, 48, 64, 128, 256)  # that VAEs have
@@ -85,9 +86,9 @@ def usual_distance(times: list[int]) -> Fraction:
 
 
 def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
-    """All clips under the folder, but not those beside the index or beside a run's checkpoint.pt in a folder below.
-    A file that has not changed since is not opened again. `series`: stills whose numbers run on are one clip; else each
-    is a clip of one frame."""
+    """All clips under the folder but those beside the index. A file that has not changed since is not opened again. Of
+    the folder of a run its checkpoint stands for all. `series`: stills whose numbers run on are one clip; else each is
+    a clip of one frame."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
     known, rows = {}, {"format": INDEX_FORMAT}
@@ -131,8 +132,9 @@ def _from_row(files: tuple[Path, ...], row: dict) -> Source:
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
     """The files of each clip under the folder, in order: one, or with `series` the stills whose numbers run on."""
     for directory, below, names in os.walk(folder):
-        paths = (Path(directory, name) for name in sorted(below))
-        below[:] = [p.name for p in paths if p.resolve() != without and not (p / "checkpoint.pt").exists()]
+        below[:] = sorted(name for name in below if Path(directory, name).resolve() != without)
+        if RUN in names:
+            below[:], names = [], [RUN]
         numbered = defaultdict(list)
         for path in (Path(directory, name) for name in sorted(names)):
             suffix, match = path.suffix.lower(), re.fullmatch(r"(.*?)(\d+)", path.stem)
@@ -154,6 +156,8 @@ def _probe(files: tuple[Path, ...]) -> Source:
     av = import_av(path) if suffix in VIDEOS else None
     try:
         stamp = _stamp(path)
+        if path.name == RUN:
+            raise DataError("belongs to a run, and so does all beside it")
         if suffix in LATENTS:
             latent = open_latent(path)
             channels, frames, height, width = latent.shape

@@ -112,7 +112,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     for name, now in settings(args).items():
         if was and name not in FREE and was[name] != now:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{args.out} was trained with {flag} {was[name]}; --resume cannot change it to {now}")
+            before, now = disk.in_words(was[name]), disk.in_words(now)
+            raise ValueError(f"{args.out} was trained with {flag} {before}; --resume cannot change it to {now}")
     return args, family
 
 

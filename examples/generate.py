@@ -7,6 +7,7 @@ never loaded here: the tests run this on small random models of the same classes
 """
 
 import json
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -247,6 +248,8 @@ def run(args: Namespace) -> None:
         raise ValueError(f"--out {args.out} must be a new file, .mp4 or .gif")
     if args.out.suffix == ".mp4":
         import_av(args.out)  # says what to install
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out.parent).close()  # what cannot be written shall not be found out after sampling
     args, family = settle(args)
     device = cli.choose_device(args.device)
     dtype = torch.bfloat16 if use_bf16(args.precision, device) else torch.float32
@@ -272,7 +275,6 @@ def run(args: Namespace) -> None:
         vae.enable_tiling()
         vae.enable_slicing()
     clips = torch.cat([decode(vae, latent).cpu() for latent in latents])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     save = save_video if args.out.suffix == ".mp4" else save_gif
     save(clips, args.out, scale=1, fps=args.fps)
     frames = cli.count(clips.shape[2], "frame")

@@ -1,6 +1,7 @@
 """The paper's claims, and what its reviewers ask, measured.
 
-Each sub-command trains the runs it needs (runs.py), samples them and writes COMMAND.json and pictures into results/.
+Each sub-command trains the runs it needs (runs.py), samples them and writes COMMAND.json and pictures into results/;
+`work` takes what others have written.
 `python -m experiments.report` then makes README.md of them.
 
 Runs and clips are not made twice: a stopped run of train.py is continued, and the scores in results/cells.json stay as

@@ -220,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     with one_sentence(parser, "not enough memory"):
+        if not args.out.suffix:
+            raise ValueError(f"--out {args.out} has no ending such as .png, which says what it shall be")
         if args.what == "losses":
             draw_losses(args.runs, args.out)
         elif args.what == "windows":

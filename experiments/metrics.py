@@ -33,7 +33,6 @@ REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
 
 class Judge(nn.Module):
     """Reads moving digits (B, 1, T, 32, 32): each frame on its own, then the frames together.
-
     All features lie in (-1, 1), so that what no digit looks like is far from real clips, and not infinitely far.
     """
 
@@ -299,8 +298,7 @@ def quality(args: argparse.Namespace) -> None:
         real, metrics, references = held_out(*shape, runs, args)
     for path, weights in runs.items():
         name = f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"
-        pyramid = make_pyramid(weights)
-        make = partial(sample_clips, weights, pyramid, steps, args.solver, args.batch)
+        make = partial(sample_clips, weights, make_pyramid(weights), steps, args.solver, args.batch)
         made[name] = scores_of(make, metrics, args)
     name = "real" if args.data else "real, random digits"
     made[name] = scores_of(lambda seed, number: real_clips(references + seed * number, number, real), metrics, args)
@@ -333,12 +331,14 @@ def held_out(channels: int, frames: int, size: int, runs: dict[Path, Weights], a
     runs were trained on this folder, the clips are those that --held-out kept from them."""
     rate = {"frame_stride": args.frame_stride, "fps": args.fps}
     find = partial(FolderClips, args.data, frames, size, grayscale=channels == 1, **rate)
-    parts = {share: find(held_out=share) for share in {0.0, *(weights.held_out for weights in runs.values())}}
-    seen = {path: each.held_out for path, each in runs.items() if each.digest == parts[each.held_out].digest}
+    data = find()
+    seen = {path: each.held_out for path, each in runs.items() if each.digest == data.digest_without(each.held_out)}
     kept = len({*seen.values()}) == 1 and max(seen.values())
     if seen:
         print("note:", *seen, "kept these clips from training:" if kept else "saw these clips in training:")
-    data = find(held_out=kept, validation=True) if kept else parts[0.0]
+    if others := [path for path, each in runs.items() if each.digest and path not in seen]:
+        print("note:", *others, "had other clips in training, or these with another --fps, --frame-stride or --labels")
+    data = find(held_out=kept, validation=True) if kept else data
     if data.latent:
         raise ValueError(f"{args.data} holds latents, and only pictures can be compared")
     features = {"efficientnet_distance": partial(picture_features, load_efficientnet())}

@@ -87,7 +87,8 @@ def train_systems(args: argparse.Namespace) -> None:
         begun = {path: shlex.split(path.read_text()) for path in sorted(args.runs.glob(f"{system}-seed-*/options.txt"))}
         for path, old in begun.items():
             number = path.parent.name.rpartition("-")[2]
-            if old[: len(words)] != train_words(system, int(number), args):
+            parse = train.make_parser().parse_args
+            if parse(old) != parse([*train_words(system, int(number), args), *old[-4:]]):  # --steps, --keep-interval
                 raise ValueError(f"{path.parent} was begun with other options: move it away")
         if note in begun:
             words = begun[note]

@@ -39,7 +39,7 @@ def test_moving_digits_are_never_cut_and_go_smoothly_everywhere_in_any_shape(hei
 def test_a_size_is_one_number_or_height_and_width():
     assert height_width(24) == height_width((24, 24)) == (24, 24) and height_width([16, 32]) == (16, 32)
     assert torch.equal(MovingDigits(8, 24)[0][0], MovingDigits(8, (24, 24))[0][0])
-    for size, message in ((8, "size >= 16"), ((64, 15), "size >= 16"), ((16, 16, 16), "one number, or height and")):
+    for size, message in ((8, "size of 16"), ((64, 15), "size of 16"), ((16, 16, 16), "one number, or height and")):
         with pytest.raises(DataError, match=message):
             MovingDigits(size=size)
 
@@ -177,10 +177,10 @@ LATENT = torch.zeros(4, 9, 8, 8)
     ({"a.pt": LATENT[0]}, {}, r"is of shape \(9, 8, 8\), and a latent is \(C, T, H, W\)"),
     ({"a.pt": LATENT[None]}, {}, r"of shape \(1, 4, .*: take the batch's latents apart, a file each"),
     ({"a.pt": LATENT[:, :0]}, {}, r"is of shape \(4, 0, 8, 8\), and a latent is \(C, T, H, W\)"),
-    ({"a.pt": LATENT}, {"size": (9, 8)}, r"1 latents smaller than \(9, 8\)"),
-    ({"a.pt": LATENT}, {"size": (8, 9)}, r"1 latents smaller than \(8, 9\)"),
+    ({"a.pt": LATENT}, {"size": (9, 8)}, "1 latents smaller than 9x8"),
+    ({"a.pt": LATENT}, {"size": (8, 9)}, "1 latents smaller than 8x9"),
     ({"a.pt": LATENT}, {"flip": True}, "neither mirrored nor made grey"),
-    ({"a.pt": LATENT, "b.pt": LATENT[..., :6]}, {"size": None}, r"\(8, 6\) and \(8, 8\): --size crops them"),
+    ({"a.pt": LATENT, "b.pt": LATENT[..., :6]}, {"size": None}, r"8x6 and 8x8: --size crops them"),
     ({"a.pt": LATENT, "b.gif": None}, {}, r"(a.pt|b.gif) and .*(a.pt|b.gif) differ: "),
     ({"a.gif": None}, {"size": (8, 8, 8)}, r"one number, or height and width, not 8 8 8"),
     ({"a.gif": None}, {"latent_scale": 2}, "a latent scale is for latents"),
@@ -209,8 +209,9 @@ def test_clips_that_runs_have_made_are_no_data(tmp_path):
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
     data = FolderClips(tmp_path, 8, 16)
     assert [source.files[0].name for source in data.sources] == ["a.gif", "c.gif"]
-    (tmp_path / "checkpoint.pt").write_bytes(b"")  # the folder itself is what was asked for
-    assert len(FolderClips(tmp_path, 8, 16).sources) == 2
+    assert "4 files found" not in data.summary and "1 that belongs to a run, and so does all" in data.summary
+    with pytest.raises(DataError, match=r"1 file found, 0 used.*1 that belongs to a run.*\(checkpoint.pt\)"):
+        FolderClips(tmp_path / "run", 8, 16)
     with pytest.raises(DataError, match="1 shorter than 8 frames at --fps 6.25"):
         FolderClips(tmp_path / "run" / "clips", 8, 16, fps=6.25)
 

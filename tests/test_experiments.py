@@ -109,11 +109,13 @@ def test_quality_takes_the_clips_that_a_run_has_not_seen_or_says_that_it_saw_the
     old, all_seen = tmp_path / "old.pt", tmp_path / "all-seen.pt"
     torch.save({name: value for name, value in content.items() if name not in ("held_out", "digest")}, old)
     torch.save(content | {"held_out": 0.0, "digest": FolderClips(clips, 8, 16).digest}, all_seen)
+    torch.save(content | {"digest": "another"}, other := tmp_path / "other.pt")
     for paths, note, used in (
         ([run], f"note: {run} kept these clips from training:\n{clips}: 3 files found, 1 used", 1),
         ([all_seen], f"note: {all_seen} saw these clips in training:\n{clips}: 3 files found, 3 used", 3),
         ([run, all_seen], f"note: {run} {all_seen} saw these clips in training:\n{clips}: 3 files", 3),
         ([old], f"{clips}: 3 files found, 3 used", 3),
+        ([other], f"note: {other} had other clips in training, or these with another --fps", 3),
     ):
         words = f"quality --data {clips} --checkpoint {' '.join(map(str, paths))} --steps 3 --number 2 --seeds 0"
         metrics.main([*words.split(), "--json", str(tmp_path / "a.json")])
@@ -336,6 +338,9 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
         (metrics, f"quality --json {'a' * 300}/b", "there is no folder"),
         (metrics, "quality --number 1", "at least 2"),
         (claims, "latency --seeds 1", "unrecognized arguments: --seeds"),
+        (metrics, "quality --chekpoint a", "did you mean --checkpoint?"),
+        (metrics, "quality --xyz a", "; COMMAND --help lists all"),
+        (figures, "windows --out {tmp}/a", "a has no ending such as .png"),
         (claims, "work --out {tmp}", "training.json is missing: python -m experiments.claims training makes it"),
         (metrics, "quality --checkpoint {shipped}/flow-3.pt {run}", "give real clips with --data"),  # each is looked at
         (metrics, "quality --checkpoint {shipped}/flow-3.pt {shipped}/flow-1.pt --steps 9 9 9", "flow-1.pt: "),

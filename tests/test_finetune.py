@@ -95,7 +95,7 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
     cost = 2 * (whole_rate + half + 2 * quarter) / whole_rate  # steps 2, 1, 1; guidance calls twice
     assert (
         "9 frames" in (said := capsys.readouterr().out)
-        and f"{cost:.4g} network calls on all frames (twice as many as" in said
+        and f"{cost:.4g} network calls on the full clip (twice as many as" in said
     )
 
     asked = [*sampling, "--shift", str(shift)] if shift else sampling

@@ -159,6 +159,11 @@ def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
     betas = torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64)  # AnimateDiff's
     gamma = tpdiff.Pyramid("ddim", alphas_cumprod=(1 - betas).cumprod(0)).gamma_sigma(1.0)[0].item()
     assert f"that of AnimateDiff {100 * gamma:.0f}%" in text and f"and {1 / gamma:.0f} with that of AnimateDiff" in text
+    size = (
+        16 * 60 * 104 * torch.tensor([21, 6])
+    )  # of a latent at stages 0 and 2; of mean square 1, the nearest of eight
+    first, last = (100 * 1.4236 * (6 / size) ** 0.5 / 2).tolist()  # draw_nearest: 2 c s / (2 D), s = sqrt(6 D)
+    assert f"smaller by {first:.2f}% at stage 0 and by {last:.2f}% at stage 2" in text
     for a, ends, said in ((3, None, "`shift=3`, 30 steps become"), (5, None, "`shift=5` they become"), (3, ..., "")):
         p = tpdiff.Pyramid("flow", 3, shift=a, ends=ends and (0, a / (a + 2), 2 * a / (2 * a + 1)))
         counts = tpdiff.split_steps(30, 3, p.lengths)

@@ -69,7 +69,7 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
     assert capsys.readouterr().out == "cat\ndog\n"
     run_sample(*words, "--label", "cat", "--guidance", 2, "--solver", "ab2", "--steps", 4, 2, 1)
     out = capsys.readouterr().out
-    assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} network calls on all frames (twice as many as without" in out
+    assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} network calls on the full clip (twice as many as without" in out
     assert str(tmp_path / "it.gif") in out
     with Image.open(tmp_path / "it.gif") as gif:
         assert gif.n_frames == 7
@@ -120,7 +120,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     out = capsys.readouterr().out
     cost = 5 * 4 / 13 / 16 + 3 * 7 / 13 / 4 + 2  # of 13 frames 7 and then 4 are left; a half and a quarter each way
     assert f"weights: {path} " in out and "\nsteps 5-3-2 (noisiest stage first) with euler: a clip costs" in out
-    assert f" as much as {cost:.4g} network calls on all frames\n" in out
+    assert f" as much as {cost:.4g} network calls on the full clip\n" in out
     assert "\nnote: after so few training steps samples may still look like noise\n" in out
     assert "wrote samples/flow-3-space-time-000.gif" in out
     with Image.open("samples/flow-3-space-time-000.gif") as gif:
@@ -187,7 +187,7 @@ def test_weights_that_hold_what_cannot_be_are_refused(key, value, message, tmp_p
     assert message in fails_with_one_line(capsys, sample.main, *words)
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.GIF"])
 def test_out_with_a_suffix_writes_that_file_alone(name, tmp_path, capsys):
     words = "--checkpoint", SHIPPED / "flow-1.pt", "--number", 2, "--steps", 1, "--out", tmp_path / name
     run_sample(*words)
@@ -196,6 +196,15 @@ def test_out_with_a_suffix_writes_that_file_alone(name, tmp_path, capsys):
     assert "like noise" not in out
     with Image.open(tmp_path / name) as picture:
         assert picture.format == name[2:].upper()
+
+
+def test_a_run_s_samples_are_numbered_whatever_its_name(tmp_path):
+    for number in range(2):
+        name = sample.free_name(tmp_path / "flow-3-clips.v2")
+        assert name.name == f"flow-3-clips.v2-{number:03d}"
+        sample.with_end(name, ".gif").touch()
+    with pytest.raises(SystemExit):
+        sample.make_parser().parse_args([""])
 
 
 @pytest.mark.parametrize("fps", [12, 24.5])
