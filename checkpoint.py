@@ -148,8 +148,9 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
         if was != now:
             was, now = in_words(was), in_words(now)
             raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
-    if checkpoint["step"] >= args.steps and os.environ.get("RANK", "0") == "0":
-        print(f"note: {out} has {checkpoint['step']} steps already; a larger --steps trains it on")
+    if os.environ.get("RANK", "0") == "0":
+        note = "; a larger --steps trains it on" if checkpoint["step"] >= args.steps else ""
+        print(f"resuming {out}, which has {checkpoint['step']} of {args.steps} steps{note}")
     return args, checkpoint
 
 

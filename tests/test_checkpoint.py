@@ -114,9 +114,10 @@ def test_train_does_not_overwrite_a_run_nor_go_on_from_a_damaged_one(run, capsys
     assert "gone is not a folder" in fails_with_one_line(capsys, train.main, "--data", run / "gone", "--out", run)
     resume = capsys, train.main, "--resume", "--out", run
     train.parse_args(["--resume", "--out", str(run)])
-    assert " steps already; a larger --steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"resuming {run}, which has 6 of 6 steps; a larger --steps trains it on" in out
     train.parse_args(["--resume", "--out", str(run), "--steps", "99"])
-    assert not capsys.readouterr().out
+    assert capsys.readouterr().out == f"resuming {run}, which has 6 of 99 steps\n"
     with monkeypatch.context() as patch:
         patch.setattr(cli, "start_processes", lambda device: (0, 2, torch.device("cpu")))
         assert "must keep processes x --accumulate = 1, not 2 x 1" in fails_with_one_line(*resume)
