@@ -156,7 +156,7 @@ def against_time(
 def work(args: argparse.Namespace) -> list:
     """Fig. 5 by the network's work in place of seconds, which depend on the machine. The distances are those in the
     files that `training`, `twice` and `twice-ddim` have made."""
-    rows, curves = [], {}
+    rows, curves, real = [], {}, statistics.mean(measured(Cell("real"), args)["judge_distance"])
     for claim in ("training", "twice", "twice-ddim"):
         if not (path := args.out / f"{claim}.json").exists():
             raise ValueError(f"{path} is missing: python -m experiments.claims {claim} makes it")
@@ -175,7 +175,7 @@ def work(args: argparse.Namespace) -> list:
                 for (_, values), each in zip(curve, distances, strict=True):
                     values.append(each)
     labels = "Twice as many steps, by the network's work", "training work, as a share of vanilla's", "judge's distance"
-    draw_curves(curves, *labels, args.out / "work.png")
+    draw_curves(curves, *labels, args.out / "work.png", real=real)
     return [(["run", "work of the run, of vanilla's", "times less work to vanilla's last distance"], rows)]
 
 
@@ -295,7 +295,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     for name, purpose in (purposes | {"all": "Every one of them, one after the other."}).items():
         text = purpose.replace("%", "%%")
         add, whole = commands.add_parser(name, help=text, description=text).add_argument, name == "all"
-        if name not in ("latency", "work"):
+        if name != "latency":
             add_scoring(add)
             add("--runs", type=Path, default=Path("runs/evaluate"), help="where the runs are that it trains")
         if whole or name in ("latency", "training", "twice", "twice-ddim"):

@@ -280,6 +280,7 @@ def test_gains_in_training_time_are_against_vanilla_of_the_same_seed_with_their_
 
 def test_gains_in_training_work_count_clips_by_their_share_of_a_full_clip(monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "draw_curves", lambda *_, **__: None)
+    monkeypatch.setattr(claims, "measured", lambda *_: {"judge_distance": [0.2]})
     rows = [["1", "8", "4", "2", "1 [1, 1]"], ["3", "4", "2", "1", "0.5"], ["3-space-time", "2", "2", "2", "2"]]
     for claim, mode, length in (
         ("training", "flow", ""),
@@ -294,6 +295,9 @@ def test_gains_in_training_work_count_clips_by_their_share_of_a_full_clip(monkey
     steps = [runs.train_options(run, args).steps for run in ("flow-1", "flow-3")]
     whole = steps[1] / steps[0] * (1 / 4 + 1 / 2 + 1) / 3  # vanilla's last distance after three quarters of that
     assert found[1] == ["flow-3", f"{whole:.2f}", f"{1 / (0.75 * whole):.2f}"]
+    (tmp_path / "twice.json").unlink()
+    with pytest.raises(ValueError, match="twice.json is missing: python -m experiments.claims twice makes it"):
+        claims.work(args)
     assert claims.work_of_a_step("flow-3-space-time", args) == pytest.approx((32 / 64 + 16 / 8 + 4) / 3)
 
 
@@ -341,7 +345,6 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
         (metrics, "quality --chekpoint a", "did you mean --checkpoint?"),
         (metrics, "quality --xyz a", "; COMMAND --help lists all"),
         (figures, "windows --out {tmp}/a", "a has no ending such as .png"),
-        (claims, "work --out {tmp}", "training.json is missing: python -m experiments.claims training makes it"),
         (metrics, "quality --checkpoint {shipped}/flow-3.pt {run}", "give real clips with --data"),  # each is looked at
         (metrics, "quality --checkpoint {shipped}/flow-3.pt {shipped}/flow-1.pt --steps 9 9 9", "flow-1.pt: "),
         (metrics, "quality --data {tmp} --checkpoint {shipped}/flow-3.pt {run}", "another shape"),
