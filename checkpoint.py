@@ -7,9 +7,10 @@ A run's folder holds
   weights.pt              the weights' moving average (EMA) in bf16, to sample from
   metrics.jsonl           a row of losses every few steps
   held-out.txt            the clips that --held-out keeps out of training
+  index.json              what the files of --data say of themselves, so that the next start is quick
 
-A file is written aside and then renamed, so that a crash while saving leaves the previous file intact. Files are read
-with weights_only: no code in them is run.
+Checkpoints and weights are written aside and then renamed, so that a crash while saving leaves the previous file
+intact. They are read with weights_only: no code in them is run.
 """
 
 import json
