@@ -48,7 +48,7 @@ def make_pyramid(run, kind: type = Pyramid) -> Pyramid:
     return kind(run.mode, run.stages, prediction={"flow": None, "ddim": "velocity"}[run.mode], **options)
 
 
-def in_words(value) -> str:
+def as_typed(value) -> str:
     """A value of an option as it is typed: "8 4"; None and False are "left out"."""
     if value is None or value is False:
         return "left out"
@@ -61,7 +61,7 @@ def check_size(args: Namespace, latent: bool = False) -> None:
     if any(length % divisor for length, divisor in zip(height_width(args.size or divisors), divisors, strict=True)):
         why = f"--patch {args.patch}, {args.stages} stages in {args.pyramid}"
         why += "; latents are (C, T, H, W), and by default --size is all of H and W" * latent
-        raise ValueError(f"--size {in_words(args.size)}: height and width must be multiples of {divisors[0]}: {why}")
+        raise ValueError(f"--size {as_typed(args.size)}: height and width must be multiples of {divisors[0]}: {why}")
 
 
 def run_name(mode: str, stages: int, pyramid: str, data: str | None = None) -> str:
@@ -147,7 +147,7 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
     for name in vars(args).keys() - free:
         was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
         if was != now:
-            was, now = in_words(was), in_words(now)
+            was, now = as_typed(was), as_typed(now)
             raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     if os.environ.get("RANK", "0") == "0":
         note = "; a larger --steps trains it on" if checkpoint["step"] >= args.steps else ""

@@ -98,6 +98,14 @@ class MovingDigits(Dataset):
         return torch.from_numpy(clip).mul_(2).sub_(1)[None], tracks[0][0]
 
 
+def _agreeing(count: int, reason: str) -> str:
+    """ "1 that holds a list", "2 that hold a list"."""
+    verbs = {"is": "are", "has": "have", "holds": "hold", "belongs": "belong"}
+    that, _, rest = reason.partition(" ")
+    verb, _, rest = rest.partition(" ")
+    return f"{count} {f'that {verbs.get(verb, verb)} {rest}' if that == 'that' and count > 1 else reason}"
+
+
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return _random(seed, epoch).permutation(count)
@@ -145,11 +153,14 @@ class FolderClips(Dataset):
             skipped[reason].extend(source.files)
         if self.held_out:
             self.sources = self._part(self.held_out, self.validation)
-        whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
+        reasons = sorted(reason for reason in skipped if reason)
+        whys = [f"{_agreeing(len(skipped[each]), each)} ({self._few(skipped[each])})" for each in reasons]
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         self.classes = tuple(sorted({self.class_name(source) for source in self.sources})) if self.labels else ()
-        clips = f"{len(self.sources)} clip{'s' * (len(self.sources) != 1)}"
+        apart = len(skipped[""]) - used  # held out
+        clips = f"{apart} held out, " * (apart > 0 and not self.validation)
+        clips += f"{len(self.sources)} clip{'s' * (len(self.sources) != 1)}"
         clips += f" of {sum(source.frames for source in self.sources)} frames in all"
         self.summary = f"{name}: {files} file{'s' * (files != 1)} found, {used} used, {clips}"
         if not self.sources:
@@ -166,7 +177,7 @@ class FolderClips(Dataset):
             f"that {source.note}": source.kind == "broken",
             "single pictures, which --frames 1 takes": stills and source.frames == 1,
             "stills beside videos or animations": stills and source.files[0].parent in moving,
-            "that state no times, which --fps needs": self.fps and not source.unit,
+            "without times, which --fps needs": self.fps and not source.unit,
             f"shorter than {self.span} frames" + f" at --fps {self.fps or 0:g}" * bool(self.fps): source.frames
             < self.span,
             f"latents smaller than {height}x{width}": source.kind == "latent" and too_small,
@@ -317,7 +328,6 @@ def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
     if args.held_out:
         held_out = FolderClips(args.data, args.frames, args.size, 0, **options | {"flip": False}, validation=True)
         dataset.classes = held_out.classes = tuple(sorted({*dataset.classes, *held_out.classes}))
-        dataset.summary += f"\nheld out: {len(held_out.sources)} clip{'s' * (len(held_out.sources) != 1)}"
     dataset.summary += f"\nlabels: {len(dataset.classes)}" if args.labels else ""
     dataset.judged_on = held_out
     return dataset

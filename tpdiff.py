@@ -332,15 +332,15 @@ def split_steps(steps: int | Sequence[int], stages: int, lengths: Sequence[float
     """Solver steps per stage, noisiest first. A total is shared by `lengths` (by index k; evenly by default), down to
     whole numbers of at least 1; the remainder goes to the noisiest. Raises ValueError if a stage gets no step or the
     counts are not one per stage."""
+    counts = [*steps] if isinstance(steps, Iterable) else []
     if isinstance(steps, Integral):
         counts = [max(1, math.floor(steps * n + 1e-9)) for n in reversed(lengths or [1 / stages] * stages)]
         counts[0] += max(0, steps - sum(counts))
         while sum(counts) > steps:  # short stages took more than their share
             counts[counts.index(max(counts))] -= 1
-    else:
-        counts = list(steps) if isinstance(steps, Iterable) else []
     if len(counts) != stages or not all(isinstance(count, Integral) and count > 0 for count in counts):
-        raise ValueError(f"{stages} stages need {stages} whole steps or more, or {stages} counts above 0, not {steps}")
+        given = str(steps).strip("[()]")  # also of a list as it is typed
+        raise ValueError(f"{stages} stages need {stages} whole steps or more, or {stages} counts above 0, not {given}")
     return counts
 
 

@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
     if args.data and Path(args.data).resolve() == out.resolve():
         raise ValueError(f"--out {out} is --data: the run's own GIFs would be trained on; choose another --out")
-    args.out, stages, given = out, args.stages, disk.in_words(args.batch)
+    args.out, stages, given = out, args.stages, disk.as_typed(args.batch)
     if len(batch_sizes(args)) != stages:
         raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {given}")
     if args.stage_odds and (len(args.stage_odds) != stages or max(args.stage_odds) > 1000):

@@ -21,7 +21,7 @@ import sample
 from checkpoint import SHIPPED, Weights, find_weights, load_weights, make_pyramid, weight_file
 from cli import Parser, choose_device, keep_memory, one_sentence, positive_int, real_number, whole_number
 from data import FolderClips, MovingDigits, bounce, draw_digit
-from experiments.report import file_to_write, provenance, publish
+from experiments.report import json_to_write, provenance, publish
 from tpdiff import Pyramid, split_steps
 
 JUDGE = SHIPPED / "judge.pt"
@@ -362,7 +362,7 @@ def make_parser() -> Parser:
     add("--frame-stride", type=positive_int, default=1, help="of --data, as in train.py")
     add("--fps", type=real_number(0.01, 1000), help="of --data, as in train.py [each file's own]")
     add("--i3d", type=Path, help="of --data: TorchScript file of I3D, for FVD itself")
-    add("--json", type=file_to_write, help="file to write the table to as well")
+    add("--json", type=json_to_write, help="file to write the table to as well")
     add_scoring(add)
     add = add_command(commands, "judge", train_judge)
     add("--steps", type=positive_int, default=1500, help="training steps of 32 clips")

@@ -26,7 +26,7 @@ import torch
 import model
 import train
 from cli import Parser, keep_memory, one_sentence, positive_int, real_number
-from experiments.report import ROOT, Table, file_to_write, provenance, publish
+from experiments.report import ROOT, Table, json_to_write, provenance, publish
 from experiments.speed import Run
 from experiments.timing import alternate, synchronize
 
@@ -125,7 +125,7 @@ def make_parser() -> Parser:
         add("--repeats", type=positive_int, default=9, help="times that each way is timed")
         add("--limit", type=real_number(1, 10_000), default=16, help="GiB that a process may hold")
         add("--smoke", action="store_true", help="a tiny size, to see that it runs")
-        add("--json", type=file_to_write, help="file to write the tables to as well")
+        add("--json", type=json_to_write, help="file to write the tables to as well")
     return parser
 
 

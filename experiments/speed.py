@@ -28,7 +28,7 @@ from checkpoint import make_pyramid, start_from_file
 from cli import Parser, choose_device, generator_for, keep_memory, one_sentence, positive_int, use_bf16
 from data import open_data
 from experiments.peers import count_parameters, make_peers
-from experiments.report import Table, file_to_write, processor, provenance, publish
+from experiments.report import Table, json_to_write, processor, provenance, publish
 from experiments.timing import alternate, in_milliseconds, synchronize
 from tpdiff import align
 
@@ -311,7 +311,7 @@ def make_parser() -> Parser:
         about = f"{purpose.capitalize()}. Any option of train.py may follow."
         add = commands.add_parser(name, help=purpose, description=about)
         add.add_argument("--repeats", type=positive_int, default=25, help="times that each thing is timed")
-        add.add_argument("--json", type=file_to_write, help="file to write the tables to as well")
+        add.add_argument("--json", type=json_to_write, help="file to write the tables to as well")
     return parser
 
 

@@ -172,6 +172,7 @@ LATENT = torch.zeros(4, 9, 8, 8)
 
 @pytest.mark.parametrize("files, options, message", [
     ({"a.pt": [1]}, {}, r"1 that holds a list, and a latent is one tensor \(C, T, H, W\) \(a.pt\)"),
+    ({"a.pt": [1], "b.pt": [1]}, {}, r"2 that hold a list, and a latent is one tensor \(C, T, H, W\) \(a.pt, b.pt\)"),
     ({"a.pt": LATENT.byte()}, {}, "holds uint8, and latents are floating-point"), ({}, {}, "clips is not a folder"),
     ({"a.pt": LATENT.cfloat()}, {}, "holds complex64, and latents are floating-point numbers"),
     ({"a.pt": LATENT[0]}, {}, r"is of shape \(9, 8, 8\), and a latent is \(C, T, H, W\)"),

@@ -318,6 +318,12 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
     begin, end = report.MARKS
     made = report.make_front_page(f"x\n{begin}{end}x\n", '{{a.json 0 "flow 1" gain}}!\n', tmp_path)
     assert made == f"x\n{begin}1.5!\n{end}x\n"
+    (tmp_path / "b.json").write_text(json.dumps({"tables": [[["run", "gain"], [["a", "10 [9, 11]"], ["b", "9.5"]]]]}))
+    assert report.make_front_page(made, '{{b.json 0 "a | b" gain}}', tmp_path) == f"x\n{begin}9.5 to 10{end}x\n"
+    (tmp_path / "c.json").write_text(json.dumps({"tables": [[["run", "gain"], [["c", "8"]]]]}))
+    assert f"{begin}8 to 10{end}" in report.make_front_page(made, '{{"b.json | c.json" 0 "a | c" gain}}', tmp_path)
+    (tmp_path / "b.json").unlink()
+    (tmp_path / "c.json").unlink()
     with pytest.raises(ValueError, match="begins with 'flow 2': there are 0"):
         report.make_front_page(made, '{{a.json 0 "flow 2" gain}}', tmp_path)
     wrong = {"{{a.json 0}}": "leaves out table 1", "{{a.json 2}}": "which has 2", "{{b.json}}": "no such file"}
@@ -339,6 +345,7 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
     [
         (speed, "step --json {tmp}/no/a.json", "there is no folder"),
         (metrics, "quality --json /dev/null", "is no file"),
+        (speed, "step --json {tmp}/a.pt", "a.pt does not end in .json"),
         (metrics, f"quality --json {'a' * 300}/b", "there is no folder"),
         (metrics, "quality --number 1", "at least 2"),
         (claims, "latency --seeds 1", "unrecognized arguments: --seeds"),
@@ -394,9 +401,9 @@ def test_figures_are_drawn(line, run, tmp_path, capsys):
 
 def test_attention_and_training_are_measured_by_size(tmp_path):
     for words in ("attention", "training --width 16 --depth 1 --heads 2"):
-        sizes.main([*words.split(), "--smoke", "--repeats", "1", "--json", str(tmp_path / words.split()[0])])
-    assert len(tables_of(tmp_path / "attention")) == 2
-    ((header, rows),) = tables_of(tmp_path / "training")
+        sizes.main([*words.split(), "--smoke", "--repeats", "1", "--json", str(tmp_path / f"{words.split()[0]}.json")])
+    assert len(tables_of(tmp_path / "attention.json")) == 2
+    ((header, rows),) = tables_of(tmp_path / "training.json")
     assert [row[2] for row in rows] == ["vanilla", "time", "space-time"] and len(header) == len(rows[0]) == 7
     assert all(0 <= float(row[3]) < 2 and float(row[4]) > 0 for row in rows)
 

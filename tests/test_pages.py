@@ -56,6 +56,8 @@ def test_every_equation_of_the_paper_has_its_code_and_its_test():
     numbers = {number for first, last in ranges for number in range(int(first), int(last or first) + 1)}
     assert numbers == set(range(1, 25)) and {"1", "2"} <= set(re.findall(r"Algorithm (\d)", headings))
     assert all(name in headings for name in ("10'", "15' and 16'", "Any number of frames", "Time shift"))
+    tags = re.findall(r"\\tag\{(.+?)\}", text)
+    assert tags == [*map(str, range(1, 25)), "10'", "15'", "16'"]
     for section in re.split(r"^### ", text, flags=re.MULTILINE)[1:]:
         assert "`test_" in section and "```math" in section, section
         assert "```python" in section or section.startswith("Eq. 17"), section

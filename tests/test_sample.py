@@ -143,7 +143,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--pyramid space-time --checkpoint {weights}", "trained with --pyramid time, not --pyramid space-time"),
     ("--mode flow --stages 5", "train.py --mode flow --stages 5"),
     ("--pyramid space", "train.py --mode flow --stages 3 --pyramid space"),
-    ("--steps 2", "3 stages need 3 whole steps or more, or 3 counts"), ("--steps 5 5", "[5, 5]"),
+    ("--steps 2", "3 stages need 3 whole steps or more, or 3 counts"), ("--steps 5 5", "not 5, 5"),
     ("--steps 10 0 10", "--steps"), ("--guidance nan", "--guidance"), ("--number 0", "--number"),
     ("--seed 1e5", "--seed"), ("--label cat", "7, 8, 9"),
     ("--checkpoint {tmp}", "weights.pt does not exist"), ("--checkpoint {tmp}/gone.pt", "gone.pt does not exist"),

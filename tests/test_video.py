@@ -174,7 +174,7 @@ def test_fps_counts_every_source_at_that_rate(tmp_path, fps, expected):
     data = FolderClips(tmp_path, frames=8, size=64, fps=fps)
     for source in data.sources:
         assert source.frames == 4 * fps and numbers(data.window(source, 0)) == list(expected)
-    assert "1 that state no times, which --fps needs" in FolderClips(tmp_path, frames=1, size=64, fps=fps).summary
+    assert "1 without times, which --fps needs" in FolderClips(tmp_path, frames=1, size=64, fps=fps).summary
 
 
 def test_an_edit_list_is_obeyed(tmp_path):
