@@ -157,10 +157,14 @@ def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
     assert f"is {euler} with Euler and {ab2} with `ab2` in flow mode. In ddim" in text
     assert f"In ddim mode it is {ddim_euler} and {last:.1f}%" in text
     gamma = tpdiff.Pyramid("ddim").gamma_sigma(1.0)[0].item()
-    assert f"leaves {100 * gamma:.1f}% of the clip" in text and f"`1 / gamma`, which is {1 / gamma:.0f}" in text
+    assert f"leaves {100 * gamma:.1f}% of the clip" in text and f"implies: {1 / gamma:.0f} times with the default" in text
     betas = torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64)  # AnimateDiff's
-    gamma = tpdiff.Pyramid("ddim", alphas_cumprod=(1 - betas).cumprod(0)).gamma_sigma(1.0)[0].item()
-    assert f"that of AnimateDiff {100 * gamma:.0f}%" in text and f"and {1 / gamma:.0f} with that of AnimateDiff" in text
+    both = tpdiff.Pyramid("ddim"), tpdiff.Pyramid("ddim", alphas_cumprod=(1 - betas).cumprod(0))
+    gamma = both[1].gamma_sigma(1.0)[0].item()
+    assert f"that of AnimateDiff {100 * gamma:.0f}%" in text and f"and {1 / gamma:.0f} times with that of" in text
+    zero = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)  # what an error of 1 in all predicted noises becomes
+    grown = [-p.integrate(lambda x, t, k: torch.ones_like(x), zero, 2, 9).item() for p in both]
+    assert "noisiest of three stages is {:.1f} and {:.1f} times as large".format(*grown) in text
     size = (
         16 * 60 * 104 * torch.tensor([21, 6])
     )  # of a latent at stages 0 and 2; of mean square 1, the nearest of eight
