@@ -21,8 +21,9 @@ def test_readme_example_trains_and_samples_a_model_of_the_user_s_own(pyramid):
     names = {"torch": torch, "Pyramid": Pyramid, "align": align, "model": model}
     names |= {"alphas_cumprod": SCALED_LINEAR, "videos": torch.randn(3, 5, 1, 7, 4, 4)}
     names |= {"optimizer": torch.optim.AdamW(network.parameters(), 1e-3)}
-    line, other = re.search(r"^pyramid = (Pyramid.*\))  # or (Pyramid.*\)),", page_code("videos"), re.MULTILINE).groups()
+    code = page_code("videos")
+    line, other = re.search(r"^pyramid = (Pyramid.*\))  # or (Pyramid.*\)),", code, re.MULTILINE).groups()
     assert pyramid in (line, other)
-    exec(page_code("videos").replace(line, pyramid), names)
+    exec(code.replace(line, pyramid), names)
     assert names["clips"].shape == (4, 1, 7, 4, 4) and names["clips"].isfinite().all()
     assert not torch.equal(network.weight, before)
