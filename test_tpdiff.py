@@ -60,7 +60,7 @@ def gamma_sigma(mode: str, t: float, alphas_cumprod=None) -> tuple[float, float]
 
 
 def unshifted(t: float, shift: float) -> float:
-    """u of t = s u / (1 + (s - 1) u): the odds of t are s times those of u."""
+    """v of t = a v / (1 + (a - 1) v), a the shift: the odds of t are a times those of v."""
     return t / (t + shift * (1 - t))
 
 
@@ -732,8 +732,8 @@ def test_any_pyramid_s_line_goes_through_its_ends_and_integrates_exactly(p, dtyp
         x_start, x_end = p.endpoints(x0, torch.randn(p.shape(x0.shape, k), generator=generator).to(dtype), k)
         x_t, target, t = p.interpolate(x_start, x_end, k, torch.tensor([1.0, 0.5, 0.0]))
         assert x_t.dtype == target.dtype == t.dtype == wide
-        u = (unshifted(s.t_start, p.shift) + unshifted(s.t_end, p.shift)) / 2
-        middle = p.shift * u / (1 + (p.shift - 1) * u)
+        v = (unshifted(s.t_start, p.shift) + unshifted(s.t_end, p.shift)) / 2
+        middle = p.shift * v / (1 + (p.shift - 1) * v)
         assert t.tolist() == pytest.approx([s.t_start, middle, s.t_end], abs=1e-6)
         slope = line.interpolate(x_start, x_end, k, torch.ones(3))[1]
         size = 1 + slope.abs().max().item() + x_start.abs().max().item()

@@ -21,8 +21,8 @@ def test_steps_are_split_evenly_with_the_remainder_to_the_noisiest():
     assert split_steps([15, 10, 5], 3) == [15, 10, 5]
     assert split_steps(4, 3, [0.01, 0.98, 0.01]) == [1, 2, 1]  # a short stage takes its one step from the longest
     assert split_steps(10, 3, [0.01, 0.01, 0.98]) == [8, 1, 1]
-    for steps in (2, [10, 10], [10, 0, 10], [1, 1, 1, 1]):
-        with pytest.raises(ValueError, match=re.escape(str(steps))):
+    for steps, said in ((2, "2"), ([10, 10], "10, 10"), ((10, 0, 10), "10, 0, 10"), ([1, 1, 1, 1], "1, 1, 1, 1")):
+        with pytest.raises(ValueError, match=f"counts above 0, not {said}$"):
             split_steps(steps, 3)
 
 
@@ -47,8 +47,8 @@ def test_every_step_is_one_call_and_a_callback_sees_x_after_it_and_after_renoisi
         events.append((f"callback {k} of {x.shape[2]}", x, t.tolist()))
 
     out = p.sample(predict, (2, 3, 4, 2, 2), [2, 1], solver, callback=callback, dtype=torch.float64)
-    u = (1 + unshifted(0.5, shift)) / 2
-    middle, start = shift * u / (1 + (shift - 1) * u), p[0].t_start
+    v = (1 + unshifted(0.5, shift)) / 2
+    middle, start = shift * v / (1 + (shift - 1) * v), p[0].t_start
     names, x, times = zip(*events, strict=True)
     assert names == (
         "predict 1 of 2", "callback 1 of 2", "predict 1 of 2", "callback 1 of 2", "callback 0 of 4", "predict 0 of 4",
