@@ -98,14 +98,6 @@ class MovingDigits(Dataset):
         return torch.from_numpy(clip).mul_(2).sub_(1)[None], tracks[0][0]
 
 
-def _agreeing(count: int, reason: str) -> str:
-    """ "1 that holds a list", "2 that hold a list"."""
-    verbs = {"is": "are", "has": "have", "holds": "hold", "belongs": "belong"}
-    that, _, rest = reason.partition(" ")
-    verb, _, rest = rest.partition(" ")
-    return f"{count} {f'that {verbs.get(verb, verb)} {rest}' if that == 'that' and count > 1 else reason}"
-
-
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return _random(seed, epoch).permutation(count)
@@ -151,18 +143,21 @@ class FolderClips(Dataset):
             reason = self._reason_to_skip(source, moving)
             self.sources += [] if reason else [source]
             skipped[reason].extend(source.files)
+        usable = len(self.sources)
         if self.held_out:
             self.sources = self._part(self.held_out, self.validation)
-        reasons = sorted(reason for reason in skipped if reason)
-        whys = [f"{_agreeing(len(skipped[each]), each)} ({self._few(skipped[each])})" for each in reasons]
+        whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
+        whys = [why.replace("as each", "as it", 1) if why.startswith("1 ") else why for why in whys]
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         self.classes = tuple(sorted({self.class_name(source) for source in self.sources})) if self.labels else ()
-        apart = len(skipped[""]) - used  # held out
-        clips = f"{apart} held out, " * (apart > 0 and not self.validation)
-        clips += f"{len(self.sources)} clip{'s' * (len(self.sources) != 1)}"
+        clips = f"{len(self.sources)} clip{'s' * (len(self.sources) != 1)}"
         clips += f" of {sum(source.frames for source in self.sources)} frames in all"
+        if apart := usable - len(self.sources):
+            clips += f", {apart} clip{'s' * (apart != 1)} {'to train on' if self.validation else 'held out'}"
         self.summary = f"{name}: {files} file{'s' * (files != 1)} found, {used} used, {clips}"
+        if not self.sources and apart:
+            raise DataError(f"{self.summary}: none is left to train on")
         if not self.sources:
             raise DataError(f"{self.summary}; {why}. Wanted: pictures, videos, latents, {self.span}+ frames (--frames)")
         self._settle_channels()
@@ -174,13 +169,13 @@ class FolderClips(Dataset):
         (height, width), stills = height_width(self.size or 1), source.kind == "stills" and self.span > 1
         too_small = source.height < height or source.width < width
         reasons = {
-            f"that {source.note}": source.kind == "broken",
-            "single pictures, which --frames 1 takes": stills and source.frames == 1,
-            "stills beside videos or animations": stills and source.files[0].parent in moving,
+            f"unusable, as each {source.note}": source.kind == "broken",
+            "without motion, which --frames 1 takes": stills and source.frames == 1,
+            "beside videos or animations": stills and source.files[0].parent in moving,
             "without times, which --fps needs": self.fps and not source.unit,
             f"shorter than {self.span} frames" + f" at --fps {self.fps or 0:g}" * bool(self.fps): source.frames
             < self.span,
-            f"latents smaller than {height}x{width}": source.kind == "latent" and too_small,
+            f"smaller than {height}x{width}": source.kind == "latent" and too_small,
             "in no sub-folder, so without a label": self.labels and self.class_name(source) is None,
         }
         return next((reason for reason, holds in reasons.items() if holds), "")

@@ -339,7 +339,7 @@ def split_steps(steps: int | Sequence[int], stages: int, lengths: Sequence[float
         while sum(counts) > steps:  # short stages took more than their share
             counts[counts.index(max(counts))] -= 1
     if len(counts) != stages or not all(isinstance(count, Integral) and count > 0 for count in counts):
-        given = str(steps).strip("[()]")  # also of a list as it is typed
+        given = (", ".join(map(str, counts)) or "none") if isinstance(steps, Iterable) else steps
         raise ValueError(f"{stages} stages need {stages} whole steps or more, or {stages} counts above 0, not {given}")
     return counts
 

@@ -38,8 +38,8 @@ from sample import save_preview
 from tpdiff import Generators, Pyramid, align, draw_nearest, randn
 
 # All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
-FREE = {"steps", "out", "resume", "workers", "device", "compile", "gradient_checkpointing", "sample_number"}
-FREE |= {"log_interval", "sample_interval", "save_interval", "keep_interval", "accumulate"}
+FREE = "steps workers device accumulate compile gradient-checkpointing sample-number log-interval sample-interval "
+FREE += "save-interval keep-interval"
 HELD_OUT = 64  # clips that a loss is measured on
 MOST_SKIPPED = 10
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
@@ -101,7 +101,7 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=non_negative_int, default=0, help="of everything random")
     add("--out", type=Path, help="folder of the run [runs/MODE-STAGES, -PYRAMID if not time, -NAME of --data]")
-    add("--resume", action="store_true", help="continue the run in --out")
+    add("--resume", action="store_true", help=f"continue the run in --out; may change: {FREE}")
     add("--log-interval", type=positive_int, default=50, help="steps between rows of metrics.jsonl")
     add("--sample-interval", type=positive_int, default=800, help="steps between sample GIFs")
     add("--sample-number", type=non_negative_int, default=10, help="clips of a sample GIF; 0: none are made")
@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     args, checkpoint = parser.parse_args(argv), None
     out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid, args.data)
     if args.resume:
-        args, checkpoint = disk.args_to_resume(parser, argv, out, FREE)
+        args, checkpoint = disk.args_to_resume(parser, argv, out, {*FREE.replace("-", "_").split(), "out", "resume"})
     elif (out / "checkpoint.pt").exists() and (not args.data or Path(args.data).is_dir()):  # else that is told first
         raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
     idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")

@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     for name, now in settings(args).items():
         if was and name not in FREE and was[name] != now:
             flag = "--" + name.replace("_", "-")
-            before, now = disk.in_words(was[name]), disk.in_words(now)
+            before, now = disk.as_typed(was[name]), disk.as_typed(now)
             raise ValueError(f"{args.out} was trained with {flag} {before}; --resume cannot change it to {now}")
     return args, family
 

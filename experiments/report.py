@@ -157,15 +157,20 @@ def make_front_page(page: str, claims: str, results: Path) -> str:
 
     def number(place: re.Match) -> str:
         name, table, wanted, column = shlex.split(place[1])
-        parts = [json.loads((results / part).read_text())["tables"][int(table)] for part in name.split(" | ")]
-        header, rows, numbers = parts[0][0], [row for _, rows in parts for row in rows], []
+        cells, numbers = {}, []
+        for part in name.split(" | "):
+            header, rows = json.loads((results / part).read_text())["tables"][int(table)]
+            cells |= {" ".join(map(str, row)) + f" {part}": row[header.index(column)] for row in rows}
         for row in wanted.split(" | "):
-            found = [line[header.index(column)] for line in rows if " ".join(map(str, line)).startswith(row + " ")]
+            found = [str(cell).partition(" [")[0] for words, cell in cells.items() if words.startswith(row + " ")]
             if len(found) != 1:
                 raise ValueError(f"{CLAIMS} asks for a row of {name} that begins with {row!r}: there are {len(found)}")
-            numbers.append(str(found[0]).partition(" [")[0])
-        ends = (min(numbers, key=float), max(numbers, key=float)) if len(numbers) > 1 else numbers
-        return " to ".join(dict.fromkeys(ends))
+            numbers += found
+        if len(numbers) == 1:
+            return numbers[0]
+        if words := [each for each in numbers if not re.fullmatch(r"[\d.]+", each)]:
+            raise ValueError(f"{CLAIMS} asks for a range of {name}, and one of its rows says {words[0]!r}")
+        return " to ".join(dict.fromkeys((min(numbers, key=float), max(numbers, key=float))))
 
     parts = re.split("|".join(map(re.escape, MARKS)), page)
     if len(parts) != 3 or page.index(MARKS[0]) > page.index(MARKS[1]):

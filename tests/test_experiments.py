@@ -322,6 +322,9 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
     assert report.make_front_page(made, '{{b.json 0 "a | b" gain}}', tmp_path) == f"x\n{begin}9.5 to 10{end}x\n"
     (tmp_path / "c.json").write_text(json.dumps({"tables": [[["run", "gain"], [["c", "8"]]]]}))
     assert f"{begin}8 to 10{end}" in report.make_front_page(made, '{{"b.json | c.json" 0 "a | c" gain}}', tmp_path)
+    (tmp_path / "c.json").write_text(json.dumps({"tables": [[["gain", "run"], [["not reached", "c"]]]]}))
+    with pytest.raises(ValueError, match="asks for a range of b.json | c.json, and one of its rows says 'not reached'"):
+        report.make_front_page(made, '{{"b.json | c.json" 0 "a | not" gain}}', tmp_path)
     (tmp_path / "b.json").unlink()
     (tmp_path / "c.json").unlink()
     with pytest.raises(ValueError, match="begins with 'flow 2': there are 0"):

@@ -77,6 +77,14 @@ def test_every_line_of_code_on_the_companion_s_pages_is_in_the_function_named_be
         assert "\n".join(["", *shown, ""]) in "\n".join(["", *inside, ""]), (name, lines)
 
 
+def test_no_line_cuts_a_span_of_code_or_a_formula_in_two():
+    """A line that begins in the middle of one could be taken for a list: `a` times `b` where the star comes first."""
+    for name, text in pages().items():
+        text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        cut = [line for line in text.splitlines() if line.count("`") % 2 or line.count("$") % 2]
+        assert not cut, (name, cut)
+
+
 def parsers_of(module: str) -> list[argparse.ArgumentParser]:
     """A command's parser, and those of its sub-commands."""
     made = import_module(module).make_parser()

@@ -21,7 +21,7 @@ def test_steps_are_split_evenly_with_the_remainder_to_the_noisiest():
     assert split_steps([15, 10, 5], 3) == [15, 10, 5]
     assert split_steps(4, 3, [0.01, 0.98, 0.01]) == [1, 2, 1]  # a short stage takes its one step from the longest
     assert split_steps(10, 3, [0.01, 0.01, 0.98]) == [8, 1, 1]
-    for steps, said in ((2, "2"), ([10, 10], "10, 10"), ((10, 0, 10), "10, 0, 10"), ([1, 1, 1, 1], "1, 1, 1, 1")):
+    for steps, said in ((2, "2"), ([10, 10], "10, 10"), ((5,), "5"), ([10, 0, 10], "10, 0, 10"), ([], "none")):
         with pytest.raises(ValueError, match=f"counts above 0, not {said}$"):
             split_steps(steps, 3)
 

@@ -375,8 +375,8 @@ def folder(tmp_path_factory) -> Path:
         ("--resume", "checkpoint.pt does not exist: give the run's folder with --out"),
         ("--data {data}/gone", "gone is not a folder"),
         ("--label 7", "unrecognized arguments: --label 7; did you mean --labels?"),
-        ("--data {data}/empty", "skipped: 5 that cannot be decoded"),
-        ("--data {data}/bomb", "skipped: 1 that cannot be decoded"),
+        ("--data {data}/empty", "skipped: 5 unusable, as each cannot be decoded"),
+        ("--data {data}/bomb", "skipped: 1 unusable, as it cannot be decoded"),
         ("--data {out}", "is --data: the run's own GIFs would be trained on"),
         ("--init {data}/gone.pt", "gone.pt does not exist"),
         ("--init {weights} --depth 2", "a model of depth 2 cannot start from one of depth 4"),
@@ -420,7 +420,7 @@ def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_be
     assert rows == [None, [3, 3, 3], None, [1, 2, 3], None, [4, 1, 3]]
     assert all(once == again and len(once) == 3 for once, again in measured)  # the same noise and times every time
     assert measured[0][0] != measured[-1][0]  # of other weights
-    assert "12 files found, 10 used, 2 held out, 10 clips" in capsys.readouterr().out
+    assert "12 files found, 10 used, 10 clips of 90 frames in all, 2 clips held out" in capsys.readouterr().out
     clips, digits = open_data(arguments(*words)), open_data(arguments(*words[:2]))
     kept = (tmp_path / "held-out.txt").read_text().splitlines()
     assert kept == [str(source.files[0]) for source in clips.judged_on.sources] and len(kept) == 2

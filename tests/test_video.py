@@ -260,7 +260,7 @@ def test_videos_that_cannot_be_used_or_look_otherwise_than_they_should_are_named
     ffmpeg(*plain, "-c:v", "libx264", "-flags", "+ildct+ilme", "-x264opts", "tff=1", tmp_path / "fields.mp4")
     summary = FolderClips(tmp_path, frames=8, size=16).summary
     assert "6 files found, 3 used" in summary and "1 shorter than 8 frames (c.mp4)" in summary
-    assert "2 that cannot be decoded (b.mp4, d.webm)" in summary and summary.count("warning") == 2
+    assert "2 unusable, as each cannot be decoded (b.mp4, d.webm)" in summary and summary.count("warning") == 2
     assert "warning: pq.mp4 is HDR" in summary and "warning: fields.mp4 is interlaced" in summary
 
 
