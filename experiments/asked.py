@@ -2,7 +2,6 @@
 of flow. Each of QUESTIONS is a sub-command of experiments.claims."""
 
 import argparse
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -22,10 +21,11 @@ from experiments.metrics import (
     digit_scores,
     frechet_distance,
     load_judge,
+    other_clips,
     real_clips,
     sample_clips,
-    spread,
 )
+from experiments.report import spread
 from experiments.runs import (
     FRONT,
     SEEDS,
@@ -102,11 +102,6 @@ def scored(clips: Tensor, reference: int, fast: bool = False) -> dict[str, float
     return {"judge_distance": distance} | digit_scores(judge, clips)
 
 
-def others(data: MovingDigits, reference: int, seed: int, number: int) -> Tensor:
-    """Real clips that are not among the first `reference`."""
-    return real_clips(reference + seed * number, number, data)
-
-
 def longer(args: argparse.Namespace) -> list:
     """Clips of 32 frames by models trained on 16, beside clips of 16: the pyramids and vanilla, nine Euler steps."""
     rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
@@ -115,11 +110,12 @@ def longer(args: argparse.Namespace) -> list:
     ]
     for (title, run), frames in product([*runs, ("real", "real")], (16, 32)):
         if run == "real":
-            make = partial(others, real_data(frames), args.reference)
+            make = partial(other_clips, args.reference, data=real_data(frames))
         else:
             weights = replace(weights_of(run, args), frames=frames)
             make = partial(sample_clips, weights, make_pyramid(weights), 9, "euler", args.batch)
-        found = stored(f"{run}, {frames} frames", run, make, metrics, args)
+        name = f"{run}, {frames} frames" + ", digits in turn" * (run == "real")
+        found = stored(name, run, make, metrics, args)
         names = ("judge_distance", "legible", "one_digit", "straight")
         rows.append([run, frames, *(spread(found[name]) for name in names)])
         curves.setdefault(title, []).append((frames, found["judge_distance"]))
@@ -174,8 +170,8 @@ def fast(args: argparse.Namespace) -> list:
         found = stored(f"{name}, by speed", name, make, metrics, args)
         rows.append([name, *(spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit"))])
         bars.setdefault(f"{title}, {'fast' if quick else 'usual'}", []).append(mean(found["judge_distance"]))
-    make = partial(others, real_data(16, True), args.reference)
-    found = stored("real, fast", "real", make, metrics, args)  # those of the last runs, which are fast
+    make = partial(other_clips, args.reference, data=real_data(16, True))
+    found = stored("real, fast, digits in turn", "real", make, metrics, args)  # as the last runs, which are fast
     rows.append(["real, fast", *(spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit"))])
     title, real = "Digits at the usual speed and three times as fast", mean(found["judge_distance"])
     draw_bars(bars, title, "judge's distance; the real clips are fast ones", args.out / "fast.png", real)
@@ -229,7 +225,7 @@ def diversity(args: argparse.Namespace) -> list:
         if run == "real" and seed:
             continue
         run += seed
-        free = asked = partial(others, REAL, args.reference)
+        free = asked = partial(other_clips, args.reference, in_turn=False)
         if run != "real":
             weights = weights_of(run, args)
             free = partial(unlabelled, weights, args.batch)
@@ -293,7 +289,7 @@ def rival(args: argparse.Namespace) -> list:
             rows.append([name, SEEDS[seed], steps, f"{cost:.4g}", *scores])
             if not seed:
                 curves.setdefault(name, []).append((cost, found["judge_distance"]))
-    found = stored("draws", "real", partial(others, REAL, args.reference), metrics, args)
+    found = stored("draws, digits in turn", "real", partial(other_clips, args.reference), metrics, args)
     rows.append(["real", "", "", "", spread(found["judge_distance"]), spread(found["one_digit"])])
     labels = "Coarse to fine, training seed 1", "full-rate network calls", "judge's distance"
     draw_curves(curves, *labels, args.out / "rival.png", real=mean(found["judge_distance"]))
@@ -302,15 +298,15 @@ def rival(args: argparse.Namespace) -> list:
 
 def draws(args: argparse.Namespace) -> list:
     """How much distance and path differ by the draw of clips alone: those of other real clips, of --number, half and a
-    quarter of them, drawn anew for each of --seeds. With random digits, as the row `real` of all tables has them, and
-    with all digits in turn, as samples have them."""
+    quarter of them, drawn anew for each of --seeds. With random digits; and with all digits in turn, as samples and the
+    row `real` of all tables have them."""
     tables, curves, metrics = [], {}, partial(scored, reference=args.reference)
-    for name, draw in {"random digits": others, "digits in turn": in_turn}.items():
+    for name, in_turn in {"random digits": False, "digits in turn": True}.items():
         rows, curve = [], curves.setdefault(f"real clips, {name}", [])
         for number in (args.number, max(2, args.number // 2), max(2, args.number // 4)):
             options = argparse.Namespace(**vars(args) | {"number": number})
-            called = "draws" if draw == others else f"draws, {name}"
-            found = stored(called, "real", partial(draw, REAL, args.reference), metrics, options)
+            make = partial(other_clips, args.reference, in_turn=in_turn)
+            found = stored("draws" + f", {name}" * in_turn, "real", make, metrics, options)
             distances = found["judge_distance"]
             curve.append((number, distances))
             shown = mean(distances), min(distances), max(distances)
@@ -320,18 +316,6 @@ def draws(args: argparse.Namespace) -> list:
     labels = "Draws of real clips", "clips", "judge's distance"
     draw_curves(curves, *labels, args.out / "draws.png", from_zero=True)
     return tables
-
-
-def in_turn(data: MovingDigits, reference: int, seed: int, number: int) -> Tensor:
-    """Real clips that no reference holds, of all digits in turn, each seed's own."""
-    chosen, waiting = [], defaultdict(list)
-    numbers = iter(range(reference + 10 * seed * number, 10**9))  # seldom more than 2 * number of them
-    for index in range(number):
-        while not waiting[index % 10]:
-            drawn = next(numbers)
-            waiting[data.tracks(drawn)[0][0]].append(drawn)
-        chosen.append(waiting[index % 10].pop(0))
-    return torch.stack([data[each][0] for each in chosen])
 
 
 QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival, draws)

@@ -26,10 +26,11 @@ from cli import Parser, choose_device, generator_for, keep_memory, one_sentence,
 from data import height_width
 from experiments.asked import QUESTIONS, draw_cells
 from experiments.figures import draw_clips, draw_curves, pyplot
-from experiments.metrics import NO_MEMORY, add_scoring, real_clips, spread
-from experiments.report import provenance, publish
+from experiments.metrics import NO_MEMORY, add_scoring, real_clips
+from experiments.report import provenance, publish, spread
 from experiments.runs import (
     FRONT,
+    RANDOM,
     RENOISING,
     SCORES,
     Cell,
@@ -249,7 +250,7 @@ def early(args: argparse.Namespace) -> list:
         pictures[f"{SYSTEMS[n]}, {mode}, {percent}%"] = clips[5:8]
     pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[5:8]
     draw_clips(pictures, "After 10, 25 and 50% of training, and real clips", args.out / "early.png")
-    real = statistics.mean(measured(Cell("real"), args)["flicker"])
+    real = statistics.mean(measured(RANDOM, args)["flicker"])
     for run in runs:
         found = [measured(Cell(run, 9, percent=percent), args) for percent in (25, 50)]
         flickers = [spread([value / real for value in each["flicker"]]) for each in found]

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import inspect
+import itertools
 import math
 import statistics
 import sys
@@ -21,11 +22,10 @@ import sample
 from checkpoint import SHIPPED, Weights, find_weights, load_weights, make_pyramid, weight_file
 from cli import Parser, choose_device, keep_memory, one_sentence, positive_int, real_number, whole_number
 from data import FolderClips, MovingDigits, bounce, draw_digit
-from experiments.report import json_to_write, provenance, publish
+from experiments.report import json_to_write, provenance, publish, spread
 from tpdiff import Pyramid, split_steps
 
-JUDGE = SHIPPED / "judge.pt"
-JUDGE_SEED = 2**31
+JUDGE, JUDGE_SEED = SHIPPED / "judge.pt", 2**31
 NAMED = "named rightly", "wrong clips nearer, median"
 NO_MEMORY = "not enough memory: a smaller --batch or --reference needs less"
 REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
@@ -33,8 +33,7 @@ REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
 
 class Judge(nn.Module):
     """Reads moving digits (B, 1, T, 32, 32): each frame on its own, then the frames together.
-    All features lie in (-1, 1), so that what no digit looks like is far from real clips, and not infinitely far.
-    """
+    All features lie in (-1, 1), so that what no digit looks like is far from real clips, and not infinitely far."""
 
     def __init__(self):
         super().__init__()
@@ -139,6 +138,15 @@ def flicker(clips: Tensor) -> float:
 def real_clips(first: int, count: int, data: Dataset = REAL) -> Tensor:
     """(B, C, T, H, W): `count` clips from number `first` on."""
     return torch.stack([data[number][0] for number in range(first, first + count)])
+
+
+def other_clips(reference: int, seed: int, number: int, data: Dataset = REAL, in_turn: bool = True) -> Tensor:
+    """`number` real clips past the first `reference`, each seed's own. `in_turn`: of all digits in turn, as samples."""
+    if not in_turn:
+        return real_clips(reference + seed * number, number, data)
+    first = reference + 10 * seed * number  # seldom more than 2 * number are looked at
+    of = [filter(lambda n, d=d: data.tracks(n)[0][0] == d, itertools.count(first)) for d in range(10)]
+    return torch.stack([data[next(of[index % 10])][0] for index in range(number)])
 
 
 def scores_of(make: Callable, metrics: Callable, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -256,12 +264,6 @@ def naming(known: FolderClips, feature: Callable, device: torch.device) -> Calla
     return score
 
 
-def spread(values: list[float], form: str = ".3g") -> str:
-    """The mean, and of several seeds the smallest and the largest value."""
-    mean, least, most = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} [{least}, {most}]" if len(values) > 1 else mean
-
-
 def sample_clips(
     weights: Weights, pyramid: Pyramid, steps: int | tuple[int, ...], solver: str, batch: int, seed: int, number: int
 ) -> Tensor:
@@ -297,12 +299,10 @@ def quality(args: argparse.Namespace) -> None:
     if args.data:
         real, metrics, references = held_out(*shape, runs, args)
     for path, weights in runs.items():
-        name = f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"
         make = partial(sample_clips, weights, make_pyramid(weights), steps, args.solver, args.batch)
-        made[name] = scores_of(make, metrics, args)
-    name = "real" if args.data else "real, random digits"
-    made[name] = scores_of(lambda seed, number: real_clips(references + seed * number, number, real), metrics, args)
-    table = ["", *made[name]], [[name, *map(spread, found.values())] for name, found in made.items()]
+        made[f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"] = scores_of(make, metrics, args)
+    made["real"] = scores_of(partial(other_clips, references, data=real, in_turn=not args.data), metrics, args)
+    table = ["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()]
     more = {"number": args.number, "seeds": args.seeds, "real": references, "steps": steps, "solver": args.solver}
     more["files"] = [digest(weight_file(path)) for path in paths]
     publish([table], args.made_by | more, args.json)
@@ -329,8 +329,8 @@ def check_comparable(path: Path, weights: Weights, args: argparse.Namespace) -> 
 def held_out(channels: int, frames: int, size: int, runs: dict[Path, Weights], args) -> tuple[Dataset, Callable, int]:
     """Clips of --data, the metrics, and how many clips the reference has taken: at most four windows of a clip. If the
     runs were trained on this folder, the clips are those that --held-out kept from them."""
-    rate = {"frame_stride": args.frame_stride, "fps": args.fps}
-    find = partial(FolderClips, args.data, frames, size, grayscale=channels == 1, **rate)
+    rate = {"frame_stride": args.frame_stride, "fps": args.fps, "grayscale": channels == 1}
+    find = partial(FolderClips, args.data, frames, size, **rate)
     data = find()
     seen = {path: each.held_out for path, each in runs.items() if each.digest == data.digest_without(each.held_out)}
     kept = len({*seen.values()}) == 1 and max(seen.values())

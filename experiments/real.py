@@ -51,9 +51,8 @@ from experiments.metrics import (
     picture_features,
     placed_features,
     real_clips,
-    spread,
 )
-from experiments.report import provenance, publish
+from experiments.report import provenance, publish, spread
 from experiments.runs import run_train, seconds_a_step
 from tpdiff import split_steps
 

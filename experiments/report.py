@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 from functools import cache, partial
 from pathlib import Path
@@ -38,6 +39,12 @@ RENAMED |= {
 }
 RENAMED |= {r" results/": " experiments/results/", r"^python -m experiments\.asked": "python -m experiments.claims"}
 Table = tuple[list, list[list]]  # its header and its rows
+
+
+def spread(values: list[float], form: str = ".3g") -> str:
+    """The mean, and of several seeds the smallest and the largest value."""
+    mean, least, most = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} [{least}, {most}]" if len(values) > 1 else mean
 
 
 def markdown(header: list, rows: list[list]) -> str:

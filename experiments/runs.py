@@ -24,8 +24,8 @@ import train
 from checkpoint import SHIPPED, load_weights, make_pyramid
 from cli import choose_device
 from data import height_width
-from experiments.metrics import JUDGE, digest, digit_metrics, real_clips, sample_clips, scores_of, spread
-from experiments.report import commit, write_json
+from experiments.metrics import JUDGE, digest, digit_metrics, other_clips, sample_clips, scores_of
+from experiments.report import commit, spread, write_json
 from experiments.variants import ALONE, VARIANTS, varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
@@ -90,6 +90,9 @@ class Cell:
     solver: str = "euler"
     percent: int = 100
     renoising: str = "paper"
+
+
+RANDOM = Cell("real, random digits")  # Cell("real") has all digits in turn, as samples do
 
 
 def training_seeds(args: argparse.Namespace) -> dict[str, str]:
@@ -159,8 +162,8 @@ def run_train(words: list[str], out: Path, variant: str | None = None) -> None:
 
 def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Tensor:
     """`number` clips of a cell, of all classes in turn; of the run "real", real ones that no reference holds."""
-    if cell.run == "real":
-        return real_clips(args.reference + seed * number, number)
+    if cell.run in ("real", RANDOM.run):
+        return other_clips(args.reference, seed, number, in_turn=cell.run == "real")
     with varied(variant_of(cell.run)):
         weights = load_weights(trained(cell.run, cell.percent, args), choose_device())
         pyramid = make_pyramid(weights, RENOISING[cell.renoising])
@@ -179,7 +182,7 @@ def stored(
     """`scores_of` clips of a run, from cells.json in --out or now. What is there counts as long as the weights and the
     judge are those it is of."""
     path, name = args.out / "cells.json", f"{name}: {args.number} clips, seeds {args.seeds}, {args.reference} real ones"
-    files = [JUDGE] if run == "real" else [JUDGE, trained(run, percent, args)]
+    files = [JUDGE] if run in ("real", RANDOM.run) else [JUDGE, trained(run, percent, args)]
     files += [trained(LATER, 100, args)] if variant_of(run) in ALONE else []
     what = {"files": [digest(file) for file in files], "metrics": METRICS}
 
@@ -219,6 +222,6 @@ def front_row(cell: Cell, args: argparse.Namespace) -> list:
 
 def scores_row(cell: Cell, args: argparse.Namespace) -> list[str]:
     """A cell's SCORES; its flicker as a multiple of real clips'."""
-    found, real = measured(cell, args), statistics.mean(measured(Cell("real"), args)["flicker"])
+    found, real = measured(cell, args), statistics.mean(measured(RANDOM, args)["flicker"])
     scores = [spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit", "straight", "off_track")]
     return [*scores, spread([value / real for value in found["flicker"]])]

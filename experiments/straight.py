@@ -19,9 +19,10 @@ import sample
 from checkpoint import Weights, make_pyramid
 from cli import SAMPLING, choose_device, generator_for, use_bf16
 from data import bounce, draw_digit
-from experiments.asked import others, scored, weights_of
+from experiments.asked import scored, weights_of
 from experiments.figures import draw_bars, draw_curves
-from experiments.metrics import REAL, spread
+from experiments.metrics import REAL, other_clips
+from experiments.report import spread
 from experiments.runs import LATER, stored, variant_of
 from experiments.variants import ALONE, varied
 from tpdiff import Pyramid, randn
@@ -182,10 +183,11 @@ def straight(args: argparse.Namespace) -> list:
     cases += [(short, "flow-3", first, 10) for first in (2, 1, 0)]
     cases += [(title, run, 2, 10) for run, title in alone.items()]
     for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
-        make = partial(others, REAL, args.reference)
+        name, make = "draws, digits in turn", partial(other_clips, args.reference)
         if run != "real":
+            name = f"{run}, stage {first} from its true start, {steps} steps a stage"
             make = partial(from_true_start, run, first, steps, args)
-        name, of = f"{run}, stage {first} from its true start, {steps} steps a stage", LATER if run == EXACT else run
+        of = LATER if run == EXACT else run
         found = stored(name, of, make, partial(scored, reference=args.reference), args)
         names = ("judge_distance", "legible", "one_digit", "straight", "off_track")
         begin = "noise" if first == 2 or run == "shipped-flow-1" else f"true start of stage {first}" * (title != "real")

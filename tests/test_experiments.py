@@ -128,7 +128,7 @@ def test_quality_of_the_shipped_weights_is_measured(capsys, tmp_path, monkeypatc
     metrics.main("quality --number 3 --reference 20 --seeds 0 5 --steps 3 --batch 2".split())
     header, _, ours, real = capsys.readouterr().out.strip().splitlines()
     assert "judge_distance" in header and "off_track" in header
-    assert "flow-3.pt (flow, 3 stages, step 12000)" in ours and real.startswith("| real, random digits | ")
+    assert "flow-3.pt (flow, 3 stages, step 12000)" in ours and real.startswith("| real | ")
 
 
 def test_i3d_is_given_clips_of_224_pixels_in_three_channels():
@@ -556,8 +556,9 @@ def test_draws_of_real_clips_are_scored_for_every_seed_and_are_not_those_of_the_
 def test_real_clips_of_digits_in_turn_are_new_and_of_each_digit():
     labels = [metrics.REAL[number][1] for number in range(200)]
     expected = torch.stack([metrics.REAL[labels.index(label, 50)][0] for label in range(10)])
-    assert torch.equal(asked.in_turn(metrics.REAL, 50, 0, 12)[:10], expected)
-    assert all(len(asked.in_turn(metrics.REAL, 50, seed, 2)) == 2 for seed in range(20))  # also if a digit is late
+    assert torch.equal(metrics.other_clips(50, 0, 12)[:10], expected)
+    assert all(len(metrics.other_clips(50, seed, 2)) == 2 for seed in range(20))  # also if a digit is late
+    assert torch.equal(metrics.other_clips(50, 3, 2, in_turn=False), metrics.real_clips(56, 2))
 
 
 def test_traits_are_read_and_compared_with_those_of_real_clips():
