@@ -125,7 +125,7 @@ def against_time(
     percents, curve_rows, gains, ends, pictures = (25, 50, 75, 100), [], [], [], {}
     real, trial = statistics.mean(measured(Cell("real"), args)["judge_distance"]), 2 if args.smoke else 40
     for mode, group in itertools.groupby(systems, key=itemgetter(0)):
-        names, curves = [f"{mode}-{system}" for _, system in group], {}
+        names, curves, goals = [f"{mode}-{system}" for _, system in group], {}, []
         turns = [{name: seconds_a_step(train_words(name, args), trial) for name in names} for _ in range(args.repeats)]
         for (seed, shown), name in itertools.product(training_seeds(args).items(), names):
             run, title = f"{name}{length}{seed}", SYSTEMS[name.removeprefix(f"{mode}-")]
@@ -137,6 +137,7 @@ def against_time(
             curves[f"{title}, {shown}"] = [(share * whole, each) for share, each in points]
             if name == names[0]:
                 vanilla, goal = seconds, statistics.mean(distances[-1])
+                goals.append(goal)
             reached = time_to(goal, points)  # a share of the run
             gain = reached and spread([a / b / reached for a, b in zip(vanilla, seconds, strict=True)], ".2f")
             curve_rows.append([run, f"{whole / steps * 1e3:.0f}", f"{whole:.0f}", *map(spread, distances)])
@@ -146,7 +147,7 @@ def against_time(
                 pictures[f"{title}, {mode}"] = clips_of(cells[-1], args, args.seeds[0], 8)[:4]
         title = "Vanilla and pyramids" if not length else "Twice as many steps of training"
         labels = f"{title}, {mode}", "seconds of training", "judge's distance"
-        draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real)
+        draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real, goals=goals)
     pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[:4]
     name = claim if not length else f"{claim}-{mode}"  # short runs of both modes are in one picture
     draw_clips(pictures, f"{title}: sampled and real clips", args.out / f"{name}-clips.png")

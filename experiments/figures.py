@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from sample import make_predict
 from tpdiff import Pyramid, randn
 
 COLOURS = {"vanilla": "C0", "time": "C1", "space": "C2", "space-time": "C3", "space and time": "C3", "real": "black"}
-COLOURS |= {"trained on the pyramid": "C1"}  # in time
+COLOURS |= {"trained on the pyramid": "C1", "real clips": "black"}  # the pyramid in time
 PYRAMIDS = {"time": "pyramid in time", "space": "pyramid in space"}
 PYRAMIDS |= dict.fromkeys(["space-time", "space and time"], "pyramid in space and time") | {"real": "real clips"}
 OPTIONS = {"euler": "Euler", "ab2": "second order", "seed 1": "training seed 1", "seed 2": "training seed 2"}
@@ -43,23 +43,36 @@ def in_words(name: str) -> str:
 
 def draw_curves(
     curves: dict[str, list], title: str, x_label: str, y_label: str, path: Path,
-    centre: Callable = statistics.mean, real: float | None = None, from_zero: bool = False,
+    centre: Callable = statistics.mean, real: float | None = None, from_zero: bool = False, goals: Sequence[float] = (),
 ) -> None:  # fmt: skip
     """Curves of (x, values): the values' centre, their mean over seeds or the median of quartiles, and their range as a
-    band. What names have before their first comma has one colour, a system the same in all figures. `real`: what real
-    clips have, a line across. Both axes are logarithmic, or `from_zero`: y linear from 0 on."""
-    columns = 2 if max(map(len, map(in_words, curves))) < 36 else 1
-    height = 2.8 + 0.15 * math.ceil((len(curves) + 1) / columns)  # fits a column of a paper, with the legend below
+    band. What names have before their first comma has one colour, a system the same in all figures; what they have
+    after it, if it is the same for all systems, has one dash. `real`: what real clips have, a line across; `goals`:
+    more lines, what vanilla has at its ends. Both axes are logarithmic, or `from_zero`: y linear from 0 on."""
+    groups = list(dict.fromkeys(name.split(", ")[0] for name in curves))
+    kinds = list(dict.fromkeys(name.partition(", ")[2] for name in curves))
+    table = len(groups) * len(kinds) == len(curves) > len(groups) > 1  # the legend names each colour and each dash
+    entries = [*groups, *(f"any, {kind}" for kind in kinds)] if table else list(curves)
+    columns = 2 if max(map(len, map(in_words, entries))) < 36 else 1
+    height = 2.8 + 0.15 * math.ceil((len(entries) + 1) / columns)  # fits a column of a paper, with the legend below
     figure, axes = pyplot().subplots(figsize=(4.4, height), layout="constrained")
-    dashes = {name.split(", ")[0]: itertools.cycle(("-", "--", ":")) for name in curves}
     others = (f"C{number}" for number in itertools.count(4))
-    colours = {name: COLOURS.get(name) or next(others) for name in dashes}
+    colours = {name: COLOURS.get(name) or next(others) for name in groups}
+    dashes = {name: itertools.cycle(("-", "--", ":")) for name in groups}
+    dash_of = dict(zip(kinds, itertools.cycle(("-", "--", ":")), strict=False))
     for name, points in curves.items():
         x, values = zip(*sorted(points), strict=True)
-        group = name.split(", ")[0]
-        style = {"color": colours[group], "linestyle": next(dashes[group]), "marker": "o", "markersize": 4}
-        axes.plot(x, [centre(v) for v in values], label=in_words(name), **style)
+        group, _, kind = name.partition(", ")
+        style = {"color": colours[group], "linestyle": dash_of[kind] if table else next(dashes[group])}
+        label = None if table else in_words(name)
+        axes.plot(x, [centre(v) for v in values], label=label, marker="o", markersize=4, **style)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colours[group], alpha=0.2)
+    for group in groups if table else ():
+        axes.plot([], [], color=colours[group], label=in_words(group))
+    for kind in kinds if table else ():
+        axes.plot([], [], color="grey", linestyle=dash_of[kind], label=in_words(f"any, {kind}").partition(", ")[2])
+    for label, goal in zip(("vanilla at its end", *[None] * len(goals)), goals, strict=False):
+        axes.axhline(goal, color=COLOURS["vanilla"], linewidth=1, linestyle=":", label=label)
     if real is not None:
         axes.axhline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
     figure.suptitle(title, fontsize=10)
@@ -86,11 +99,12 @@ def draw_curves(
 def draw_bars(
     bars: dict[str, list[float]], title: str, label: str, path: Path, real: float, dot: str = "one training seed"
 ) -> None:
-    """A bar for each name, as long as the mean of its values, and if there are several a `dot` for each; `real` as in
-    `draw_curves`."""
+    """A bar for each name, as long as the mean of its values, and if there are several a `dot` for each; its colour and
+    `real` as in `draw_curves`."""
     figure, axes = pyplot().subplots(figsize=(4.4, max(2.4, 1 + 0.27 * len(bars))), layout="constrained")
+    colours = [COLOURS.get(name.partition(", ")[0], "grey") for name in bars]
     bars = {textwrap.fill(in_words(name), 36): values for name, values in bars.items()}
-    axes.barh(list(bars), list(map(statistics.mean, bars.values())), color="C0", alpha=0.5)
+    axes.barh(list(bars), list(map(statistics.mean, bars.values())), color=colours, alpha=0.5)
     dots = [(value, name) for name, values in bars.items() for value in values if len(values) > 1]
     if dots:
         axes.plot(*zip(*dots, strict=True), "ko", markersize=4, label=dot)
