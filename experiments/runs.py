@@ -25,7 +25,7 @@ from checkpoint import SHIPPED, load_weights, make_pyramid
 from cli import choose_device
 from data import height_width
 from experiments.metrics import JUDGE, digest, digit_metrics, other_clips, sample_clips, scores_of
-from experiments.report import commit, spread, write_json
+from experiments.report import commit, processor, spread, write_json
 from experiments.variants import ALONE, VARIANTS, varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
@@ -191,9 +191,10 @@ def stored(
 
     found = read().get(name, {})
     if {key: found.get(key) for key in what} != what:
-        found = what | {"date": str(datetime.date.today()), "commit": commit()} | scores_of(make, metrics, args)
+        made = {"date": str(datetime.date.today()), "commit": commit(), "machine": processor()}
+        found = what | made | scores_of(make, metrics, args)
         write_json(path, read() | {name: found})  # read again: another process may have added to it
-    return {key: value for key, value in found.items() if key not in (*what, "date", "commit")}
+    return {key: value for key, value in found.items() if key not in (*what, "date", "commit", "machine")}
 
 
 def pyramid_of(run: str, args: argparse.Namespace) -> Pyramid:

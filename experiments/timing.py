@@ -34,6 +34,6 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def in_milliseconds(seconds: list[float]) -> str:
-    """Median and, in brackets, the quartiles."""
+    """Median and, in brackets, the quartiles, if there is more than one measurement."""
     low, middle, high = (value * 1e3 for value in quartiles(seconds))
-    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]" if len(seconds) > 1 else f"{middle:.1f}"

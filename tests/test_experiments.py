@@ -168,6 +168,7 @@ def test_distances_flicker_tracks_and_times_are_those_computed_by_hand():
     path[7] += 2.0  # then it is a pixel off the nearest path
     assert 0.7 < metrics.off_track(path, 10.0) < 1.5
     assert in_milliseconds([0.001 * n for n in range(1, 10)]) == "5.0 [3.0, 7.0]"  # median and quartiles
+    assert in_milliseconds([0.002]) == "2.0"
     assert figures.smooth((1.0, 2.0), 0.5) == [1.0, 1.5]
     assert figures.in_words("time, seed 1") == "pyramid in time, training seed 1"
     assert figures.in_words("a, time") == "a, time"
