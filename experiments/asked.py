@@ -28,6 +28,7 @@ from experiments.metrics import (
 from experiments.report import spread
 from experiments.runs import (
     FRONT,
+    IN_TURN,
     SEEDS,
     Cell,
     front_row,
@@ -49,7 +50,7 @@ def draw_cells(
 ) -> None:
     """Bars of a metric, given with its label, of cells of one or more training seeds by what they are called."""
     bars = {called: [mean(measured(cell, args)[metric[0]]) for cell in each] for called, each in cells.items()}
-    draw_bars(bars, title, metric[1], args.out / f"{name}.png", mean(measured(Cell("real"), args)[metric[0]]))
+    draw_bars(bars, title, metric[1], args.out / f"{name}.png", mean(measured(IN_TURN, args)[metric[0]]))
 
 
 def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: str, percent: int = 100) -> list:
@@ -299,7 +300,7 @@ def rival(args: argparse.Namespace) -> list:
 def draws(args: argparse.Namespace) -> list:
     """How much distance and path differ by the draw of clips alone: those of other real clips, of --number, half and a
     quarter of them, drawn anew for each of --seeds. With random digits; and with all digits in turn, as samples and the
-    row `real` of all tables have them."""
+    rows `real` of most tables have them."""
     tables, curves, metrics = [], {}, partial(scored, reference=args.reference)
     for name, in_turn in {"random digits": False, "digits in turn": True}.items():
         rows, curve = [], curves.setdefault(f"real clips, {name}", [])

@@ -30,6 +30,7 @@ from experiments.metrics import NO_MEMORY, add_scoring, real_clips
 from experiments.report import provenance, publish, spread
 from experiments.runs import (
     FRONT,
+    IN_TURN,
     RANDOM,
     RENOISING,
     SCORES,
@@ -123,7 +124,7 @@ def against_time(
     """The tables and figures of a claim about training: runs of some modes and systems, vanilla first in each mode,
     and of one length; at their ends sampled in several `ways`, solvers by their steps."""
     percents, curve_rows, gains, ends, pictures = (25, 50, 75, 100), [], [], [], {}
-    real, trial = statistics.mean(measured(Cell("real"), args)["judge_distance"]), 2 if args.smoke else 40
+    real, trial = statistics.mean(measured(IN_TURN, args)["judge_distance"]), 2 if args.smoke else 40
     for mode, group in itertools.groupby(systems, key=itemgetter(0)):
         names, curves, goals = [f"{mode}-{system}" for _, system in group], {}, []
         turns = [{name: seconds_a_step(train_words(name, args), trial) for name in names} for _ in range(args.repeats)]
@@ -148,7 +149,7 @@ def against_time(
         title = "Vanilla and pyramids" if not length else "Twice as many steps of training"
         labels = f"{title}, {mode}", "seconds of training", "judge's distance"
         draw_curves(curves, *labels, args.out / f"{claim}-{mode}.png", real=real, goals=goals)
-    pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[:4]
+    pictures["real"] = clips_of(RANDOM, args, args.seeds[0], 8)[:4]
     name = claim if not length else f"{claim}-{mode}"  # short runs of both modes are in one picture
     draw_clips(pictures, f"{title}: sampled and real clips", args.out / f"{name}-clips.png")
     header = ["run", "ms a step", "seconds", *(f"distance at {n}%" for n in percents)]
@@ -158,7 +159,7 @@ def against_time(
 def work(args: argparse.Namespace) -> list:
     """Fig. 5 by the network's work in place of seconds, which depend on the machine. The distances are those in the
     files that `training`, `twice` and `twice-ddim` have made."""
-    rows, curves, real = [], {}, statistics.mean(measured(Cell("real"), args)["judge_distance"])
+    rows, curves, real = [], {}, statistics.mean(measured(IN_TURN, args)["judge_distance"])
     for claim in ("training", "twice", "twice-ddim"):
         if not (path := args.out / f"{claim}.json").exists():
             raise ValueError(f"{path} is missing: python -m experiments.claims {claim} makes it")
@@ -195,7 +196,7 @@ def alignment(args: argparse.Namespace) -> list:
     """Table 3: training with alignment, with the nearest of eight noises, and without, nine Euler steps. And how much
     of the target's variance alignment removes."""
     runs = [f"flow-3{kind}{seed}" for seed in training_seeds(args) for kind in ("", "-nearest", "-none")]
-    rows = [[run, *scores_row(Cell(run, 9), args)] for run in (*runs, "real")]
+    rows = [[run, *scores_row(Cell(run, 9), args)] for run in runs] + [["real", *scores_row(IN_TURN, args)]]
     names = {"by assignment": "", "nearest of eight noises": "-nearest", "at random": "-none"}
     cells = {name: [Cell(f"flow-3{kind}{seed}", 9) for seed in training_seeds(args)] for name, kind in names.items()}
     metric = "judge_distance", "judge's distance, both training seeds"
@@ -229,14 +230,14 @@ def renoising(args: argparse.Namespace) -> list:
     and of the shipped weights, which had four times as many steps."""
     runs = ("flow-3", "ddim-3", "shipped-flow-3", "shipped-ddim-3")
     cells = {f"{run}, {way}": Cell(run, 9, renoising=way) for run in runs for way in RENOISING}
-    rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": Cell("real")}).items()]
+    rows = [[name, *scores_row(cell, args)] for name, cell in (cells | {"real": IN_TURN}).items()]
     bars, metric = {}, ("one_digit", "share of clips that show one digit")
     for cell in cells.values():
         length = "long" if cell.run.startswith("shipped") else "short"
         bars[f"{cell.run.removeprefix('shipped-')[:4]}, {length} training, {cell.renoising}"] = [cell]
     draw_cells(bars, "Four ways of renoising", metric, "renoising-digits", args)
     pictures = {name: clips_of(cell, args, args.seeds[0], 8)[:3] for name, (cell,) in bars.items()}
-    pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[:3]
+    pictures["real"] = clips_of(RANDOM, args, args.seeds[0], 8)[:3]
     draw_clips(pictures, "Four ways of renoising, and real clips", args.out / "renoising.png")
     return [(["run, renoising", *SCORES], rows)]
 
@@ -249,7 +250,7 @@ def early(args: argparse.Namespace) -> list:
     for percent, mode, n in itertools.product((10, 25, 50), modes, systems):
         clips = clips_of(Cell(f"{mode}-{n}", 9, percent=percent), args, args.seeds[0], 8)
         pictures[f"{SYSTEMS[n]}, {mode}, {percent}%"] = clips[5:8]
-    pictures["real"] = clips_of(Cell("real"), args, args.seeds[0], 8)[5:8]
+    pictures["real"] = clips_of(RANDOM, args, args.seeds[0], 8)[5:8]
     draw_clips(pictures, "After 10, 25 and 50% of training, and real clips", args.out / "early.png")
     real = statistics.mean(measured(RANDOM, args)["flicker"])
     for run in runs:
@@ -271,7 +272,7 @@ def sampling(args: argparse.Namespace) -> list:
         for name, each in cells.items()
     }
     labels = "Quality against cost, flow", "full-rate network calls", "judge's distance"
-    real = statistics.mean(measured(Cell("real"), args)["judge_distance"])
+    real = statistics.mean(measured(IN_TURN, args)["judge_distance"])
     draw_curves(curves, *labels, args.out / "sampling.png", real=real)
     splits = {}
     for system, solver, split in itertools.product(("3", "3-space-time"), ("euler", "ab2"), (9, (5, 3, 1), (1, 3, 5))):

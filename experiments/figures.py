@@ -50,8 +50,9 @@ def draw_curves(
     after it, if it is the same for all systems, has one dash. `real`: what real clips have, a line across; `goals`:
     more lines, what vanilla has at its ends. Both axes are logarithmic, or `from_zero`: y linear from 0 on."""
     groups = list(dict.fromkeys(name.split(", ")[0] for name in curves))
-    kinds = list(dict.fromkeys(name.partition(", ")[2] for name in curves))
-    table = len(groups) * len(kinds) == len(curves) > len(groups) > 1  # the legend names each colour and each dash
+    kinds = list(dict.fromkeys(kind for kind in (name.partition(", ")[2] for name in curves) if kind))
+    alone = sum(", " not in name for name in curves)
+    table = (len(groups) - alone) * len(kinds) == len(curves) - alone > len(groups) - alone > 1  # names colours, dashes
     entries = [*groups, *(f"any, {kind}" for kind in kinds)] if table else list(curves)
     columns = 2 if max(map(len, map(in_words, entries))) < 36 else 1
     height = 2.8 + 0.15 * math.ceil((len(entries) + 1) / columns)  # fits a column of a paper, with the legend below
@@ -63,7 +64,7 @@ def draw_curves(
     for name, points in curves.items():
         x, values = zip(*sorted(points), strict=True)
         group, _, kind = name.partition(", ")
-        style = {"color": colours[group], "linestyle": dash_of[kind] if table else next(dashes[group])}
+        style = {"color": colours[group], "linestyle": dash_of.get(kind, "-.") if table else next(dashes[group])}
         label = None if table else in_words(name)
         axes.plot(x, [centre(v) for v in values], label=label, marker="o", markersize=4, **style)
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colours[group], alpha=0.2)
@@ -71,8 +72,8 @@ def draw_curves(
         axes.plot([], [], color=colours[group], label=in_words(group))
     for kind in kinds if table else ():
         axes.plot([], [], color="grey", linestyle=dash_of[kind], label=in_words(f"any, {kind}").partition(", ")[2])
-    for label, goal in zip(("vanilla at its end", *[None] * len(goals)), goals, strict=False):
-        axes.axhline(goal, color=COLOURS["vanilla"], linewidth=1, linestyle=":", label=label)
+    for label, goal in zip(("vanilla at its end, each seed", *[None] * len(goals)), goals, strict=False):
+        axes.axhline(goal, color=COLOURS["vanilla"], linewidth=1, linestyle=(0, (1, 3)), label=label)
     if real is not None:
         axes.axhline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
     figure.suptitle(title, fontsize=10)

@@ -141,10 +141,10 @@ def real_clips(first: int, count: int, data: Dataset = REAL) -> Tensor:
 
 
 def other_clips(reference: int, seed: int, number: int, data: Dataset = REAL, in_turn: bool = True) -> Tensor:
-    """`number` real clips past the first `reference`, each seed's own. `in_turn`: of all digits in turn, as samples."""
+    """`number` real clips past the first `reference`, each seed's own. `in_turn`: moving digits, all ten in turn."""
     if not in_turn:
         return real_clips(reference + seed * number, number, data)
-    first = reference + 10 * seed * number  # seldom more than 2 * number are looked at
+    first = reference + 10 * seed * number  # of a hundred or more, seldom twice as many are looked at
     of = [filter(lambda n, d=d: data.tracks(n)[0][0] == d, itertools.count(first)) for d in range(10)]
     return torch.stack([data[next(of[index % 10])][0] for index in range(number)])
 

@@ -92,7 +92,7 @@ class Cell:
     renoising: str = "paper"
 
 
-RANDOM = Cell("real, random digits")  # Cell("real") has all digits in turn, as samples do
+IN_TURN, RANDOM = Cell("real, digits in turn"), Cell("real, random digits")  # samples have them in turn
 
 
 def training_seeds(args: argparse.Namespace) -> dict[str, str]:
@@ -161,9 +161,9 @@ def run_train(words: list[str], out: Path, variant: str | None = None) -> None:
 
 
 def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Tensor:
-    """`number` clips of a cell, of all classes in turn; of the run "real", real ones that no reference holds."""
-    if cell.run in ("real", RANDOM.run):
-        return other_clips(args.reference, seed, number, in_turn=cell.run == "real")
+    """`number` clips of a cell, of all classes in turn; or real ones that no reference holds."""
+    if cell in (IN_TURN, RANDOM):
+        return other_clips(args.reference, seed, number, in_turn=cell == IN_TURN)
     with varied(variant_of(cell.run)):
         weights = load_weights(trained(cell.run, cell.percent, args), choose_device())
         pyramid = make_pyramid(weights, RENOISING[cell.renoising])
@@ -182,7 +182,7 @@ def stored(
     """`scores_of` clips of a run, from cells.json in --out or now. What is there counts as long as the weights and the
     judge are those it is of."""
     path, name = args.out / "cells.json", f"{name}: {args.number} clips, seeds {args.seeds}, {args.reference} real ones"
-    files = [JUDGE] if run in ("real", RANDOM.run) else [JUDGE, trained(run, percent, args)]
+    files = [JUDGE] if run in ("real", IN_TURN.run, RANDOM.run) else [JUDGE, trained(run, percent, args)]
     files += [trained(LATER, 100, args)] if variant_of(run) in ALONE else []
     what = {"files": [digest(file) for file in files], "metrics": METRICS}
 

@@ -183,7 +183,7 @@ def straight(args: argparse.Namespace) -> list:
     cases += [(short, "flow-3", first, 10) for first in (2, 1, 0)]
     cases += [(title, run, 2, 10) for run, title in alone.items()]
     for title, run, first, steps in [*cases, ("real", "real", 0, 0)]:
-        name, make = "draws, digits in turn", partial(other_clips, args.reference)
+        name, make = "draws", partial(other_clips, args.reference, in_turn=False)  # the samples here show their digits
         if run != "real":
             name = f"{run}, stage {first} from its true start, {steps} steps a stage"
             make = partial(from_true_start, run, first, steps, args)
@@ -191,7 +191,14 @@ def straight(args: argparse.Namespace) -> list:
         found = stored(name, of, make, partial(scored, reference=args.reference), args)
         names = ("judge_distance", "legible", "one_digit", "straight", "off_track")
         begin = "noise" if first == 2 or run == "shipped-flow-1" else f"true start of stage {first}" * (title != "real")
-        rows.append([run, begin, steps or "", *(spread(found[name]) for name in names)])
+        rows.append(
+            [
+                run if run != "real" else "real, the same digits",
+                begin,
+                steps or "",
+                *(spread(found[name]) for name in names),
+            ]
+        )
         if title != "real":
             bars[f"{title}, {begin}, {steps} steps"] = found["off_track"]
     title, label = "How far digits stray from a straight path", "pixels, at the worst frame"

@@ -273,7 +273,7 @@ def test_the_pace_of_a_run_counts_each_stage_as_often_as_it_is_trained(monkeypat
 
 
 def test_gains_in_training_time_are_against_vanilla_of_the_same_seed_with_their_range_over_turns(monkeypatch, tmp_path):
-    distances = {"flow-1": (8, 4, 2, 1), "flow-1-seed-2": (8, 4, 2, 0.5), "real": [0.2] * 4}
+    distances = {"flow-1": (8, 4, 2, 1), "flow-1-seed-2": (8, 4, 2, 0.5), "real, digits in turn": [0.2] * 4}
     distances |= {"flow-3": (4, 2, 1, 0.5), "flow-3-seed-2": (1, 1, 1, 1)}
     paces, drawn = iter([30 / 19, 1, 30 / 19, 2]), {}  # of 1,900 steps and of 3,000, two turns
     monkeypatch.setattr(claims, "seconds_a_step", lambda words, trial: next(paces))
