@@ -191,14 +191,8 @@ def straight(args: argparse.Namespace) -> list:
         found = stored(name, of, make, partial(scored, reference=args.reference), args)
         names = ("judge_distance", "legible", "one_digit", "straight", "off_track")
         begin = "noise" if first == 2 or run == "shipped-flow-1" else f"true start of stage {first}" * (title != "real")
-        rows.append(
-            [
-                run if run != "real" else "real, the same digits",
-                begin,
-                steps or "",
-                *(spread(found[name]) for name in names),
-            ]
-        )
+        shown = "real, the same digits" if run == "real" else run
+        rows.append([shown, begin, steps or "", *(spread(found[name]) for name in names)])
         if title != "real":
             bars[f"{title}, {begin}, {steps} steps"] = found["off_track"]
     title, label = "How far digits stray from a straight path", "pixels, at the worst frame"

@@ -180,10 +180,12 @@ def test_a_figure_names_each_system_by_its_colour_and_each_seed_by_its_dash(tmp_
     curves = {f"{name}, seed {seed}": points for seed in (1, 2) for name in ("vanilla", "time")}
     figures.draw_curves(curves, *labels, real=0.5, goals=[1.0, 1.1])
     (legend,), lines = figures.pyplot().gcf().legends, figures.pyplot().gca().get_lines()
-    seeds, rest = ["training seed 1", "training seed 2"], ["vanilla at its end", "real clips"]
+    seeds, rest = ["training seed 1", "training seed 2"], ["vanilla at its end, each seed", "real clips"]
     assert [text.get_text() for text in legend.get_texts()] == ["vanilla", "pyramid in time", *seeds, *rest]
     looks = [(line.get_color(), line.get_linestyle()) for line in lines[:4]]
     assert looks == [("C0", "-"), ("C1", "-"), ("C0", "--"), ("C1", "--")]
+    figures.draw_curves(curves | {"real": points}, *labels)  # a curve without a seed is one of a kind
+    assert len(figures.pyplot().gcf().legends[0].get_texts()) == 5
     figures.draw_curves(dict(list(curves.items())[:3]), *labels)  # one is missing: each has its own name
     assert len(figures.pyplot().gcf().legends[0].get_texts()) == 3
     figures.draw_bars({"time, a": [1.0], "by chance": [2.0]}, *labels[:2], tmp_path / "a.png", 0.5)
@@ -249,7 +251,7 @@ def test_a_score_counts_as_long_as_all_weights_that_made_it_are_the_same(tmp_pat
     def stored():
         return runs.stored("a", "flow-3-first", lambda: next(times), None, args)["score"]
 
-    assert stored() == stored() == 0
+    assert stored() == stored() == 0 and '"machine"' in (tmp_path / "cells.json").read_text()
     for changed, run in enumerate(("flow-3-first", runs.LATER), start=1):  # its own, and those of the later stages
         (tmp_path / run).write_text("new")
         assert stored() == stored() == changed
@@ -578,6 +580,9 @@ def test_real_clips_of_digits_in_turn_are_new_and_of_each_digit():
     assert torch.equal(metrics.other_clips(50, 0, 12)[:10], expected)
     assert all(len(metrics.other_clips(50, seed, 2)) == 2 for seed in range(20))  # also if a digit is late
     assert torch.equal(metrics.other_clips(50, 3, 2, in_turn=False), metrics.real_clips(56, 2))
+    args = SimpleNamespace(reference=50)
+    assert torch.equal(runs.clips_of(runs.IN_TURN, args, 1, 12), metrics.other_clips(50, 1, 12))
+    assert torch.equal(runs.clips_of(runs.RANDOM, args, 1, 12), metrics.real_clips(62, 12))
 
 
 def test_traits_are_read_and_compared_with_those_of_real_clips():
