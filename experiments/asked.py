@@ -233,10 +233,11 @@ def diversity(args: argparse.Namespace) -> list:
             asked = partial(sample_clips, weights, make_pyramid(weights), 9, "euler", args.batch)
         without = stored(f"{run}, diversity", run, free, metrics, args)
         labelled = stored(f"{run}, diversity, labelled", run, asked, metrics, args)
-        shares = [without["digits"], labelled["places"], labelled["directions"]]
-        rows.append([run, *map(spread, (*shares, labelled["coverage"], without["legible"], labelled["legible"]))])
+        shares = [labelled["places"], labelled["directions"]]
+        others = labelled["coverage"], without["legible"], labelled["legible"]
+        rows.append([run, *map(spread, (without["digits"], *shares, *others))])
         bars.setdefault(title, []).append(mean(map(mean, shares)))
-    title, (real,) = "How evenly digits, places and directions are covered", bars.pop("real")
+    title, (real,) = "How evenly places and directions are covered", bars.pop("real")
     draw_bars(bars, title, "mean overlap with real clips, both training seeds", args.out / "diversity.png", real)
     header = ["run", "digits", "places", "directions", "coverage", "legible without labels", "legible with labels"]
     return [(header, rows)]
@@ -300,20 +301,32 @@ def rival(args: argparse.Namespace) -> list:
 def draws(args: argparse.Namespace) -> list:
     """How much distance and path differ by the draw of clips alone: those of other real clips, of --number, half and a
     quarter of them, drawn anew for each of --seeds. With random digits; and with all digits in turn, as samples and the
-    rows `real` of most tables have them."""
+    rows `real` of most tables have them. The same of samples of shipped weights, and of the difference between vanilla
+    and the pyramid in time with the same noises."""
     tables, curves, metrics = [], {}, partial(scored, reference=args.reference)
+
+    def row(first: int | str, distances: list[float], path: str) -> list:
+        shown = mean(distances), min(distances), max(distances)
+        return [first, len(distances), *(f"{value:.3g}" for value in shown), path]
+
+    names = ["draws", "judge's distance, mean", "lowest", "highest", "off track, px"]
     for name, in_turn in {"random digits": False, "digits in turn": True}.items():
         rows, curve = [], curves.setdefault(f"real clips, {name}", [])
         for number in (args.number, max(2, args.number // 2), max(2, args.number // 4)):
             options = argparse.Namespace(**vars(args) | {"number": number})
             make = partial(other_clips, args.reference, in_turn=in_turn)
             found = stored("draws" + f", {name}" * in_turn, "real", make, metrics, options)
-            distances = found["judge_distance"]
-            curve.append((number, distances))
-            shown = mean(distances), min(distances), max(distances)
-            rows.append([number, len(args.seeds), *(f"{value:.3g}" for value in shown), spread(found["off_track"])])
-        header = [f"clips, {name}", "draws", "judge's distance, mean", "lowest", "highest", "off track, px"]
-        tables.append((header, rows))
+            curve.append((number, found["judge_distance"]))
+            rows.append(row(number, found["judge_distance"], spread(found["off_track"])))
+        tables.append(([f"clips, {name}", *names], rows))
+    kinds = {"pyramid, 9": ("3", 9), "vanilla, 9": ("1", 9), "pyramid, 3": ("3", 3), "vanilla, 3": ("1", 3)}
+    found = {name: measured(Cell(f"shipped-flow-{n}", steps), args) for name, (n, steps) in kinds.items()}
+    rows = [row(f"{name} steps", each["judge_distance"], spread(each["off_track"])) for name, each in found.items()]
+    for steps in (9, 3):
+        both = (found[f"{name}, {steps}"]["judge_distance"] for name in ("vanilla", "pyramid"))
+        less = [one - other for one, other in zip(*both, strict=True)]
+        rows.append(row(f"vanilla less pyramid, {steps} steps", less, ""))
+    tables.append((["sampled clips", *names], rows))
     labels = "Draws of real clips", "clips", "judge's distance"
     draw_curves(curves, *labels, args.out / "draws.png", from_zero=True)
     return tables

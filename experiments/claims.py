@@ -257,6 +257,12 @@ def early(args: argparse.Namespace) -> list:
         found = [measured(Cell(run, 9, percent=percent), args) for percent in (25, 50)]
         flickers = [spread([value / real for value in each["flicker"]]) for each in found]
         rows.append([run, *(spread(each["legible"]) for each in found), *flickers])
+    halfway = {
+        f"{SYSTEMS[n]}, {mode}": [Cell(f"{mode}-{n}{seed}", 9, percent=50) for seed in training_seeds(args)]
+        for mode, n in itertools.product(modes, systems)
+    }
+    metric = "legible", "share of frames in which a digit can be read"
+    draw_cells(halfway, "After half of the training", metric, "early-legible", args)
     names = ("legible", "flicker, of real")
     return [(["run", *(f"{name} at {percent}%" for name in names for percent in (25, 50))], rows)]
 

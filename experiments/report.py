@@ -8,6 +8,7 @@ A line {{training.json}} of texts.md stands for every table of that file of resu
 first and the third. The command that made them stands above the first. In claims.txt, that part of the other README,
 {{latency.json 0 "flow 8 time" "times as fast"}} stands for a number: of table 0 the row that begins so, in that column.
 "flow 8 time | ddim 8 time" stands for the lowest and the highest of these rows: 1.62 to 1.70. Files are joined alike.
+A % at the end shows shares in percent.
 """
 
 import argparse
@@ -163,7 +164,7 @@ def make_front_page(page: str, claims: str, results: Path) -> str:
     """The other README, its table with the numbers of the JSON files. Raises ValueError if one is missing."""
 
     def number(place: re.Match) -> str:
-        name, table, wanted, column = shlex.split(place[1])
+        name, table, wanted, column, *percent = shlex.split(place[1])
         cells, numbers = {}, []
         for part in name.split(" | "):
             header, rows = json.loads((results / part).read_text())["tables"][int(table)]
@@ -173,11 +174,13 @@ def make_front_page(page: str, claims: str, results: Path) -> str:
             if len(found) != 1:
                 raise ValueError(f"{CLAIMS} asks for a row of {name} that begins with {row!r}: there are {len(found)}")
             numbers += found
-        if len(numbers) == 1:
-            return numbers[0]
-        if words := [each for each in numbers if not re.fullmatch(r"[\d.]+", each)]:
-            raise ValueError(f"{CLAIMS} asks for a range of {name}, and one of its rows says {words[0]!r}")
-        return " to ".join(dict.fromkeys((min(numbers, key=float), max(numbers, key=float))))
+        words = [each for each in numbers if not re.fullmatch(r"[\d.]+", each)]
+        if words and (percent or len(numbers) > 1):
+            wanted = "percent" if percent else "a range"
+            raise ValueError(f"{CLAIMS} asks for {wanted} of {name}, and one of its rows says {words[0]!r}")
+        if len(numbers) > 1:
+            numbers = dict.fromkeys((min(numbers, key=float), max(numbers, key=float)))
+        return " to ".join(f"{float(each):.0%}" if percent else each for each in numbers)
 
     parts = re.split("|".join(map(re.escape, MARKS)), page)
     if len(parts) != 3 or page.index(MARKS[0]) > page.index(MARKS[1]):

@@ -346,6 +346,9 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
     (tmp_path / "c.json").write_text(json.dumps({"tables": [[["gain", "run"], [["not reached", "c"]]]]}))
     with pytest.raises(ValueError, match="asks for a range of b.json | c.json, and one of its rows says 'not reached'"):
         report.make_front_page(made, '{{"b.json | c.json" 0 "a | not" gain}}', tmp_path)
+    (tmp_path / "c.json").write_text(json.dumps({"tables": [[["run", "legible"], [["a", "0.876"], ["b", "0.913"]]]]}))
+    shown = report.make_front_page(made, '{{c.json 0 a legible %}}, {{c.json 0 "b | a" legible %}}', tmp_path)
+    assert f"{begin}88%, 88% to 91%{end}" in shown
     (tmp_path / "b.json").unlink()
     (tmp_path / "c.json").unlink()
     with pytest.raises(ValueError, match="begins with 'flow 2': there are 0"):
@@ -558,6 +561,11 @@ def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypat
 def test_draws_of_real_clips_are_scored_for_every_seed_and_are_not_those_of_the_reference(monkeypatch):
     asked_for, args = [], SimpleNamespace(number=12, seeds=[0, 1, 2], reference=50, out=Path())
 
+    def measured(cell, options):
+        assert options.number == 12
+        system = {"shipped-flow-1": 2, "shipped-flow-3": 1}[cell.run]
+        return {"judge_distance": [system * (10 - cell.steps) + seed for seed in (0, 4, 8)], "off_track": [2.0] * 3}
+
     def stored(name, run, make, _metrics, options):
         firsts = [make(seed, options.number) for seed in options.seeds]
         asked_for.append((run, [len(clips) for clips in firsts]))
@@ -569,9 +577,15 @@ def test_draws_of_real_clips_are_scored_for_every_seed_and_are_not_those_of_the_
 
     monkeypatch.setattr(asked, "stored", stored)
     monkeypatch.setattr(asked, "draw_curves", lambda *_, **__: None)
-    (header, rows), (_, again) = asked.draws(args)
+    monkeypatch.setattr(asked, "measured", measured)
+    (header, rows), (_, again), (_, sampled) = asked.draws(args)
     assert asked_for == 2 * [("real", [12] * 3), ("real", [6] * 3), ("real", [3] * 3)] and rows == again
     assert [row[:5] for row in rows] == [[number, 3, "2", "1", "3"] for number in (12, 6, 3)] and len(header) == 6
+    assert [row[:5] for row in sampled[:2]] == [
+        ["pyramid, 9 steps", 3, "5", "1", "9"],
+        ["vanilla, 9 steps", 3, "6", "2", "10"],
+    ]
+    assert sampled[-1][:5] == ["vanilla less pyramid, 3 steps", 3, "7", "7", "7"] and len(sampled) == 6
 
 
 def test_real_clips_of_digits_in_turn_are_new_and_of_each_digit():
