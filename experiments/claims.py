@@ -96,6 +96,14 @@ def time_to(goal: float, curve: list[tuple[float, list[float]]]) -> float | None
     return None
 
 
+def times_less(vanilla: list[float], goal: float, curve: list) -> str:
+    """How many times less than each of `vanilla` a curve takes to come down to `goal`. It is more than that if the
+    first point is there already."""
+    if (reached := time_to(goal, curve)) is None:
+        return "not reached"
+    return "at least " * (reached == curve[0][0]) + spread([each / reached for each in vanilla], ".2f")
+
+
 def training(args: argparse.Namespace) -> list:
     """Fig. 5: the judge's distance against training time, nine Euler steps: vanilla, and the pyramid in time, in space,
     and in both. And all scores at the end, with thirty steps and with nine."""
@@ -139,10 +147,9 @@ def against_time(
             if name == names[0]:
                 vanilla, goal = seconds, statistics.mean(distances[-1])
                 goals.append(goal)
-            reached = time_to(goal, points)  # a share of the run
-            gain = reached and spread([a / b / reached for a, b in zip(vanilla, seconds, strict=True)], ".2f")
+            ratios = [one / other for one, other in zip(vanilla, seconds, strict=True)]
+            gains.append([run, times_less(ratios, goal, points)])
             curve_rows.append([run, f"{whole / steps * 1e3:.0f}", f"{whole:.0f}", *map(spread, distances)])
-            gains.append([run, "at least " * (reached == points[0][0]) + gain if reached else "not reached"])
             ends += [front_row(Cell(run, calls, solver), args) for calls, solver in ways.items()]
             if not seed:
                 pictures[f"{title}, {mode}"] = clips_of(cells[-1], args, args.seeds[0], 8)[:4]
@@ -169,9 +176,7 @@ def work(args: argparse.Namespace) -> list:
             if system.endswith("-1"):
                 vanilla, goal = whole, distances[-1]
             points = [(n / 4 * whole / vanilla, [each]) for n, each in enumerate(distances, start=1)]
-            reached = time_to(goal, points)
-            gain = "at least " * (reached == points[0][0]) + f"{1 / reached:.2f}" if reached else "not reached"
-            rows.append([run, f"{whole / vanilla:.2f}", gain])
+            rows.append([run, f"{whole / vanilla:.2f}", times_less([1.0], goal, points)])
             if claim != "training":
                 mode, name = system.split("-", 1)
                 curve = curves.setdefault(f"{SYSTEMS[name]}, {mode}", [(x, []) for x, _ in points])
