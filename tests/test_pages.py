@@ -158,6 +158,15 @@ def test_the_front_page_s_numbers_of_the_shipped_emoji_model_are_those_of_its_we
     assert f"have {len(weights.classes)} labels" in front and f"--steps {weights.step} " in front
 
 
+def test_the_front_page_s_minutes_of_the_default_training_are_those_of_its_measured_steps():
+    steps, minutes = train.make_parser().parse_args([]).steps, []
+    for name in ("step", "fp32-step"):
+        path = ROOT / f"experiments/results/speed/{name}.json"
+        header, rows = json.loads(path.read_text())["tables"][0]
+        minutes.append(steps * float(rows[-1][header.index("ms [quartiles]")]) / 60e3)
+    assert "Two CPU cores take [{:.0f} to {:.0f} minutes]".format(*minutes) in " ".join(pages()["README.md"].split())
+
+
 def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
     text = " ".join((ROOT / "COMPANION.md").read_text().split())
     *errors, last = (100 * KNOWN_ERRORS[mode, solver][20] for mode in ("flow", "ddim") for solver in ("euler", "ab2"))
