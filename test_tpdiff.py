@@ -872,7 +872,7 @@ counts[counts.index(max(counts))] -= 1 -> counts[0] -= 1
 return x.to(torch.promote_types(x.dtype, torch.float32)) -> return x
 or output.shape != x.shape: -> or False:
 if not is_tensor or -> if
-return output.to(x.dtype) -> return output
+return output.to(x.dtype, copy=True) -> return output
 return x if replaced is None else -> return x if True else
 """
 

@@ -12,7 +12,7 @@ Both forms of diffusion are x_t = gamma_t x0 + sigma_t noise (Eq. 6):
 In both, a stage is one straight line from its noisy start x_s to its cleaner end x_e:
   flow    x         is linear in  t' = (t - t_end) / (t_start - t_end),  with slope v_k = x_s - x_e  (Eq. 12-13)
   ddim    x / gamma is linear in  r = sigma / gamma,                     with slope eps_k            (Eq. 10-11)
-The second line is also x_t = gamma_t X_k + sigma_t eps_k, a whole diffusion from a clean clip X_k (Eq. 10').
+The second line is also x_t = gamma_t X_k + sigma_t eps_k: the schedule's own mixture, of a clean clip X_k (Eq. 10').
 """
 
 import math
@@ -40,8 +40,8 @@ def downsample(x: Tensor, stride: Sequence[int]) -> Tensor:
 
 def upsample(x: Tensor, factor: Sequence[int] = (2, 1, 1), frames: int | None = None) -> Tensor:
     """Up of Eq. 7 and 14, nearest: every frame factor[0] times, every pixel factor[1] x factor[2] times.
-    (B, C, T, H, W) -> (B, C, frames, factor[1] H, factor[2] W), of factor[0] T frames unless told. Of fewer, the first
-    frame has fewer copies: 6 become 11, frame 0 for itself and each later one for a pair, as in causal video VAEs.
+    (B, C, T, H, W) -> (B, C, frames, factor[1] H, factor[2] W). `frames` is factor[0] T by default. If it is less, the
+    first frame has fewer copies: 6 become 11, frame 0 once and each later one twice, as in causal video VAEs.
     Raises ValueError if downsampling so many frames would not give T."""
     whole = factor[0] * x.shape[2]
     frames = whole if frames is None else frames
@@ -85,9 +85,9 @@ def randn(shape: Sequence[int], generator: Generators = None, device=None, dtype
 
 def draw_nearest(x: Tensor, candidates: int, generator: Generators = None) -> Tensor:
     """For each clip of `x` the nearest of as many noises, drawn for it alone: alignment at any batch size. Past the
-    paper: "KNN noise selection" of Improved Immiscible Diffusion (arXiv 2505.18521). Not exactly Gaussian: with D
-    elements a clip, m the mean of x^2, c the expected maximum of as many normal numbers and s = sqrt(D (2 + 4 m)), the
-    mean of noise^2 is 1 - 2 c / s and that of x noise 2 c m / s. Raises ValueError if there is no candidate."""
+    paper: "KNN noise selection" of Improved Immiscible Diffusion (arXiv 2505.18521). Not exactly Gaussian: with m the
+    mean of x^2, c the expected maximum of as many normal numbers and s = sqrt(D (2 + 4 m)), in clips of many elements D
+    the mean of noise^2 is about 1 - 2 c / s, and of x * noise 2 c m / s. Raises ValueError if there is no candidate."""
     if candidates < 1:
         raise ValueError(f"the nearest of {candidates} noises cannot be drawn: at least 1")
     noise = randn(x.shape, generator, x.device, x.dtype)
@@ -118,7 +118,7 @@ class Pyramid:
     prediction      ddim only, the target: "epsilon" (Eq. 11, the default), "velocity" gamma eps_k - sigma X_k (arXiv
                     2202.00512), or "sample" X_k. In flow mode the target is v_k (Eq. 13).
     All are attributes, and so is `lengths`, the unshifted time of [ends[k], ends[k + 1]]. `p[k]` is the `Stage` k.
-    Raises ValueError for anything else, or for a schedule without noise enough for a stage's start."""
+    Raises ValueError for other values, or for a schedule without noise enough for a stage's start."""
 
     def __init__(
         self, mode: str, stages: int = 3, alphas_cumprod: Sequence[float] | Tensor | None = None, *, shift: float = 1.0,
@@ -174,7 +174,7 @@ class Pyramid:
         return Stage(k, tuple(n**k for n in self.factor), t_start, t_end, *values)
 
     def gamma_sigma(self, t: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
-        """Eq. 6: (gamma, sigma) of x_t = gamma x0 + sigma noise at the times `t`, in float64 on the CPU."""
+        """Eq. 6: (gamma, sigma) of x_t = gamma x0 + sigma noise at the times `t` in [0, 1], in float64 on the CPU."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         if self.mode == "flow":
             return 1 - t, t
@@ -274,7 +274,7 @@ class Pyramid:
     ) -> Tensor:  # fmt: skip
         """Section 3.5: clips of `shape` (B, C, T, H, W) from noise, stage by stage, renoised in between.
         predict    predict(x, t, k) -> the target's prediction, of x's shape. `x` has stage k's shape and `dtype`, `t`
-                   (B,) is in float32 or more. One call a step. Gradients are not recorded.
+                   (B,) is in float32 or more. One call a step, without gradients. It may change `x` and its own output.
         steps      a total, shared by `split_steps`, or one count per stage, noisiest first; uniform in unshifted time.
         solver     "euler" (Eq. 3 in ddim mode), or "ab2": two-step Adams-Bashforth along the stage's line, Euler
                    for a stage's first step. Past the paper: as many calls, an order more accurate.
@@ -282,7 +282,7 @@ class Pyramid:
         device, dtype  of what `predict` takes and of the result. Between steps x is float32 (float64 if asked for).
         callback   callback(x, t, k), after every step and every renoising, with the time (B,) that x now has. What it
                    returns, if not None, replaces x: to hold a first frame, for instance.
-        Raises ValueError if shape, steps or solver do not fit, or `predict` returns another shape, NaN or infinity."""
+        Raises ValueError if shape, steps or solver do not fit, or a function returns another shape, NaN or infinity."""
         counts = split_steps(steps, self.stages, self.lengths)
         shapes = [self.shape(shape, k) for k in range(self.stages)]
         x = randn(shapes[-1], generator, device, torch.promote_types(dtype, torch.float32))
@@ -298,23 +298,23 @@ class Pyramid:
         self, predict: Callable, x: Tensor, k: int, steps: int, solver: str = "euler", t: float | None = None,
         dtype: torch.dtype | None = None, callback: Callable | None = None,
     ) -> Tensor:  # fmt: skip
-        """Eq. 9-10: stage k alone, to its end, from its start `x` or from the time `t` within it. Arguments and what is
-        raised as in `sample`, but gradients are recorded. Raises ValueError for a `t` outside of the stage, too."""
+        """Eq. 9-10: stage k alone, to its end, from its start `x` or the time `t` within it, in float32 or more. As in
+        `sample`, but `dtype` is by default x's, and gradients are recorded. Raises ValueError for another `t`, too."""
         stage, dtype, x = self[k], dtype or x.dtype, _precise(x)
         k, t = stage.index, stage.t_start if t is None else t
         if solver not in ("euler", "ab2"):
             raise ValueError(f'solver must be "euler" or "ab2", not {solver!r}')
-        if steps < 1 or not stage.t_end < t <= stage.t_start:
+        if steps < 1 or not stage.t_end < t <= stage.t_start + 1e-6:  # as float32 rounds it
             window = f"{stage.t_end:.4g} < t <= {stage.t_start:.4g}"
             raise ValueError(f"stage {k} needs at least one step, and {window}, not {steps} steps from t = {t}")
-        grid = [self._unshifted(t), self._unshifted(stage.t_end)]
+        grid = [self._unshifted(min(t, stage.t_start)), self._unshifted(stage.t_end)]
         times = self._shifted(torch.linspace(*grid, steps + 1, dtype=torch.float64, device="cpu"))
         gammas, sigmas = self.gamma_sigma(times)
         length = stage.t_start - stage.t_end
         ratio = (times - stage.t_end) / length if self.mode == "flow" else sigmas / gammas  # t', r
         position, gammas, sigmas, before = ratio.tolist(), gammas.tolist(), sigmas.tolist(), None
         for i in range(steps):
-            output = predict(x.to(dtype), times[i].to(x).expand(x.shape[0]), k)
+            output = predict(x.to(dtype, copy=True), times[i].to(x).expand(x.shape[0]), k)
             slope = _checked(output, x, f"stage {k}, step {i + 1} of {steps}")
             h, scale = position[i + 1] - position[i], 1.0
             if self.mode == "flow":
@@ -353,22 +353,22 @@ def _per_clip(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype).to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
-def _checked(output: Tensor, x: Tensor, where: str) -> Tensor:
-    """What `predict` returned for `x`, in x's dtype. Raises ValueError if it cannot be a prediction."""
+def _checked(output: Tensor, x: Tensor, where: str, who: str = "predict") -> Tensor:
+    """A copy of what `who` returned for `x`, in x's dtype. Raises ValueError if it cannot be a prediction."""
     is_tensor = isinstance(output, Tensor)
     if not is_tensor or output.shape != x.shape:
         got = f"shape {tuple(output.shape)}" if is_tensor else f"{type(output).__name__}, not a tensor,"
         hint = "of a diffusers model return .sample, or pass return_dict=False and return what it gives at [0]"
-        raise ValueError(f"predict returned {got} for x of {tuple(x.shape)} at {where}: {hint}")
+        raise ValueError(f"{who} returned {got} for x of {tuple(x.shape)} at {where}: {hint}")
     if not output.isfinite().all():
-        raise ValueError(f"predict returned NaN or infinity at {where}")
-    return output.to(x.dtype)
+        raise ValueError(f"{who} returned NaN or infinity at {where}")
+    return output.to(x.dtype, copy=True)  # the next call may write into it
 
 
 def _called_back(callback: Callable | None, x: Tensor, t: float | Tensor, k: int) -> Tensor:
     times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0])
     replaced = callback(x, times, k) if callback is not None else None
-    return x if replaced is None else _checked(replaced, x, "a callback")
+    return x if replaced is None else _checked(replaced, x, f"stage {k}", "callback")
 
 
 @contextmanager

@@ -60,8 +60,9 @@ def ddim_schedule(scheduler) -> dict:
 
 # ---- Positions: `network.stride` (time, height, width) is that of the stage it works for. Element i of a stage has the
 # position of element i * stride of the clip, as the network's own code computes it for the whole clip. (In space it is
-# a block's mean, and the block's first position stands for its centre: to rotary attention, which sees differences
-# alone, they are the same. The sines that CogVideoX-2B adds are off by up to half a block in space.)
+# a block's mean, and the block's first position stands for its centre. Rotary attention sees differences alone, so to
+# Wan they are the same. CogVideoX-5B does not rotate its prompt, and 2B adds sines: to these they are off by up to half
+# a block in space.)
 
 
 def strided(positions: Tensor, grid: Sequence[int], stride: Sequence[int]) -> Tensor:

@@ -152,13 +152,14 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
     named = [[str(source.files[0].relative_to(args.data)), source.stamp[1], *rest] for source, *rest in windows]
     made_of = [named, args.model, args.motion_adapter, args.frames, args.size, args.fps]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    if (cache / "digest").exists() and (cache / "digest").read_text() == digest:
-        return len(windows)
-    if args.resume:
+    encoded = (cache / "digest").exists() and (cache / "digest").read_text() == digest
+    if args.resume and not encoded:
         raise ValueError(f"{args.data} holds other clips than when {args.out} began: --resume cannot go on")
-    accelerator.print(dataset.summary)
     vae = models.load_part(family.vae, args.model, "vae")
     models.check_frames(family, network, models.latent_shape(family, vae, pyramid, args.frames, args.size)[0])
+    if encoded:
+        return len(windows)
+    accelerator.print(dataset.summary)
     cache.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if models.use_bf16(args.precision, accelerator.device) else torch.float32
     encoder = models.load_text_encoder(family, args.model, dtype).to(accelerator.device)

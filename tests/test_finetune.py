@@ -323,6 +323,16 @@ def test_what_cannot_be_finetuned_or_sampled_is_refused(command, line, said, wor
     assert said in fails_with_one_line(capsys, command.main, *words(line))
 
 
+def test_clips_that_were_encoded_before_are_refused_by_a_pyramid_that_they_do_not_fit(words, monkeypatch, capsys):
+    line = f"{{wan}} {RUN} --steps 1 --size 80"
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "make_state", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            finetune.main(words(line))
+    capsys.readouterr()
+    assert "--size 64 64" in fails_with_one_line(capsys, finetune.main, *words(f"{line} --pyramid space"))
+
+
 def test_a_missing_package_says_what_to_install(words, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     for command, line in ((finetune, f"{{wan}} {RUN}"), (generate, "{wan} --prompt cat --out {tmp}/a.gif")):

@@ -76,6 +76,29 @@ def test_ab2_adds_half_the_change_of_the_slope_since_the_last_step(mode, shift):
     assert_exact(ours, x)
 
 
+@both_solvers
+@both_modes
+def test_predict_may_write_into_its_input_and_into_what_it_returned_before(mode, solver):
+    def careless(x, t, k):
+        outputs.setdefault(k, torch.empty_like(x)).copy_(x.cos())
+        x.zero_()
+        return outputs[k]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs, options = {}, ((2, 1, 8, 2, 2), 9, solver)
+        made = (Pyramid(mode).sample(f, *options, seeded(), dtype=dtype) for f in (careless, lambda x, t, k: x.cos()))
+        assert torch.equal(*made)
+
+
+@both_modes
+@pytest.mark.parametrize("stages", range(2, 9))
+def test_a_stage_can_be_entered_at_its_start_as_float32_rounds_it(mode, stages):
+    p, x = Pyramid(mode, stages), clips(2, 1, 4, 2, 2).float()
+    for k in range(stages):
+        t = p.interpolate(x, x, k, torch.ones(2))[2][0].item()
+        torch.testing.assert_close(p.integrate(same, x, k, 2, t=t), p.integrate(same, x, k, 2), rtol=1e-5, atol=1e-5)
+
+
 def test_a_clip_s_noise_does_not_depend_on_its_batch():
     p, predict = Pyramid("ddim", 3), lambda x, t, k: 0.1 * x
     together = p.sample(predict, (3, 1, 8, 4, 4), 6, generator=[seeded(i) for i in range(3)])
@@ -166,7 +189,7 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
     (lambda: SPACE.sample(same, (1, 1, 3, 6, 4)), r"3 stages.*\(2, 2, 1\).*divisible by \[4, 1\].*1, 1, 3, 6, 4"),
     (lambda: FLOW.sample(same, CLIPS.shape, 2), "3 stages.*2"),
     (lambda: FLOW.sample(same, CLIPS.shape, solver="heun"), "heun"),
-    (lambda: FLOW.sample(same, CLIPS.shape, callback=lambda x, t, k: x[:, :, :1]), "callback"),
+    (lambda: FLOW.sample(same, CLIPS.shape, callback=lambda x, t, k: x[:, :, :1]), "^callback returned.*stage 2"),
     (lambda: FLOW.sample(same, CLIPS.shape, generator=[seeded()]), "1 generators.*2"),
     (lambda: FLOW.sample(lambda x, t, k: x / (k != 1 or t[0] > 0.5), CLIPS.shape), "NaN .* stage 1, step 7 of 10"),
     (lambda: FLOW.sample(lambda x, t, k: (x,), CLIPS.shape), TOLD),
