@@ -9,7 +9,8 @@
 
 All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to eight times. The
 pyramids in space train their smallest and cheapest stage twice as often as the others. Runs and their kept weights
-stay, and a stopped run is continued. The distance uses an image network's features.
+stay, and a stopped run is continued. Scores stay in real-cells.json of --out, so that none is measured twice. The
+distance uses an image network's features.
 """
 
 import argparse
@@ -23,12 +24,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import sample
 import train
-from checkpoint import SHIPPED, Weights, load_weights, make_pyramid, weight_file
+from checkpoint import SHIPPED, Weights, load_weights, make_pyramid
 from cli import (
     Parser,
     choose_device,
@@ -41,10 +40,11 @@ from cli import (
 )
 from data import FolderClips
 from experiments.claims import time_to
-from experiments.figures import draw_bars, draw_clips, draw_curves, pyplot
+from experiments.figures import draw_clips, draw_curves, pyplot
 from experiments.metrics import (
     NAMED,
     add_command,
+    digest,
     distances_to,
     load_efficientnet,
     naming,
@@ -52,8 +52,9 @@ from experiments.metrics import (
     placed_features,
     real_clips,
 )
-from experiments.report import provenance, publish, spread
+from experiments.report import provenance, publish, spread, write_json
 from experiments.runs import run_train, seconds_a_step
+from experiments.trust import copies, distance, names, sampled
 from tpdiff import split_steps
 
 SYSTEMS = {
@@ -107,16 +108,6 @@ def train_systems(args: argparse.Namespace) -> None:
             print(f"{folder.name} trained for {took:.0f} s, not {args.seconds:.0f}", file=sys.stderr)
 
 
-def sampled(weights: Weights, labels: Tensor, args, steps: int, solver: str = "euler", guidance: float = 1.0) -> Tensor:
-    """A clip (C, T, H, W) for each of the labels; its noise depends on its number alone."""
-    clips, pyramid = [], make_pyramid(weights)
-    for numbers in torch.arange(len(labels)).split(args.batch):
-        part, first = labels[numbers], numbers[0].item()
-        options = steps, solver, guidance, args.seed
-        clips.append(sample.generate(weights, pyramid, part, len(part), *options, first=first))
-    return torch.cat(clips)
-
-
 def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
     """The folders of runs that are done, and their options. Raises ValueError if there are none or clips differ."""
     runs = {}
@@ -136,9 +127,9 @@ def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
 
 def scores(args: argparse.Namespace) -> None:
     """Distance of every run to held-out clips over its training time, how many clips are named rightly, and its
-    held-out loss; and the distance over the cost of sampling. Clips are sampled with the labels of training clips. The
-    loss is without labels, on at least 64 clips. Stages of different systems have different targets, so compare it
-    within a system only."""
+    held-out loss; and the distance over the cost of sampling, of the first run of a system. Clips are sampled with the
+    labels of training clips. The loss is without labels, on at least 64 clips. Stages of different systems have
+    different targets, so compare it within a system only."""
     pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     runs, device = finished_runs(args.runs), choose_device()
@@ -147,9 +138,31 @@ def scores(args: argparse.Namespace) -> None:
     seen = FolderClips(args.data / "train", *shape, labels=True)
     labels = torch.tensor([seen[number][1] for number in range(args.number)])
     real = real_clips(0, min(args.reference, 4 * len(held_out.sources)), held_out).to(device)
-    network = load_efficientnet().to(device)
-    distance = distances_to(real, {"distance": partial(picture_features, network)})
+    network, path = load_efficientnet().to(device), args.out / "real-cells.json"
+    distances = distances_to(real, {"distance": partial(picture_features, network)})
     named = naming(seen, partial(placed_features, network), device)
+
+    clips = f"{args.number} clips of seed {args.seed}, {len(real)} real ones of {held_out.digest_without(0.0)[:16]}"
+
+    def kept(file: Path, what: str, make: Callable[..., list], *given) -> list:
+        """What `make` returns of a file of weights, now or at an earlier call."""
+        name = f"{file.parent.name}, {file.name}, {digest(file)}, {what}: {clips}"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if name not in found:
+            print(f"{file}, {what}", flush=True)
+            made = make(*given)
+            found = json.loads(path.read_text()) if path.exists() else {}  # another process may have added to it
+            write_json(path, found := found | {name: made})
+        return found[name]
+
+    def scores_after_training(weights: Weights, options: argparse.Namespace) -> list:
+        clips = sampled(weights, labels, args, args.steps)
+        losses = train.held_out_loss(weights.model, make_pyramid(weights), held_out, options) or []
+        return [distances(clips)["distance"], *named(clips, labels), ", ".join(f"{loss:.4f}" for loss in losses)]
+
+    def distance_of(weights: Weights, steps: int, solver: str) -> list:
+        return [distances(sampled(weights, labels, args, steps, solver))["distance"]]
+
     rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
     for folder, options in runs.items():
         system, seed = folder.name.split("-seed-")
@@ -158,24 +171,21 @@ def scores(args: argparse.Namespace) -> None:
         ends.setdefault(system, []).append(curve)
         for share in SHARES:
             step = options.steps * share // 100
-            weights = load_weights(folder / f"weights-{step}.pt", device)
-            clips, pyramid = sampled(weights, labels, args, args.steps), make_pyramid(weights)
-            curve.append((seconds[step], [found := distance(clips)["distance"]]))
-            losses = train.held_out_loss(weights.model, pyramid, held_out, options) or []
-            losses = ", ".join(f"{loss:.4f}" for loss in losses)
-            head = [folder.name, step, f"{seconds[step]:.0f}"]
-            rows.append([*head, f"{found:.0f}", *named(clips, labels), losses])
-            print(rows[-1], flush=True)
+            file = folder / f"weights-{step}.pt"
+            weights, what = load_weights(file, device), f"{args.steps} steps of euler, names, loss"
+            found, *others = kept(file, what, scores_after_training, weights, options)
+            curve.append((seconds[step], [found]))
+            rows.append([folder.name, step, f"{seconds[step]:.0f}", f"{found:.0f}", *others])
         if system not in pictures:
-            pictures[system] = sampled(weights, labels[:8], args, 30).cpu()
+            pictures[system], pyramid = sampled(weights, labels[:8], args, 30).cpu(), make_pyramid(weights)
             for solver, steps in itertools.product(("euler", "ab2"), STEPS):
-                one = distance(sampled(weights, labels, args, steps, solver))["distance"]
+                (found,) = kept(file, f"{steps} steps of {solver}", distance_of, weights, steps, solver)
                 counts = split_steps(steps, weights.stages, pyramid.lengths)
                 calls = sample.full_rate_steps(counts, pyramid, (1, *real.shape[1:]))
-                front.append([system, "-".join(map(str, counts)), solver, f"{calls:.3g}", f"{one:.0f}"])
-                costs.setdefault(f"{system}, {solver}", []).append((calls, [one]))
+                front.append([system, "-".join(map(str, counts)), solver, f"{calls:.3g}", f"{found:.0f}"])
+                costs.setdefault(f"{system}, {solver}", []).append((calls, [found]))
     train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
-    floor = distance(train_clips)["distance"]
+    floor = distances(train_clips)["distance"]
     rows.append(["real training clips", "", "", f"{floor:.0f}", "", "", ""])
     tables = [(["run", "steps", "seconds", "distance", *NAMED, "held-out loss by stage, 0 first"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
@@ -210,150 +220,10 @@ def gains(ends: dict[str, list]) -> tuple[list, list]:
     return header, rows
 
 
-def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:
-    """Ways to damage clips (B, C, T, H, W), and how strongly."""
-
-    def blurred(clips: Tensor, size: int) -> Tensor:
-        frames = clips.transpose(1, 2).flatten(0, 1)
-        small = F.interpolate(frames, scale_factor=1 / size, mode="area")
-        return F.interpolate(small, frames.shape[-2:], mode="bilinear").unflatten(0, (len(clips), -1)).transpose(1, 2)
-
-    def scattered(clips: Tensor, share: float) -> Tensor:  # patches of 4x4 swap with others up to two away
-        clips, patches = clips.clone(), clips.shape[-1] // 4
-        for clip in clips:
-            for y in range(patches):
-                for x in range(patches):
-                    if torch.rand((), generator=generator) < share:
-                        step = torch.randint(-2, 3, (2,), generator=generator)
-                        row, column = (torch.tensor([y, x]) + step).clamp(0, patches - 1).tolist()
-                        one, other = clip[..., 4 * y :, 4 * x :], clip[..., 4 * row :, 4 * column :]
-                        one, other = one[..., :4, :4], other[..., :4, :4]
-                        one[:], other[:] = other.clone(), one.clone()
-        return clips
-
-    def noisy(clips: Tensor, deviation: float) -> Tensor:
-        return (clips + deviation * torch.randn(clips.shape, generator=generator)).clamp(-1, 1)
-
-    def frozen(clips: Tensor, share: float) -> Tensor:
-        count = round(share * len(clips))
-        return torch.cat([clips[:count, :, :1].expand_as(clips[:count]), clips[count:]])
-
-    kinds = {"blurred, pixels": (blurred, (2, 4, 8)), "patches scattered, share": (scattered, (0.1, 0.3, 1.0))}
-    return kinds | {"noise, deviation": (noisy, (0.05, 0.1, 0.2)), "frozen, share of clips": (frozen, (0.3, 0.6, 1.0))}
-
-
-def validate(args: argparse.Namespace) -> None:
-    """How far damaged real clips are from others, of other files, by several distances; and samples of --checkpoint. A
-    good distance grows with every damage and falls as a model gets better."""
-    pyplot()  # says what to install, if anything
-    args.out.mkdir(parents=True, exist_ok=True)
-    models = {path: load_weights(weight_file(path), choose_device()) for path in args.checkpoint}
-    seen = FolderClips(args.data / "train", 16, 64, labels=True)
-    names = [seen.classes[seen[number][1]] for number in range(args.number)]
-    labels = {path: sample.choose_labels(weights.classes, args.number, names) for path, weights in models.items()}
-    halves = [FolderClips(args.data / "held-out", 16, 64, held_out=0.5, validation=half) for half in (False, True)]
-    network, (reference, clips) = load_efficientnet(), (real_clips(0, args.number, half) for half in halves)
-    features = {f"block {n} of 16": partial(picture_features, network, blocks=n) for n in (5, 11, 16)}
-    features["16x16 pixels"] = lambda clip: F.adaptive_avg_pool2d(clip.transpose(0, 1), 16).mean(0).flatten()
-    distances, rows = distances_to(reference, features), []
-
-    def add(name: str, strength, clips: Tensor) -> None:
-        found = distances(clips)
-        rows.append([name, strength, *(f"{found[kind]:.3g}" for kind in features)])
-        print(rows[-1], flush=True)
-
-    add("none", "", clips)
-    for name, (damage, strengths) in damages(torch.Generator().manual_seed(0)).items():
-        for strength in strengths:
-            add(name, strength, damage(clips, strength))
-    add("clips of the training split", "", torch.stack([seen[number][0] for number in range(args.number)]))
-    for path, weights in models.items():
-        made = sampled(weights, labels[path], args, args.steps, args.solver).cpu()
-        add(f"samples of {path}", f"{weights.step} steps", made)
-    (_, _, real, *_), *others = ((*row[:2], float(row[3])) for row in rows)
-    bars = {" ".join(map(str, words)).strip(): [value] for *words, value in others}
-    draw_bars(bars, "How far clips are from held-out ones", "distance, block 11", args.out / "distance.png", real)
-    publish([(["damage", "strength", *features], rows)], args.made_by, args.out / "distance.json")
-
-
-def names(args: argparse.Namespace) -> None:
-    """How often a clip is named rightly, after the nearest training clip: damaged training clips, their own files
-    apart, and samples of --checkpoint by solver steps and guidance. A good score falls with every damage and rises as
-    samples get better. All clips have labels that two training clips or more have."""
-    pyplot()  # says what to install, if anything
-    args.out.mkdir(parents=True, exist_ok=True)
-    weights, device = load_weights(weight_file(args.checkpoint), choose_device()), choose_device()
-    known, rows = FolderClips(args.data / "train", weights.frames, weights.size, labels=True), []
-    folders = [known.class_name(source) for source in known.sources]
-    order = torch.randperm(len(folders), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    own = [number for number in order if folders.count(folders[number]) > 1][: args.number]
-    if not own:
-        raise ValueError(f"{args.data / 'train'} holds no label with two clips or more, which this compares")
-    wanted = [folders[number] for number in own]
-    labels = torch.tensor([known.classes.index(name) for name in wanted])
-    named = naming(known, partial(placed_features, load_efficientnet().to(device)), device)
-    real = torch.stack([known.window(known.sources[number], 0) for number in own])
-
-    def add(name: str, strength, clips: Tensor, own: Tensor | None = None) -> None:
-        rows.append([name, strength, *named(clips, labels, own)])
-        print(rows[-1], flush=True)
-
-    add("real training clips", "", real, torch.tensor(own))
-    for name, (damage, strengths) in damages(torch.Generator().manual_seed(0)).items():
-        for strength in strengths:
-            add(name, strength, damage(real, strength), torch.tensor(own))
-    asked = sample.choose_labels(weights.classes, len(own), wanted)
-    for guidance, steps in ((1.0, 9), (2.0, 3), (2.0, 9), (2.0, 15)):
-        clips = sampled(weights, asked, args, steps, "ab2", guidance).cpu()
-        add(f"samples of {args.checkpoint.name}, guidance {guidance:g}, steps", steps, clips)
-    bars = {f"{name} {strength}".strip(): [float(share)] for name, strength, share, _ in rows[1:]}
-    title, share = "Clips whose nearest training clip has their label", float(rows[0][2])
-    draw_bars(bars, title, "share of clips", args.out / "names.png", share)
-    publish([(["clips, damage", "strength", *NAMED], rows)], args.made_by, args.out / "names.json")
-
-
-@torch.no_grad()
-def copies(args: argparse.Namespace) -> None:
-    """Whether samples repeat training clips: how far samples and held-out clips are from the nearest window of any
-    training clip, of the splits train and settings. The root mean square difference on frames of 16x16 pixels, whose
-    range is -1 to 1. The picture shows the samples that are nearest to a training clip, each with it."""
-    pyplot()  # says what to install, if anything
-    args.out.mkdir(parents=True, exist_ok=True)
-    weights = load_weights(weight_file(args.checkpoint), choose_device())
-    shape = weights.frames, weights.size
-    parts = [FolderClips(args.data / name, *shape, labels=True) for name in ("train", "settings")]
-    names = [part.classes[part[number][1]] for number in range(args.number) for part in parts]
-    known = [name for name in names if name in weights.classes]
-    labels = sample.choose_labels(weights.classes, args.number, known[: args.number])
-    held_out = real_clips(0, args.number, FolderClips(args.data / "held-out", *shape))
-    made = sampled(weights, labels, args, args.steps, args.solver, guidance=2.0).cpu()
-
-    def small(clips: Tensor) -> Tensor:
-        frames = F.adaptive_avg_pool2d(clips.transpose(1, 2).flatten(0, 1), 16)
-        return frames.unflatten(0, (len(clips), -1)).flatten(1)
-
-    queries = small(torch.cat([made, held_out]))
-    nearest, windows = torch.full((len(queries),), torch.inf), [None] * len(queries)
-    for data, source in ((part, source) for part in parts for source in part.sources):
-        clips = torch.stack([data.window(source, start) for start in range(source.frames - data.span + 1)])
-        distances, starts = torch.cdist(queries, small(clips)).min(1)
-        for index in (distances < nearest).nonzero().flatten().tolist():
-            nearest[index], windows[index] = distances[index], clips[starts[index]].clone()
-    nearest = nearest.view(2, -1) / queries.shape[1] ** 0.5
-    rows = []
-    for name, values in zip(("samples", "held-out clips"), nearest, strict=True):
-        rows.append([name, *(f"{values.quantile(share).item():.3f}" for share in (0, 0.1, 0.5, 0.9))])
-    order = nearest[0].argsort()[:6].tolist()
-    pictures = {"samples": made[order], "nearest training clips": torch.stack([windows[index] for index in order])}
-    draw_clips(pictures, "Samples that are nearest to a training clip", args.out / "copies.png")
-    header = ["distance from the nearest training clip", "least", "10th percentile", "median", "90th percentile"]
-    publish([(header, rows)], args.made_by, args.out / "copies.json")
-
-
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.real", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    functions = {"train": train_systems, "scores": scores, "distance": validate, "names": names, "copies": copies}
+    functions = {"train": train_systems, "scores": scores, "distance": distance, "names": names, "copies": copies}
     train_, scores_, distance_, names_, copies_ = (add_command(commands, *each) for each in functions.items())
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
     trial = "a third of the steps of a trial run, which tells how many steps fit into --seconds"

@@ -20,7 +20,7 @@ import sample
 import train
 from checkpoint import SHIPPED, load_weights, make_pyramid
 from data import FolderClips, bounce
-from experiments import asked, claims, emoji, figures, metrics, real, report, runs, sizes, speed, variants
+from experiments import asked, claims, emoji, figures, metrics, real, report, runs, sizes, speed, trust, variants
 from experiments.timing import in_milliseconds
 from model import Block
 
@@ -53,7 +53,7 @@ def with_frames_doubled(x: torch.Tensor, count: int) -> torch.Tensor:
     return x[:, :, numbers.where(numbers >= count, numbers // 2 * 2)]
 
 
-BLURRED, SCATTERED, NOISY, FROZEN = real.damages(seeded()).values()  # what damages clips, and how strongly
+BLURRED, SCATTERED, NOISY, FROZEN = trust.damages(seeded()).values()  # what damages clips, and how strongly
 DAMAGES = {"noisy": (NOISY[0], (0.2, 0.4, 0.8)), "blurred": BLURRED, "scattered": SCATTERED, "frozen": FROZEN}
 DAMAGES |= {"swapped": (with_frames_swapped, (1, 2, 4)), "doubled": (with_frames_doubled, (4, 8, 16))}
 
@@ -463,7 +463,8 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     for name in ("train/0", "train/250", "held-out/100", "held-out/150"):
         for file in ("clip.webp", "twin.webp"):
             animation(tmp_path / name / file, 18, (16, 16), green=int(name.split("/")[1]))
-    monkeypatch.setattr(real, "load_efficientnet", few_channels)
+    for module in (real, trust):
+        monkeypatch.setattr(module, "load_efficientnet", few_channels)
     monkeypatch.setattr(real, "seconds_a_step", lambda words, _: 2 if "space-time" in words else 3)
     there, weights = f"--data {tmp_path} --runs {tmp_path}/runs", f"{tmp_path}/runs/vanilla-seed-1/weights.pt"
     words = f"train {there} --seconds 24 --systems vanilla space-time --options".split()
@@ -485,6 +486,10 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     assert len(trained) == 4 * 4 + 1 and all(0 <= float(row[4]) <= 1 and "." in row[6] for row in trained[:-1])
     assert len(cost) == 2 * 2 * len(real.STEPS) and [row[2] for row in gains][1] == "1.00"
     assert len(list(tmp_path.glob("real-*.png"))) == 3
+    before = tables_of(tmp_path / "real.json")
+    assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
+    real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
+    assert "steps of euler" not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
     real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
     ((_, rows),) = tables_of(tmp_path / "distance.json")
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
@@ -511,8 +516,8 @@ def test_samples_that_repeat_training_clips_are_found(tmp_path, monkeypatch):
         animation(tmp_path / name / "clip.webp", 18, (64, 64), green=int(name.split("/")[1]), lossless=True)
     copied = metrics.real_clips(0, 3, FolderClips(tmp_path / "train", 16, 64))
     weights = SimpleNamespace(frames=16, size=64, classes=("0", "250"))
-    monkeypatch.setattr(real, "load_weights", lambda *_: weights)
-    monkeypatch.setattr(real, "sampled", lambda _, labels, *__, **___: copied[: len(labels)])
+    monkeypatch.setattr(trust, "load_weights", lambda *_: weights)
+    monkeypatch.setattr(trust, "sampled", lambda _, labels, *__, **___: copied[: len(labels)])
     real.main(f"copies --data {tmp_path} --number 3 --out {tmp_path}".split())
     ((_, (samples, held_out)),) = tables_of(tmp_path / "copies.json")
     assert max(map(float, samples[1:])) < 0.001 and min(map(float, held_out[1:])) > 0.1
