@@ -845,14 +845,14 @@ generator, shapes[k - 1][2]) -> generator)
 x = _called_back(callback, x, self[k - 1].t_start, k - 1) -> pass
 self[k - 1].t_start, k - 1) -> self[k].t_end, k - 1)
 stage, dtype, x = self[k], dtype or x.dtype, _precise(x) -> stage, dtype, x = self[k], dtype or x.dtype, x
-grid = [self._unshifted(t), self._unshifted(stage.t_end)] -> grid = [t, stage.t_end]
+grid = [self._unshifted(min(t, stage.t_start)), self._unshifted(stage.t_end)] -> grid = [t, stage.t_end]
 self._shifted(torch.linspace(*grid, steps + 1 -> self._shifted(torch.linspace(*grid, steps + 2
 times = self._shifted(torch.linspace(*grid, -> times = abs(torch.linspace(*grid,
 (times - stage.t_end) / length -> (times - stage.t_end)
 else sigmas / gammas -> else sigmas
-predict(x.to(dtype), times[i] -> predict(x, times[i]
-predict(x.to(dtype), times[i].to(x) -> predict(x.to(dtype), times[i].to(dtype)
-predict(x.to(dtype), times[i].to(x) -> predict(x.to(dtype), times[i + 1].to(x)
+predict(x.to(dtype, copy=True), times[i] -> predict(x.clone(), times[i]
+copy=True), times[i].to(x) -> copy=True), times[i].to(dtype)
+copy=True), times[i].to(x) -> copy=True), times[i + 1].to(x)
 h, scale = position[i + 1] - position[i], 1.0 -> h, scale = position[i] - position[i + 1], 1.0
 h, scale = position[i + 1] - position[i], 1.0 -> h, scale = position[i + 1] - position[i], 2.0
 following = x + h * slope -> following = x - h * slope

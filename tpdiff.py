@@ -298,8 +298,8 @@ class Pyramid:
         self, predict: Callable, x: Tensor, k: int, steps: int, solver: str = "euler", t: float | None = None,
         dtype: torch.dtype | None = None, callback: Callable | None = None,
     ) -> Tensor:  # fmt: skip
-        """Eq. 9-10: stage k alone, to its end, from its start `x` or the time `t` within it, in float32 or more. As in
-        `sample`, but `dtype` is by default x's, and gradients are recorded. Raises ValueError for another `t`, too."""
+        """Eq. 9-10: stage k alone, to its end, from its start `x` or the time `t` within it. As in `sample`, but x stays in
+        float32 or more, `dtype` is x's by default, and gradients are recorded. ValueError for another `t`, too."""
         stage, dtype, x = self[k], dtype or x.dtype, _precise(x)
         k, t = stage.index, stage.t_start if t is None else t
         if solver not in ("euler", "ab2"):
@@ -358,7 +358,7 @@ def _checked(output: Tensor, x: Tensor, where: str, who: str = "predict") -> Ten
     is_tensor = isinstance(output, Tensor)
     if not is_tensor or output.shape != x.shape:
         got = f"shape {tuple(output.shape)}" if is_tensor else f"{type(output).__name__}, not a tensor,"
-        hint = "of a diffusers model return .sample, or pass return_dict=False and return what it gives at [0]"
+        hint = "if it is a diffusers model's, return .sample, or with return_dict=False what it gives at [0]"
         raise ValueError(f"{who} returned {got} for x of {tuple(x.shape)} at {where}: {hint}")
     if not output.isfinite().all():
         raise ValueError(f"{who} returned NaN or infinity at {where}")

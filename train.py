@@ -294,8 +294,8 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
 
 @torch.no_grad()
 def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args: Namespace) -> list[float] | None:
-    """The EMA model's loss at each stage, k = 0 first, on clips that training never sees, with the same noise and
-    times at every call: checkpoints can be compared by it, also those of runs of the same --batch and --align. None
+    """The EMA model's loss at each stage, k = 0 first, on clips that training never sees, with the same noise and times
+    at every call. Checkpoints can be compared by it, also those of runs that differ in --seed or --steps alone. None
     without such clips, or, as is said then, if something goes wrong: it shall not cost the run."""
     losses, fixed = [], {"seed": 0, "label_dropout": 0.0, "workers": 0, "accumulate": 1}
     try:

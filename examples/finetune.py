@@ -165,6 +165,7 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
     encoder = models.load_text_encoder(family, args.model, dtype).to(accelerator.device)
     prompts = {"": models.encode_prompts(family, encoder, [""], accelerator.device)[0]}
     if accelerator.is_main_process:
+        (cache / "digest").unlink(missing_ok=True)  # what is there is written over
         save_tensors({"prompt": prompts[""]}, cache / "empty.safetensors")
     vae.to(accelerator.device).requires_grad_(False)
     mine = range(accelerator.process_index, len(windows), accelerator.num_processes)

@@ -302,7 +302,7 @@ def draws(args: argparse.Namespace) -> list:
     """How much distance and path differ by the draw of clips alone: those of other real clips, of --number, half and a
     quarter of them, drawn anew for each of --seeds. With random digits; and with all digits in turn, as samples and the
     rows `real` of most tables have them. The same of samples of shipped weights, and of the difference between vanilla
-    and the pyramid in time with the same noises."""
+    and the pyramid in time with the same seeds."""
     tables, curves, metrics = [], {}, partial(scored, reference=args.reference)
 
     def row(first: int | str, distances: list[float], path: str) -> list:
@@ -325,7 +325,7 @@ def draws(args: argparse.Namespace) -> list:
     for steps in (9, 3):
         both = (found[f"{name}, {steps}"]["judge_distance"] for name in ("vanilla", "pyramid"))
         less = [one - other for one, other in zip(*both, strict=True)]
-        rows.append(row(f"vanilla less pyramid, {steps} steps", less, ""))
+        rows.append(row(f"vanilla minus pyramid, {steps} steps", less, ""))
     tables.append((["sampled clips", *names], rows))
     labels = "Draws of real clips", "clips", "judge's distance"
     draw_curves(curves, *labels, args.out / "draws.png", from_zero=True)

@@ -9,7 +9,7 @@
 
 All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to eight times. The
 pyramids in space train their smallest and cheapest stage twice as often as the others. Runs and their kept weights
-stay, and a stopped run is continued. Scores stay in real-cells.json of --out, so that none is measured twice. The
+stay, and a stopped run is continued. Scores stay in real-cells.json of --out, so a stopped command goes on. The
 distance uses an image network's features.
 """
 
@@ -52,8 +52,8 @@ from experiments.metrics import (
     placed_features,
     real_clips,
 )
-from experiments.report import provenance, publish, spread, write_json
-from experiments.runs import run_train, seconds_a_step
+from experiments.report import commit, processor, provenance, publish, spread, write_json
+from experiments.runs import METRICS, run_train, seconds_a_step
 from experiments.trust import copies, distance, names, sampled
 from tpdiff import split_steps
 
@@ -142,22 +142,25 @@ def scores(args: argparse.Namespace) -> None:
     distances = distances_to(real, {"distance": partial(picture_features, network)})
     named = naming(seen, partial(placed_features, network), device)
 
-    clips = f"{args.number} clips of seed {args.seed}, {len(real)} real ones of {held_out.digest_without(0.0)[:16]}"
+    data = " ".join(each.digest_without(0.0)[:8] for each in (seen, held_out))
+    clips = f"{args.number} clips of seed {args.seed}, {len(real)} real ones, data {data}, metrics {METRICS}"
 
     def kept(file: Path, what: str, make: Callable[..., list], *given) -> list:
         """What `make` returns of a file of weights, now or at an earlier call."""
         name = f"{file.parent.name}, {file.name}, {digest(file)}, {what}: {clips}"
         found = json.loads(path.read_text()) if path.exists() else {}
         if name not in found:
-            print(f"{file}, {what}", flush=True)
-            made = make(*given)
+            cell = {"scores": make(*given), "date": args.made_by["date"], "commit": commit(), "machine": processor()}
+            print(f"{file}, {what}: {cell['scores']}", flush=True)
             found = json.loads(path.read_text()) if path.exists() else {}  # another process may have added to it
-            write_json(path, found := found | {name: made})
-        return found[name]
+            write_json(path, found := found | {name: cell})
+        return found[name]["scores"]
 
     def scores_after_training(weights: Weights, options: argparse.Namespace) -> list:
         clips = sampled(weights, labels, args, args.steps)
-        losses = train.held_out_loss(weights.model, make_pyramid(weights), held_out, options) or []
+        losses = train.held_out_loss(weights.model, make_pyramid(weights), held_out, options)
+        if losses is None:  # why was said
+            raise ValueError("a held-out loss cannot be measured; the scores before it are kept")
         return [distances(clips)["distance"], *named(clips, labels), ", ".join(f"{loss:.4f}" for loss in losses)]
 
     def distance_of(weights: Weights, steps: int, solver: str) -> list:

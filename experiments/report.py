@@ -179,8 +179,8 @@ def make_front_page(page: str, claims: str, results: Path) -> str:
             wanted = "percent" if percent else "a range"
             raise ValueError(f"{CLAIMS} asks for {wanted} of {name}, and one of its rows says {words[0]!r}")
         if len(numbers) > 1:
-            numbers = dict.fromkeys((min(numbers, key=float), max(numbers, key=float)))
-        return " to ".join(f"{float(each):.0%}" if percent else each for each in numbers)
+            numbers = min(numbers, key=float), max(numbers, key=float)
+        return " to ".join(dict.fromkeys(f"{float(each):.0%}" if percent else each for each in numbers))
 
     parts = re.split("|".join(map(re.escape, MARKS)), page)
     if len(parts) != 3 or page.index(MARKS[0]) > page.index(MARKS[1]):

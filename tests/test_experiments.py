@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,9 +347,12 @@ def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(
     (tmp_path / "c.json").write_text(json.dumps({"tables": [[["gain", "run"], [["not reached", "c"]]]]}))
     with pytest.raises(ValueError, match="asks for a range of b.json | c.json, and one of its rows says 'not reached'"):
         report.make_front_page(made, '{{"b.json | c.json" 0 "a | not" gain}}', tmp_path)
-    (tmp_path / "c.json").write_text(json.dumps({"tables": [[["run", "legible"], [["a", "0.876"], ["b", "0.913"]]]]}))
-    shown = report.make_front_page(made, '{{c.json 0 a legible %}}, {{c.json 0 "b | a" legible %}}', tmp_path)
-    assert f"{begin}88%, 88% to 91%{end}" in shown
+    rows = [["a", "0.876"], ["b", "0.913"], ["c", "0.911"], ["d", "not seen"]]
+    (tmp_path / "c.json").write_text(json.dumps({"tables": [[["run", "legible"], rows]]}))
+    wanted = '{{c.json 0 a legible %}}, {{c.json 0 "b | a" legible %}}, {{c.json 0 "b | c" legible %}}'
+    assert f"{begin}88%, 88% to 91%, 91%{end}" in report.make_front_page(made, wanted, tmp_path)
+    with pytest.raises(ValueError, match="asks for percent of c.json, and one of its rows says 'not seen'"):
+        report.make_front_page(made, "{{c.json 0 d legible %}}", tmp_path)
     (tmp_path / "b.json").unlink()
     (tmp_path / "c.json").unlink()
     with pytest.raises(ValueError, match="begins with 'flow 2': there are 0"):
@@ -490,6 +494,18 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
     real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
     assert "steps of euler" not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
+    shutil.copy(tmp_path / "runs/vanilla-seed-1/weights-2.pt", tmp_path / "runs/vanilla-seed-2/weights-4.pt")
+    real.main(f"scores {there} {few} --reference 4".split())
+    (again,) = (line for line in capsys.readouterr().out.splitlines() if "steps of euler" in line)
+    assert "vanilla-seed-2/weights-4.pt" in again
+    with monkeypatch.context() as patched:  # of other clips all are scored again, and no score is kept without its loss
+        patched.setattr(train, "held_out_loss", lambda *_: None)
+        cells = (tmp_path / "real-cells.json").read_text()
+        for other in ("--seed 1", "--number 3", "--reference 3"):
+            with pytest.raises(SystemExit):
+                real.main(f"scores {there} {few} --reference 4 {other}".split())
+            assert "a held-out loss cannot be measured" in capsys.readouterr().err
+        assert (tmp_path / "real-cells.json").read_text() == cells
     real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
     ((_, rows),) = tables_of(tmp_path / "distance.json")
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
@@ -563,6 +579,18 @@ def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypat
         assert times == pytest.approx(expected) and noises == pytest.approx([1, 1, 1], abs=0.05)
 
 
+def test_the_bars_of_early_training_are_of_half_of_both_runs(monkeypatch):
+    drawn, args = {}, SimpleNamespace(seeds=[0], smoke=False, out=Path())
+    monkeypatch.setattr(claims, "clips_of", lambda *_: torch.zeros(8, 1, 4, 2, 2))
+    monkeypatch.setattr(claims, "draw_clips", lambda *_: None)
+    monkeypatch.setattr(claims, "measured", lambda cell, _: {"legible": [cell.percent], "flicker": [2.0]})
+    monkeypatch.setattr(claims, "draw_cells", lambda cells, _, metric, name, __: drawn.update({name: (cells, metric)}))
+    ((_, rows),) = claims.early(args)
+    cells, (metric, _) = drawn["early-legible"]
+    assert rows[0] == ["flow-3", "25", "50", "1", "1"] and len(rows) == 8 and metric == "legible"
+    assert cells["time, flow"] == [runs.Cell(f"flow-3{seed}", 9, percent=50) for seed in ("", "-seed-2")]
+
+
 def test_draws_of_real_clips_are_scored_for_every_seed_and_are_not_those_of_the_reference(monkeypatch):
     asked_for, args = [], SimpleNamespace(number=12, seeds=[0, 1, 2], reference=50, out=Path())
 
@@ -590,7 +618,7 @@ def test_draws_of_real_clips_are_scored_for_every_seed_and_are_not_those_of_the_
         ["pyramid, 9 steps", 3, "5", "1", "9"],
         ["vanilla, 9 steps", 3, "6", "2", "10"],
     ]
-    assert sampled[-1][:5] == ["vanilla less pyramid, 3 steps", 3, "7", "7", "7"] and len(sampled) == 6
+    assert sampled[-1][:5] == ["vanilla minus pyramid, 3 steps", 3, "7", "7", "7"] and len(sampled) == 6
 
 
 def test_real_clips_of_digits_in_turn_are_new_and_of_each_digit():

@@ -331,6 +331,11 @@ def test_clips_that_were_encoded_before_are_refused_by_a_pyramid_that_they_do_no
             finetune.main(words(line))
     capsys.readouterr()
     assert "--size 64 64" in fails_with_one_line(capsys, finetune.main, *words(f"{line} --pyramid space"))
+    monkeypatch.setattr(generate, "encode", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):  # the cache, half written over, is not taken for that of before
+        finetune.main(words(f"{{wan}} {RUN} --steps 1 --size 64"))
+    with pytest.raises(SystemExit, match="killed"):
+        finetune.main(words(line))
 
 
 def test_a_missing_package_says_what_to_install(words, monkeypatch, capsys):

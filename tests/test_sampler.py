@@ -97,6 +97,8 @@ def test_a_stage_can_be_entered_at_its_start_as_float32_rounds_it(mode, stages):
     for k in range(stages):
         t = p.interpolate(x, x, k, torch.ones(2))[2][0].item()
         torch.testing.assert_close(p.integrate(same, x, k, 2, t=t), p.integrate(same, x, k, 2), rtol=1e-5, atol=1e-5)
+        rounded_up = p.integrate(same, x, k, 2, t=p[k].t_start + 5e-7)
+        assert torch.equal(rounded_up, p.integrate(same, x, k, 2))
 
 
 def test_a_clip_s_noise_does_not_depend_on_its_batch():
@@ -183,7 +185,7 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
     (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, math.nan])), "not .*nan"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 0), "stage 1 needs at least one step"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_end), "stage 1 needs at least one step"),
-    (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_start + 0.01), "stage 1 needs .* t <= 0.7"),
+    (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_start + 1e-5), "stage 1 needs .* t <= 0.7"),
     (lambda: SPACE.shape((1, 1, 0, 4, 4), 0), "frame.*1, 1, 0, 4, 4"),
     (lambda: SPACE.down(CLIPS, 0), r"divisible by \[4, 1\]"),
     (lambda: SPACE.sample(same, (1, 1, 3, 6, 4)), r"3 stages.*\(2, 2, 1\).*divisible by \[4, 1\].*1, 1, 3, 6, 4"),
