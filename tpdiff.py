@@ -298,8 +298,8 @@ class Pyramid:
         self, predict: Callable, x: Tensor, k: int, steps: int, solver: str = "euler", t: float | None = None,
         dtype: torch.dtype | None = None, callback: Callable | None = None,
     ) -> Tensor:  # fmt: skip
-        """Eq. 9-10: stage k alone, to its end, from its start `x` or the time `t` within it. As in `sample`, but x stays in
-        float32 or more, `dtype` is x's by default, and gradients are recorded. ValueError for another `t`, too."""
+        """Eq. 9-10: stage k alone, to its end, from its start `x` or from a time `t` in it. As in `sample`, but x stays
+        in float32 or more, `dtype` is x's by default, and gradients are recorded. ValueError for another `t`, too."""
         stage, dtype, x = self[k], dtype or x.dtype, _precise(x)
         k, t = stage.index, stage.t_start if t is None else t
         if solver not in ("euler", "ab2"):
