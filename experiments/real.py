@@ -19,7 +19,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -52,8 +52,8 @@ from experiments.metrics import (
     placed_features,
     real_clips,
 )
-from experiments.report import commit, processor, provenance, publish, spread, write_json
-from experiments.runs import METRICS, run_train, seconds_a_step
+from experiments.report import provenance, publish, spread
+from experiments.runs import METRICS, kept, run_train, seconds_a_step
 from experiments.trust import copies, distance, names, sampled
 from tpdiff import split_steps
 
@@ -68,6 +68,7 @@ COMMON = "--labels folder --size 64 --width 192 --depth 6 --heads 6 --convolutio
 COMMON += " --sample-number 0"
 SHARES = (25, 50, 75, 100)  # percent of a run after which its weights are kept
 STEPS = (3, 6, 9, 15, 30)
+CHEAP = (5, 3, 1)  # most steps where they cost least: it does well on digits
 NO_MEMORY = "not enough memory: a smaller --batch needs less"
 
 
@@ -138,33 +139,29 @@ def scores(args: argparse.Namespace) -> None:
     seen = FolderClips(args.data / "train", *shape, labels=True)
     labels = torch.tensor([seen[number][1] for number in range(args.number)])
     real = real_clips(0, min(args.reference, 4 * len(held_out.sources)), held_out).to(device)
-    network, path = load_efficientnet().to(device), args.out / "real-cells.json"
+    network = load_efficientnet().to(device)
     distances = distances_to(real, {"distance": partial(picture_features, network)})
-    named = naming(seen, partial(placed_features, network), device)
+    naming_ = cache(lambda: naming(seen, partial(placed_features, network), device))  # takes minutes on a CPU
+    depends = {"data": [each.digest_without(0.0) for each in (seen, held_out)], "metrics": METRICS}
 
-    data = " ".join(each.digest_without(0.0)[:8] for each in (seen, held_out))
-    clips = f"{args.number} clips of seed {args.seed}, {len(real)} real ones, data {data}, metrics {METRICS}"
-
-    def kept(file: Path, what: str, make: Callable[..., list], *given) -> list:
-        """What `make` returns of a file of weights, now or at an earlier call."""
-        name = f"{file.parent.name}, {file.name}, {digest(file)}, {what}: {clips}"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        if name not in found:
-            cell = {"scores": make(*given), "date": args.made_by["date"], "commit": commit(), "machine": processor()}
-            print(f"{file}, {what}: {cell['scores']}", flush=True)
-            found = json.loads(path.read_text()) if path.exists() else {}  # another process may have added to it
-            write_json(path, found := found | {name: cell})
-        return found[name]["scores"]
-
-    def scores_after_training(weights: Weights, options: argparse.Namespace) -> list:
+    def after_training(weights: Weights, options: argparse.Namespace) -> dict:
         clips = sampled(weights, labels, args, args.steps)
         losses = train.held_out_loss(weights.model, make_pyramid(weights), held_out, options)
         if losses is None:  # why was said
             raise ValueError("a held-out loss cannot be measured; the scores before it are kept")
-        return [distances(clips)["distance"], *named(clips, labels), ", ".join(f"{loss:.4f}" for loss in losses)]
+        return distances(clips) | {"named": naming_()(clips, labels), "losses": losses}
 
-    def distance_of(weights: Weights, steps: int, solver: str) -> list:
-        return [distances(sampled(weights, labels, args, steps, solver))["distance"]]
+    def after_sampling(weights: Weights, steps: tuple[int, ...], solver: str) -> dict:
+        return distances(sampled(weights, labels, args, steps, solver))
+
+    def score(file: Path, what: str, make: Callable[..., dict], *given) -> dict:
+        def now() -> dict:
+            found = make(*given)
+            print(f"{file}, {what}: {found}", flush=True)
+            return found
+
+        name = f"{file.parent.name}, {file.name}, {what}: {args.number} clips, seed {args.seed}, {len(real)} real ones"
+        return kept(args.out / "real-cells.json", name, depends | {"files": [digest(file)]}, now)
 
     rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
     for folder, options in runs.items():
@@ -175,31 +172,30 @@ def scores(args: argparse.Namespace) -> None:
         for share in SHARES:
             step = options.steps * share // 100
             file = folder / f"weights-{step}.pt"
-            weights, what = load_weights(file, device), f"{args.steps} steps of euler, names, loss"
-            found, *others = kept(file, what, scores_after_training, weights, options)
-            curve.append((seconds[step], [found]))
-            rows.append([folder.name, step, f"{seconds[step]:.0f}", f"{found:.0f}", *others])
+            weights = load_weights(file, device)
+            found = score(file, f"{args.steps} steps of euler, names, loss", after_training, weights, options)
+            far, losses = found["distance"], ", ".join(f"{loss:.4f}" for loss in found["losses"])
+            curve.append((seconds[step], [far]))
+            rows.append([folder.name, step, f"{seconds[step]:.0f}", f"{far:.0f}", *found["named"], losses])
         if system not in pictures:
             pictures[system], pyramid = sampled(weights, labels[:8], args, 30).cpu(), make_pyramid(weights)
-            for solver, steps in itertools.product(("euler", "ab2"), STEPS):
-                (found,) = kept(file, f"{steps} steps of {solver}", distance_of, weights, steps, solver)
-                counts = split_steps(steps, weights.stages, pyramid.lengths)
-                calls = sample.full_rate_steps(counts, pyramid, (1, *real.shape[1:]))
-                front.append([system, "-".join(map(str, counts)), solver, f"{calls:.3g}", f"{found:.0f}"])
-                costs.setdefault(f"{system}, {solver}", []).append((calls, [found]))
+            splits = [split_steps(steps, weights.stages, pyramid.lengths) for steps in STEPS]
+            splits += [CHEAP] if weights.stages == len(CHEAP) else []
+            calls = {tuple(split): sample.full_rate_steps(split, pyramid, (1, *real.shape[1:])) for split in splits}
+            for solver, split in itertools.product(("euler", "ab2"), sorted(calls, key=calls.get)):
+                counts = "-".join(map(str, split))
+                far = score(file, f"{counts} steps of {solver}", after_sampling, weights, split, solver)["distance"]
+                front.append([system, counts, solver, f"{calls[split]:.3g}", f"{far:.0f}"])
+                costs.setdefault(f"{system}, {solver}", []).append((calls[split], [far]))
     train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
     floor = distances(train_clips)["distance"]
     rows.append(["real training clips", "", "", f"{floor:.0f}", "", "", ""])
     tables = [(["run", "steps", "seconds", "distance", *NAMED, "held-out loss by stage, 0 first"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
     publish(tables, args.made_by, args.out / "real.json")
-    title, y_label = "Real clips: quality against {}", "distance to held-out clips"
-    draw_curves(
-        curves, title.format("training"), "seconds of training", y_label, args.out / "real-training.png", real=floor
-    )
-    draw_curves(
-        costs, title.format("cost"), "full-rate network calls", y_label, args.out / "real-sampling.png", real=floor
-    )
+    for name, axis, lines in (("training", "seconds of training", curves), ("sampling", "full-rate calls", costs)):
+        title, axes = f"Real clips: quality against {name}", (axis, "distance to held-out clips")
+        draw_curves(lines, title, *axes, args.out / f"real-{name}.png", real=floor)
     pictures["real"] = train_clips[:8].cpu()
     draw_clips(pictures, "Real clips: samples of each system, the same noises", args.out / "real-clips.png")
 

@@ -179,22 +179,27 @@ def measured(cell: Cell, args: argparse.Namespace) -> dict[str, list[float]]:
 def stored(
     name: str, run: str, make: Callable, metrics: Callable, args: argparse.Namespace, percent: int = 100
 ) -> dict:
-    """`scores_of` clips of a run, from cells.json in --out or now. What is there counts as long as the weights and the
-    judge are those it is of."""
-    path, name = args.out / "cells.json", f"{name}: {args.number} clips, seeds {args.seeds}, {args.reference} real ones"
+    """`scores_of` clips of a run, from cells.json in --out or now. They depend on the weights and the judge."""
+    name = f"{name}: {args.number} clips, seeds {args.seeds}, {args.reference} real ones"
     files = [JUDGE] if run in ("real", IN_TURN.run, RANDOM.run) else [JUDGE, trained(run, percent, args)]
     files += [trained(LATER, 100, args)] if variant_of(run) in ALONE else []
-    what = {"files": [digest(file) for file in files], "metrics": METRICS}
+    depends = {"files": [digest(file) for file in files], "metrics": METRICS}
+    return kept(args.out / "cells.json", name, depends, partial(scores_of, make, metrics, args))
+
+
+def kept(path: Path, name: str, depends: dict, make: Callable[[], dict]) -> dict:
+    """The scores of this name in a JSON file; or those that `make` returns, which are added to it. What is there counts
+    as long as all that it depends on is the same."""
 
     def read() -> dict:
         return json.loads(path.read_text()) if path.exists() else {}
 
     found = read().get(name, {})
-    if {key: found.get(key) for key in what} != what:
+    if {key: found.get(key) for key in depends} != depends:
         made = {"date": str(datetime.date.today()), "commit": commit(), "machine": processor()}
-        found = what | made | scores_of(make, metrics, args)
+        found = depends | made | make()
         write_json(path, read() | {name: found})  # read again: another process may have added to it
-    return {key: value for key, value in found.items() if key not in (*what, "date", "commit", "machine")}
+    return {key: value for key, value in found.items() if key not in (*depends, "date", "commit", "machine")}
 
 
 def pyramid_of(run: str, args: argparse.Namespace) -> Pyramid:

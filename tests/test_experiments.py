@@ -488,7 +488,8 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     (_, trained), (_, cost), (_, gains) = tables_of(tmp_path / "real.json")
     assert [row[:2] for row in trained[:5:4]] == [["space-time-seed-1", 3], ["space-time-seed-2", 3]]
     assert len(trained) == 4 * 4 + 1 and all(0 <= float(row[4]) <= 1 and "." in row[6] for row in trained[:-1])
-    assert len(cost) == 2 * 2 * len(real.STEPS) and [row[2] for row in gains][1] == "1.00"
+    assert len(cost) == 2 * (2 * len(real.STEPS) + 1) and [row[2] for row in gains][1] == "1.00"
+    assert [row[1] for row in cost if row[3] == "1.45"] == ["5-3-1"] * 2 and float(cost[0][3]) < float(cost[1][3])
     assert len(list(tmp_path.glob("real-*.png"))) == 3
     before = tables_of(tmp_path / "real.json")
     assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
