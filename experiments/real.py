@@ -2,6 +2,7 @@
 
   python -m experiments.emoji                                         the clips
   python -m experiments.real train --seconds 7200                     the runs, each with as much time
+  python -m experiments.real pace                                     what a step takes, measured in turn
   python -m experiments.real scores                                   their held-out losses and distances
   python -m experiments.real distance                                 what the distance says of damaged real clips
   python -m experiments.real names                                    the same for how often clips are named rightly
@@ -109,6 +110,32 @@ def train_systems(args: argparse.Namespace) -> None:
             print(f"{folder.name} trained for {took:.0f} s, not {args.seconds:.0f}", file=sys.stderr)
 
 
+def pace(args: argparse.Namespace) -> None:
+    """What a step of each system takes. They are measured in turn, so that what else the machine does slows all."""
+    found = {system: [] for system in args.systems}
+    for _, system in itertools.product(range(args.repeats), args.systems):
+        found[system].append(seconds_a_step(train_words(system, 0, args), args.trial))
+    first = mean(found[args.systems[0]])
+    rows = [[system, spread(each, ".4g"), f"{mean(each) / first:.3f}"] for system, each in found.items()]
+    args.out.mkdir(parents=True, exist_ok=True)
+    header = ["system", "seconds a step", f"of {args.systems[0]}'s"]
+    publish([(header, rows)], args.made_by, args.out / "real-pace.json")
+
+
+def seconds_of(folder: Path, paces: Path | None) -> Callable[[int], float]:
+    """How long a run took until a step; or, with a file of `pace`, how long it takes at that pace."""
+    if paces is None:
+        rows = map(json.loads, (folder / "metrics.jsonl").open())
+        return {row["step"]: row["seconds"] for row in rows}.__getitem__
+    tables = json.loads(paces.read_text()).get("tables", [])
+    if [header[1:2] for header, _ in tables] != [["seconds a step"]]:
+        raise ValueError(f"--paces {paces}: it is not a real-pace.json that pace made")
+    found = {row[0]: float(row[1].partition(" ")[0]) for row in tables[0][1]}
+    if (system := folder.name.partition("-seed-")[0]) not in found:
+        raise ValueError(f"{paces} has no pace of {system}: measure all systems by one call of pace")
+    return lambda step: step * found[system]
+
+
 def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
     """The folders of runs that are done, and their options. Raises ValueError if there are none or clips differ."""
     runs = {}
@@ -134,6 +161,7 @@ def scores(args: argparse.Namespace) -> None:
     pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     runs, device = finished_runs(args.runs), choose_device()
+    seconds = {folder: seconds_of(folder, args.paces) for folder in runs}
     shape = next((options.frames, options.size) for options in runs.values())
     held_out = FolderClips(args.data / "held-out", *shape)
     seen = FolderClips(args.data / "train", *shape, labels=True)
@@ -166,7 +194,6 @@ def scores(args: argparse.Namespace) -> None:
     rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
     for folder, options in runs.items():
         system, seed = folder.name.split("-seed-")
-        seconds = {row["step"]: row["seconds"] for row in map(json.loads, (folder / "metrics.jsonl").open())}
         curve = curves[f"{system}, seed {seed}"] = []
         ends.setdefault(system, []).append(curve)
         for share in SHARES:
@@ -175,8 +202,8 @@ def scores(args: argparse.Namespace) -> None:
             weights = load_weights(file, device)
             found = score(file, f"{args.steps} steps of euler, names, loss", after_training, weights, options)
             far, losses = found["distance"], ", ".join(f"{loss:.4f}" for loss in found["losses"])
-            curve.append((seconds[step], [far]))
-            rows.append([folder.name, step, f"{seconds[step]:.0f}", f"{far:.0f}", *found["named"], losses])
+            curve.append((seconds[folder](step), [far]))
+            rows.append([folder.name, step, f"{curve[-1][0]:.0f}", f"{far:.0f}", *found["named"], losses])
         if system not in pictures:
             pictures[system], pyramid = sampled(weights, labels[:8], args, 30).cpu(), make_pyramid(weights)
             splits = [split_steps(steps, weights.stages, pyramid.lengths) for steps in STEPS]
@@ -222,21 +249,26 @@ def gains(ends: dict[str, list]) -> tuple[list, list]:
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.real", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    functions = {"train": train_systems, "scores": scores, "distance": distance, "names": names, "copies": copies}
-    train_, scores_, distance_, names_, copies_ = (add_command(commands, *each) for each in functions.items())
+    functions = {"train": train_systems, "pace": pace, "scores": scores}
+    functions |= {"distance": distance, "names": names, "copies": copies}
+    train_, pace_, scores_, distance_, names_, copies_ = (add_command(commands, *each) for each in functions.items())
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
-    trial = "a third of the steps of a trial run, which tells how many steps fit into --seconds"
-    train_("--trial", type=positive_int, default=50, help=trial)
-    train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
+    trial = "a third of the steps of a trial run, which tells what a step takes"
     train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
-    train_("--clips", type=positive_int, default=16, help="clips of a step at stage 0, where they have all frames")
-    train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4' [none]")
+    pace_("--repeats", type=positive_int, default=3, help="how often each is measured")
+    for add in (train_, pace_):
+        add("--trial", type=positive_int, default=50, help=trial)
+        add("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
+        add("--clips", type=positive_int, default=16, help="clips of a step at stage 0, where they have all frames")
+        add("--options", default="", help="further options of train.py for all runs: --options='--workers 4' [none]")
+    scores_("--paces", type=Path, help="real-pace.json: seconds are at this pace, not those that the runs took")
     scores_("--number", type=whole_number(2), default=192, help="clips that are sampled for each distance")
     distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
     names_("--number", type=whole_number(2), default=192, help="clips to damage, and samples of each kind")
     copies_("--number", type=whole_number(2), default=192, help="samples, and held-out clips beside them")
-    for add in (scores_, distance_, names_, copies_):
+    for add in (pace_, scores_, distance_, names_, copies_):
         add("--out", type=Path, default=Path("experiments/results"), help="folder of the tables and pictures")
+    for add in (scores_, distance_, names_, copies_):
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
         add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
     scores_("--reference", type=whole_number(2), default=400, help="held-out clips, at most four windows a clip")
@@ -247,7 +279,7 @@ def make_parser() -> Parser:
         add("--checkpoint", type=Path, default=SHIPPED / "emoji.pt", help="whose samples these are [weights/emoji.pt]")
     for add in (distance_, copies_):
         add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
-    for add in (train_, scores_, distance_, names_, copies_):
+    for add in (train_, pace_, scores_, distance_, names_, copies_):
         add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
     for add in (train_, scores_):
         add("--runs", type=Path, default=Path("runs/real"), help="folder of the runs")

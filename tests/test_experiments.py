@@ -495,6 +495,16 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
     real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
     assert "steps of euler" not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
+    real.main(f"pace --data {tmp_path} --systems vanilla space-time --repeats 2 --out {tmp_path}".split())
+    ((_, paces),) = tables_of(tmp_path / "real-pace.json")
+    assert paces == [["vanilla", "3 [3, 3]", "1.000"], ["space-time", "2 [2, 2]", "0.667"]]
+    for file, text in {"real-pace.json": "has no pace of space-time", "real.json": "it is not a real-pace"}.items():
+        (tmp_path / "other.json").write_text((tmp_path / file).read_text().replace("space-time", "space"))
+        said = fails_with_one_line(capsys, real.main, *f"scores {there} {few} --paces {tmp_path}/other.json".split())
+        assert text in said
+    real.main(f"scores {there} {few} --reference 4 --paces {tmp_path}/real-pace.json".split())
+    assert [row[2] for row in tables_of(tmp_path / "real.json")[0][1][:5:4]] == ["6", "6"]
+    assert "steps of euler" not in capsys.readouterr().out  # what was scored counts
     shutil.copy(tmp_path / "runs/vanilla-seed-1/weights-2.pt", tmp_path / "runs/vanilla-seed-2/weights-4.pt")
     real.main(f"scores {there} {few} --reference 4".split())
     (again,) = (line for line in capsys.readouterr().out.splitlines() if "steps of euler" in line)
