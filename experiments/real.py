@@ -10,8 +10,9 @@
 
 All systems have the same model, optimizer and data. A batch is larger at a smaller stage, up to eight times. The
 pyramids in space train their smallest and cheapest stage twice as often as the others. Runs and their kept weights
-stay, and a stopped run is continued. Scores stay in real-cells.json of --out, so a stopped command goes on. The
-distance uses an image network's features.
+stay, and a stopped run is continued. Scores stay in real-cells.json of --out, so a stopped command goes on: give each
+folder of runs its own --out. `scores --paces` takes the file that `pace` makes. The distance uses an image network's
+features.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -70,6 +71,7 @@ COMMON += " --sample-number 0"
 SHARES = (25, 50, 75, 100)  # percent of a run after which its weights are kept
 STEPS = (3, 6, 9, 15, 30)
 CHEAP = (5, 3, 1)  # most steps where they cost least: it does well on digits
+PACE = ["seconds a step", "fewest", "most"]
 NO_MEMORY = "not enough memory: a smaller --batch needs less"
 
 
@@ -84,25 +86,25 @@ def train_systems(args: argparse.Namespace) -> None:
     """Train every system of --systems with every seed of --training-seeds for --seconds. All seeds of a system have as
     many steps as its first. What a run took is said where it is 5% off."""
     for seed, system in itertools.product(args.training_seeds, args.systems):
-        folder = args.runs / f"{system}-seed-{seed}"
-        note, words = folder / "options.txt", train_words(system, seed, args)
-        begun = {path: shlex.split(path.read_text()) for path in sorted(args.runs.glob(f"{system}-seed-*/options.txt"))}
-        for path, old in begun.items():
-            number = path.parent.name.rpartition("-")[2]
+        folder, words = args.runs / f"{system}-seed-{seed}", train_words(system, seed, args)
+        begun = {run: old for run, old in begun_runs(args.runs).items() if run.name.startswith(f"{system}-seed-")}
+        for run, old in begun.items():
+            number = run.name.rpartition("-")[2]
             parse = train.make_parser().parse_args
             if parse(old) != parse([*train_words(system, int(number), args), *old[-4:]]):  # --steps, --keep-interval
-                raise ValueError(f"{path.parent} was begun with other options: move it away")
-        if note in begun:
-            words = begun[note]
+                raise ValueError(f"{run} was begun with other options: move it away")
+        if folder in begun:
+            words = begun[folder]
         else:
             others = list(begun.values())
             steps = train.make_parser().parse_args(others[0]).steps if others else 0
-            pace = args.seconds / steps if steps else seconds_a_step(train_words(system, 0, args), args.trial)
-            steps = steps or max(len(SHARES), int(args.seconds / pace))
+            if not steps:
+                planned = args.seconds / seconds_a_step(train_words(system, 0, args), args.trial)
+                steps = max(len(SHARES), int(planned))
             steps -= steps % len(SHARES)
             words += ["--steps", str(steps), "--keep-interval", str(steps // len(SHARES))]
             folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(shlex.join(words) + "\n")
+            (folder / "options.txt").write_text(shlex.join(words) + "\n")
         if not (folder / f"weights-{train.make_parser().parse_args(words).steps}.pt").exists():
             run_train(words, folder)
         took = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
@@ -111,41 +113,44 @@ def train_systems(args: argparse.Namespace) -> None:
 
 
 def pace(args: argparse.Namespace) -> None:
-    """What a step of each system takes. They are measured in turn, so that what else the machine does slows all."""
-    found = {system: [] for system in args.systems}
-    for _, system in itertools.product(range(args.repeats), args.systems):
-        found[system].append(seconds_a_step(train_words(system, 0, args), args.trial))
-    first = mean(found[args.systems[0]])
-    rows = [[system, spread(each, ".4g"), f"{mean(each) / first:.3f}"] for system, each in found.items()]
+    """What a step of each system takes, with the options of its runs. Systems are measured in turn, so that what else
+    the machine does slows all of them."""
     args.out.mkdir(parents=True, exist_ok=True)
-    header = ["system", "seconds a step", f"of {args.systems[0]}'s"]
-    publish([(header, rows)], args.made_by, args.out / "real-pace.json")
+    runs = {folder.name.partition("-seed-")[0]: options for folder, options in begun_runs(args.runs).items()}
+    found = {system: [] for system in runs}
+    for _, system in itertools.product(range(args.repeats), runs):
+        found[system].append(seconds_a_step(runs[system][:-4], args.trial))  # without --steps and --keep-interval
+    rows = [[system, *(f"{each(values):.4g}" for each in (mean, min, max))] for system, values in found.items()]
+    publish([(["system", *PACE], rows)], args.made_by, args.out / "real-pace.json")
 
 
-def seconds_of(folder: Path, paces: Path | None) -> Callable[[int], float]:
-    """How long a run took until a step; or, with a file of `pace`, how long it takes at that pace."""
-    if paces is None:
-        rows = map(json.loads, (folder / "metrics.jsonl").open())
-        return {row["step"]: row["seconds"] for row in rows}.__getitem__
-    tables = json.loads(paces.read_text()).get("tables", [])
-    if [header[1:2] for header, _ in tables] != [["seconds a step"]]:
-        raise ValueError(f"--paces {paces}: it is not a real-pace.json that pace made")
-    found = {row[0]: float(row[1].partition(" ")[0]) for row in tables[0][1]}
-    if (system := folder.name.partition("-seed-")[0]) not in found:
-        raise ValueError(f"{paces} has no pace of {system}: measure all systems by one call of pace")
-    return lambda step: step * found[system]
+def paces_of(path: Path, runs: Iterable[Path]) -> dict[str, float]:
+    """Seconds a step by system, from a file that `pace` made. Raises ValueError if it is another or lacks a system."""
+    try:
+        ((header, rows),) = json.loads(path.read_text())["tables"]
+        paces = {row[0]: float(row[1]) for row in rows if header[1:] == PACE}
+    except (ValueError, TypeError, KeyError, IndexError):
+        paces = {}
+    missing = {folder.name.partition("-seed-")[0] for folder in runs} - {*paces}
+    if missing:
+        raise ValueError(f"--paces {path} has no pace of {min(missing)}: make it with python -m experiments.real pace")
+    return paces
+
+
+def begun_runs(folder: Path) -> dict[Path, list[str]]:
+    """The folders of runs, and their options as words."""
+    return {note.parent: shlex.split(note.read_text()) for note in sorted(folder.glob("*-seed-*/options.txt"))}
 
 
 def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
     """The folders of runs that are done, and their options. Raises ValueError if there are none or clips differ."""
     runs = {}
-    for note in sorted(folder.glob("*-seed-*/options.txt")):
-        options = train.make_parser().parse_args(shlex.split(note.read_text()))
-        kept = [note.parent / f"weights-{options.steps * share // 100}.pt" for share in SHARES]
-        if all(path.exists() for path in kept):
-            runs[note.parent] = options
+    for run, words in begun_runs(folder).items():
+        options = train.make_parser().parse_args(words)
+        if all((run / f"weights-{options.steps * share // 100}.pt").exists() for share in SHARES):
+            runs[run] = options
         else:
-            print(f"{note.parent} is passed over: it is not done", file=sys.stderr)
+            print(f"{run} is passed over: it is not done", file=sys.stderr)
     if not runs:
         raise ValueError(f"{folder} holds no finished runs: python -m experiments.real train makes them")
     if len({(options.frames, options.size) for options in runs.values()}) > 1:
@@ -161,7 +166,7 @@ def scores(args: argparse.Namespace) -> None:
     pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     runs, device = finished_runs(args.runs), choose_device()
-    seconds = {folder: seconds_of(folder, args.paces) for folder in runs}
+    paces = paces_of(args.paces, runs) if args.paces else {}
     shape = next((options.frames, options.size) for options in runs.values())
     held_out = FolderClips(args.data / "held-out", *shape)
     seen = FolderClips(args.data / "train", *shape, labels=True)
@@ -169,7 +174,7 @@ def scores(args: argparse.Namespace) -> None:
     real = real_clips(0, min(args.reference, 4 * len(held_out.sources)), held_out).to(device)
     network = load_efficientnet().to(device)
     distances = distances_to(real, {"distance": partial(picture_features, network)})
-    naming_ = cache(lambda: naming(seen, partial(placed_features, network), device))  # takes minutes on a CPU
+    named = cache(lambda: naming(seen, partial(placed_features, network), device))  # takes minutes on a CPU
     depends = {"data": [each.digest_without(0.0) for each in (seen, held_out)], "metrics": METRICS}
 
     def after_training(weights: Weights, options: argparse.Namespace) -> dict:
@@ -177,7 +182,7 @@ def scores(args: argparse.Namespace) -> None:
         losses = train.held_out_loss(weights.model, make_pyramid(weights), held_out, options)
         if losses is None:  # why was said
             raise ValueError("a held-out loss cannot be measured; the scores before it are kept")
-        return distances(clips) | {"named": naming_()(clips, labels), "losses": losses}
+        return distances(clips) | {"named": named()(clips, labels), "losses": losses}
 
     def after_sampling(weights: Weights, steps: tuple[int, ...], solver: str) -> dict:
         return distances(sampled(weights, labels, args, steps, solver))
@@ -194,6 +199,7 @@ def scores(args: argparse.Namespace) -> None:
     rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
     for folder, options in runs.items():
         system, seed = folder.name.split("-seed-")
+        seconds = {row["step"]: row["seconds"] for row in map(json.loads, (folder / "metrics.jsonl").open())}
         curve = curves[f"{system}, seed {seed}"] = []
         ends.setdefault(system, []).append(curve)
         for share in SHARES:
@@ -202,7 +208,7 @@ def scores(args: argparse.Namespace) -> None:
             weights = load_weights(file, device)
             found = score(file, f"{args.steps} steps of euler, names, loss", after_training, weights, options)
             far, losses = found["distance"], ", ".join(f"{loss:.4f}" for loss in found["losses"])
-            curve.append((seconds[folder](step), [far]))
+            curve.append((step * paces[system] if paces else seconds[step], [far]))
             rows.append([folder.name, step, f"{curve[-1][0]:.0f}", f"{far:.0f}", *found["named"], losses])
         if system not in pictures:
             pictures[system], pyramid = sampled(weights, labels[:8], args, 30).cpu(), make_pyramid(weights)
@@ -213,15 +219,19 @@ def scores(args: argparse.Namespace) -> None:
                 counts = "-".join(map(str, split))
                 far = score(file, f"{counts} steps of {solver}", after_sampling, weights, split, solver)["distance"]
                 front.append([system, counts, solver, f"{calls[split]:.3g}", f"{far:.0f}"])
-                costs.setdefault(f"{system}, {solver}", []).append((calls[split], [far]))
+                if split != CHEAP:  # a line joins like with like
+                    costs.setdefault(f"{system}, {solver}", []).append((calls[split], [far]))
     train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
     floor = distances(train_clips)["distance"]
     rows.append(["real training clips", "", "", f"{floor:.0f}", "", "", ""])
     tables = [(["run", "steps", "seconds", "distance", *NAMED, "held-out loss by stage, 0 first"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
     publish(tables, args.made_by, args.out / "real.json")
-    for name, axis, lines in (("training", "seconds of training", curves), ("sampling", "full-rate calls", costs)):
-        title, axes = f"Real clips: quality against {name}", (axis, "distance to held-out clips")
+    for name, what, axis, lines in (
+        ("training", "training", f"seconds of training{', at the measured pace' if paces else ''}", curves),
+        ("sampling", "cost", "full-rate network calls", costs),
+    ):
+        title, axes = f"Real clips: quality against {what}", (axis, "distance to held-out clips")
         draw_curves(lines, title, *axes, args.out / f"real-{name}.png", real=floor)
     pictures["real"] = train_clips[:8].cpu()
     draw_clips(pictures, "Real clips: samples of each system, the same noises", args.out / "real-clips.png")
@@ -230,7 +240,8 @@ def scores(args: argparse.Namespace) -> None:
 def gains(ends: dict[str, list]) -> tuple[list, list]:
     """Each pyramid beside vanilla, the means over the seeds: the distance after all the time, and how much of it the
     pyramid needs to reach vanilla's. Nothing without vanilla."""
-    header = ["system", "distance at the end", "of vanilla's", "share of vanilla's time to reach its last distance"]
+    header = ["system", "seconds", "distance at the end", "of vanilla's"]
+    header += ["share of vanilla's time to reach its last distance"]
     if "vanilla" not in ends:
         return header, []
     curves = {}
@@ -242,7 +253,8 @@ def gains(ends: dict[str, list]) -> tuple[list, list]:
         reached = time_to(mean(values), curve)
         at_most = "at most " if reached == curve[0][0] else ""
         share = "not reached" if reached is None else f"{at_most}{reached / time:.2f}"
-        rows.append([system, spread(curve[-1][1], ".0f"), f"{mean(curve[-1][1]) / mean(values):.2f}", share])
+        end, far = curve[-1]
+        rows.append([system, f"{end:.0f}", spread(far, ".0f"), f"{mean(far) / mean(values):.2f}", share])
     return header, rows
 
 
@@ -254,13 +266,13 @@ def make_parser() -> Parser:
     train_, pace_, scores_, distance_, names_, copies_ = (add_command(commands, *each) for each in functions.items())
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
     trial = "a third of the steps of a trial run, which tells what a step takes"
+    train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
     train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
+    train_("--clips", type=positive_int, default=16, help="clips of a step at stage 0, where they have all frames")
+    train_("--options", default="", help="further options of train.py for all runs: --options='--workers 4' [none]")
     pace_("--repeats", type=positive_int, default=3, help="how often each is measured")
     for add in (train_, pace_):
         add("--trial", type=positive_int, default=50, help=trial)
-        add("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
-        add("--clips", type=positive_int, default=16, help="clips of a step at stage 0, where they have all frames")
-        add("--options", default="", help="further options of train.py for all runs: --options='--workers 4' [none]")
     scores_("--paces", type=Path, help="real-pace.json: seconds are at this pace, not those that the runs took")
     scores_("--number", type=whole_number(2), default=192, help="clips that are sampled for each distance")
     distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
@@ -279,9 +291,9 @@ def make_parser() -> Parser:
         add("--checkpoint", type=Path, default=SHIPPED / "emoji.pt", help="whose samples these are [weights/emoji.pt]")
     for add in (distance_, copies_):
         add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
-    for add in (train_, pace_, scores_, distance_, names_, copies_):
+    for add in (train_, scores_, distance_, names_, copies_):
         add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
-    for add in (train_, scores_):
+    for add in (train_, pace_, scores_):
         add("--runs", type=Path, default=Path("runs/real"), help="folder of the runs")
     return parser
 

@@ -144,6 +144,8 @@ def seconds_a_step(words: list[str], trial: int) -> float:
     for before, row in itertools.pairwise(rows[trial - 1 :]):
         (k,) = (k for k, loss in enumerate(row["loss_by_stage"]) if loss is not None)
         seconds[k].append(row["seconds"] - before["seconds"])
+    if len(seconds) < options.stages:
+        raise ValueError(f"a trial of {3 * trial} steps is too short: it did not train all stages")
     odds = (options.stage_odds or [1] * options.stages)[::-1]
     return sum(odds[k] * statistics.median(each) for k, each in seconds.items()) / sum(odds[k] for k in seconds)
 

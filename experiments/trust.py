@@ -26,7 +26,9 @@ from experiments.metrics import (
 from experiments.report import publish
 
 
-def sampled(weights: Weights, labels: Tensor, args, steps, solver: str = "euler", guidance: float = 1.0) -> Tensor:
+def sampled(
+    weights: Weights, labels: Tensor, args, steps: int | tuple[int, ...], solver: str = "euler", guidance: float = 1.0
+) -> Tensor:
     """A clip (C, T, H, W) for each of the labels; its noise depends on its number alone."""
     clips, pyramid = [], make_pyramid(weights)
     for numbers in torch.arange(len(labels)).split(args.batch):

@@ -469,7 +469,14 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
             animation(tmp_path / name / file, 18, (16, 16), green=int(name.split("/")[1]))
     for module in (real, trust):
         monkeypatch.setattr(module, "load_efficientnet", few_channels)
-    monkeypatch.setattr(real, "seconds_a_step", lambda words, _: 2 if "space-time" in words else 3)
+    measured = []
+
+    def seconds_a_step(words, _):
+        measured.append("space-time" if "space-time" in words else "vanilla")
+        assert len({"--steps", "--keep-interval"} & {*words}) == 0
+        return (2 if "space-time" in words else 3) + (len(measured) > 4)  # the first two are of train
+
+    monkeypatch.setattr(real, "seconds_a_step", seconds_a_step)
     there, weights = f"--data {tmp_path} --runs {tmp_path}/runs", f"{tmp_path}/runs/vanilla-seed-1/weights.pt"
     words = f"train {there} --seconds 24 --systems vanilla space-time --options".split()
     tiny = "--width 8 --depth 1 --heads 2 --batch 2 --workers 0 --warmup 1"
@@ -488,26 +495,32 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     (_, trained), (_, cost), (_, gains) = tables_of(tmp_path / "real.json")
     assert [row[:2] for row in trained[:5:4]] == [["space-time-seed-1", 3], ["space-time-seed-2", 3]]
     assert len(trained) == 4 * 4 + 1 and all(0 <= float(row[4]) <= 1 and "." in row[6] for row in trained[:-1])
-    assert len(cost) == 2 * (2 * len(real.STEPS) + 1) and [row[2] for row in gains][1] == "1.00"
-    assert [row[1] for row in cost if row[3] == "1.45"] == ["5-3-1"] * 2 and float(cost[0][3]) < float(cost[1][3])
+    assert len(cost) == 2 * (2 * len(real.STEPS) + 1) and [row[3] for row in gains][1] == "1.00"
+    calls = [float(row[3]) for row in cost[:6]]
+    assert [row[1] for row in cost if row[3] == "1.45"] == ["5-3-1"] * 2 and calls == sorted(calls)
+    assert len(json.loads((tmp_path / "real-cells.json").read_text())) == 4 * 4 + len(cost)
     assert len(list(tmp_path.glob("real-*.png"))) == 3
     before = tables_of(tmp_path / "real.json")
     assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
     real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
-    assert "steps of euler" not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
-    real.main(f"pace --data {tmp_path} --systems vanilla space-time --repeats 2 --out {tmp_path}".split())
+    assert " steps of " not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
+    real.main(f"pace --runs {tmp_path}/runs --repeats 2 --out {tmp_path}".split())
     ((_, paces),) = tables_of(tmp_path / "real-pace.json")
-    assert paces == [["vanilla", "3 [3, 3]", "1.000"], ["space-time", "2 [2, 2]", "0.667"]]
-    for file, text in {"real-pace.json": "has no pace of space-time", "real.json": "it is not a real-pace"}.items():
-        (tmp_path / "other.json").write_text((tmp_path / file).read_text().replace("space-time", "space"))
+    assert paces == [["space-time", "2.5", "2", "3"], ["vanilla", "3.5", "3", "4"]]
+    assert measured[2:] == ["space-time", "vanilla"] * 2  # in turn
+    made = (tmp_path / "real-pace.json").read_text()
+    others = made.replace("vanilla", "space"), made.replace("seconds", "hours"), made.replace("3.5", "x"), "[]", "?"
+    for other in others:
+        (tmp_path / "other.json").write_text(other)
         said = fails_with_one_line(capsys, real.main, *f"scores {there} {few} --paces {tmp_path}/other.json".split())
-        assert text in said
+        assert "other.json has no pace of" in said
     real.main(f"scores {there} {few} --reference 4 --paces {tmp_path}/real-pace.json".split())
-    assert [row[2] for row in tables_of(tmp_path / "real.json")[0][1][:5:4]] == ["6", "6"]
-    assert "steps of euler" not in capsys.readouterr().out  # what was scored counts
+    (_, trained), _, (_, gains) = tables_of(tmp_path / "real.json")
+    assert [float(row[2]) for row in trained[:9:4]] == [8, 8, 7] and [row[1] for row in gains] == ["30", "28"]
+    assert " steps of " not in capsys.readouterr().out  # what was scored counts
     shutil.copy(tmp_path / "runs/vanilla-seed-1/weights-2.pt", tmp_path / "runs/vanilla-seed-2/weights-4.pt")
     real.main(f"scores {there} {few} --reference 4".split())
-    (again,) = (line for line in capsys.readouterr().out.splitlines() if "steps of euler" in line)
+    (again,) = (line for line in capsys.readouterr().out.splitlines() if " steps of " in line)
     assert "vanilla-seed-2/weights-4.pt" in again
     with monkeypatch.context() as patched:  # of other clips all are scored again, and no score is kept without its loss
         patched.setattr(train, "held_out_loss", lambda *_: None)
@@ -516,6 +529,9 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
             with pytest.raises(SystemExit):
                 real.main(f"scores {there} {few} --reference 4 {other}".split())
             assert "a held-out loss cannot be measured" in capsys.readouterr().err
+        patched.setattr(real, "METRICS", 0)
+        with pytest.raises(SystemExit):
+            real.main(f"scores {there} {few} --reference 4".split())
         assert (tmp_path / "real-cells.json").read_text() == cells
     real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
     ((_, rows),) = tables_of(tmp_path / "distance.json")
