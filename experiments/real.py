@@ -234,7 +234,7 @@ def scores(args: argparse.Namespace) -> None:
         title, axes = f"Real clips: quality against {what}", (axis, "distance to held-out clips")
         draw_curves(lines, title, *axes, args.out / f"real-{name}.png", real=floor)
     pictures["real"] = train_clips[:8].cpu()
-    draw_clips(pictures, "Real clips: samples of each system, the same noises", args.out / "real-clips.png")
+    draw_clips(pictures, "Real clips: samples of each system, the same labels", args.out / "real-clips.png")
 
 
 def gains(ends: dict[str, list]) -> tuple[list, list]:

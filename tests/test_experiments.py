@@ -573,9 +573,9 @@ def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
     for name, distances in ends.items():
         ends[name] = [[(25 * n, [value]) for n, value in enumerate(each, 1)] for each in distances]
     _, rows = real.gains(ends)
-    assert [row[2] for row in rows] == ["1.00", "0.25", "6.00", "1.00"]
+    assert [row[3] for row in rows] == ["1.00", "0.25", "6.00", "1.00"]
     # the fast one is at vanilla's last distance, 1, after a third of the logarithm from 2 to 1/4
-    assert [row[3] for row in rows] == ["1.00", "0.58", "not reached", "at most 0.25"]
+    assert [row[4] for row in rows] == ["1.00", "0.58", "not reached", "at most 0.25"]
     assert real.gains({"fast": ends["fast"]})[1] == []
 
 
