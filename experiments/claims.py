@@ -132,7 +132,7 @@ def against_time(
     """The tables and figures of a claim about training: runs of some modes and systems, vanilla first in each mode,
     and of one length; at their ends sampled in several `ways`, solvers by their steps."""
     percents, curve_rows, gains, ends, pictures = (25, 50, 75, 100), [], [], [], {}
-    real, trial = statistics.mean(measured(IN_TURN, args)["judge_distance"]), 2 if args.smoke else 40
+    real, trial = statistics.mean(measured(IN_TURN, args)["judge_distance"]), 10 if args.smoke else 40
     for mode, group in itertools.groupby(systems, key=itemgetter(0)):
         names, curves, goals = [f"{mode}-{system}" for _, system in group], {}, []
         turns = [{name: seconds_a_step(train_words(name, args), trial) for name in names} for _ in range(args.repeats)]

@@ -273,6 +273,8 @@ def test_the_pace_of_a_run_counts_each_stage_as_often_as_it_is_trained(monkeypat
     monkeypatch.setattr(runs, "run_train", run_train)
     assert runs.seconds_a_step([], 3) == pytest.approx((4 + 2 + 1) / 3)
     assert runs.seconds_a_step(["--stage-odds", "4", "2", "1"], 3) == pytest.approx((4 * 1 + 2 * 2 + 1 * 4) / 7)
+    with pytest.raises(ValueError, match="9 steps is too short: it did not train all stages"):
+        runs.seconds_a_step(["--stages", "4"], 3)
 
 
 def test_gains_in_training_time_are_against_vanilla_of_the_same_seed_with_their_range_over_turns(monkeypatch, tmp_path):
