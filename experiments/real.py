@@ -21,7 +21,9 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
@@ -71,7 +73,7 @@ COMMON += " --sample-number 0"
 SHARES = (25, 50, 75, 100)  # percent of a run after which its weights are kept
 STEPS = (3, 6, 9, 15, 30)
 CHEAP = (5, 3, 1)  # most steps where they cost least: it does well on digits
-PACE = ["seconds a step", "fewest", "most"]
+PACE = ["seconds a step", "fewest", "most", "options of train.py"]
 NO_MEMORY = "not enough memory: a smaller --batch needs less"
 
 
@@ -89,9 +91,8 @@ def train_systems(args: argparse.Namespace) -> None:
         folder, words = args.runs / f"{system}-seed-{seed}", train_words(system, seed, args)
         begun = {run: old for run, old in begun_runs(args.runs).items() if run.name.startswith(f"{system}-seed-")}
         for run, old in begun.items():
-            number = run.name.rpartition("-")[2]
             parse = train.make_parser().parse_args
-            if parse(old) != parse([*train_words(system, int(number), args), *old[-4:]]):  # --steps, --keep-interval
+            if parse(old) != parse([*train_words(*system_and_seed(run), args), *old[-4:]]):  # --steps, --keep-interval
                 raise ValueError(f"{run} was begun with other options: move it away")
         if folder in begun:
             words = begun[folder]
@@ -114,27 +115,47 @@ def train_systems(args: argparse.Namespace) -> None:
 
 def pace(args: argparse.Namespace) -> None:
     """What a step of each system takes, with the options of its runs. Systems are measured in turn, so that what else
-    the machine does slows all of them."""
+    the machine does slows all of them. Raises ValueError if there are no runs."""
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = {folder.name.partition("-seed-")[0]: options for folder, options in begun_runs(args.runs).items()}
-    found = {system: [] for system in runs}
-    for _, system in itertools.product(range(args.repeats), runs):
-        found[system].append(seconds_a_step(runs[system][:-4], args.trial))  # without --steps and --keep-interval
-    rows = [[system, *(f"{each(values):.4g}" for each in (mean, min, max))] for system, values in found.items()]
+    options = {system_and_seed(folder)[0]: timed(words) for folder, words in begun_runs(args.runs).items()}
+    if not options:
+        raise ValueError(f"{args.runs} holds no runs: python -m experiments.real train makes them")
+    found = {system: [] for system in options}
+    for _, system in itertools.product(range(args.repeats), options):
+        found[system].append(seconds_a_step(shlex.split(options[system]), args.trial))
+    columns = {system: [f"{each(values):.4g}" for each in (mean, min, max)] for system, values in found.items()}
+    rows = [[system, *columns[system], options[system]] for system in options]
     publish([(["system", *PACE], rows)], args.made_by, args.out / "real-pace.json")
 
 
+def timed(words: list[str]) -> str:
+    """The options of a run that its pace depends on: without --seed, and without --steps and --keep-interval, which are
+    the last ones."""
+    at = words.index("--seed")
+    return shlex.join([*words[:at], *words[at + 2 : -4]])
+
+
 def paces_of(path: Path, runs: Iterable[Path]) -> dict[str, float]:
-    """Seconds a step by system, from a file that `pace` made. Raises ValueError if it is another or lacks a system."""
-    try:
+    """Seconds a step by system, from a file that `pace` made. Raises ValueError if it is another, or was made for other
+    options than those of the runs."""
+    paces, options = {}, {}
+    with suppress(ValueError, TypeError, KeyError, IndexError):
         ((header, rows),) = json.loads(path.read_text())["tables"]
-        paces = {row[0]: float(row[1]) for row in rows if header[1:] == PACE}
-    except (ValueError, TypeError, KeyError, IndexError):
-        paces = {}
-    missing = {folder.name.partition("-seed-")[0] for folder in runs} - {*paces}
-    if missing:
-        raise ValueError(f"--paces {path} has no pace of {min(missing)}: make it with python -m experiments.real pace")
+        if header[1:] == PACE:
+            paces, options = {row[0]: float(row[1]) for row in rows}, {row[0]: row[-1] for row in rows}
+    for folder in runs:
+        if options.get(system_and_seed(folder)[0]) != timed(begun_runs(folder.parent)[folder]):
+            raise ValueError(
+                f"--paces {path} has no pace of {folder.name} with its options: "
+                "make it with python -m experiments.real pace"
+            )
     return paces
+
+
+def system_and_seed(folder: Path) -> tuple[str, int]:
+    """What the folder of a run has in its name."""
+    system, _, seed = folder.name.rpartition("-seed-")
+    return system, int(seed)
 
 
 def begun_runs(folder: Path) -> dict[Path, list[str]]:
@@ -160,9 +181,9 @@ def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
 
 def scores(args: argparse.Namespace) -> None:
     """Distance of every run to held-out clips over its training time, how many clips are named rightly, and its
-    held-out loss; and the distance over the cost of sampling, of the first run of a system. Clips are sampled with the
-    labels of training clips. The loss is without labels, on at least 64 clips. Stages of different systems have
-    different targets, so compare it within a system only."""
+    held-out loss; and the distance over the cost of sampling. Clips are sampled with the labels of training clips. The
+    loss is without labels, on at least 64 clips. Stages of different systems have different targets, so compare it
+    within a system only."""
     pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     runs, device = finished_runs(args.runs), choose_device()
@@ -196,58 +217,76 @@ def scores(args: argparse.Namespace) -> None:
         name = f"{file.parent.name}, {file.name}, {what}: {args.number} clips, seed {args.seed}, {len(real)} real ones"
         return kept(args.out / "real-cells.json", name, depends | {"files": [digest(file)]}, now)
 
-    rows, front, curves, costs, pictures, ends = [], [], {}, {}, {}, {}
+    rows, front, trained, pictures = [], {}, {}, {}
     for folder, options in runs.items():
-        system, seed = folder.name.split("-seed-")
+        system, points = system_and_seed(folder)[0], []
         seconds = {row["step"]: row["seconds"] for row in map(json.loads, (folder / "metrics.jsonl").open())}
-        curve = curves[f"{system}, seed {seed}"] = []
-        ends.setdefault(system, []).append(curve)
+        trained.setdefault(system, []).append(points)
         for share in SHARES:
             step = options.steps * share // 100
             file = folder / f"weights-{step}.pt"
             weights = load_weights(file, device)
             found = score(file, f"{args.steps} steps of euler, names, loss", after_training, weights, options)
-            far, losses = found["distance"], ", ".join(f"{loss:.4f}" for loss in found["losses"])
-            curve.append((step * paces[system] if paces else seconds[step], [far]))
-            rows.append([folder.name, step, f"{curve[-1][0]:.0f}", f"{far:.0f}", *found["named"], losses])
+            points.append((step * paces[system] if paces else seconds[step], found))
+            losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
+            rows.append([folder.name, step, f"{points[-1][0]:.0f}", f"{found['distance']:.0f}"])
+            rows[-1] += [*found["named"], losses]
+        pyramid = make_pyramid(weights)
         if system not in pictures:
-            pictures[system], pyramid = sampled(weights, labels[:8], args, 30).cpu(), make_pyramid(weights)
-            splits = [split_steps(steps, weights.stages, pyramid.lengths) for steps in STEPS]
-            splits += [CHEAP] if weights.stages == len(CHEAP) else []
-            calls = {tuple(split): sample.full_rate_steps(split, pyramid, (1, *real.shape[1:])) for split in splits}
-            for solver, split in itertools.product(("euler", "ab2"), sorted(calls, key=calls.get)):
-                counts = "-".join(map(str, split))
-                far = score(file, f"{counts} steps of {solver}", after_sampling, weights, split, solver)["distance"]
-                front.append([system, counts, solver, f"{calls[split]:.3g}", f"{far:.0f}"])
-                if split != CHEAP:  # a line joins like with like
-                    costs.setdefault(f"{system}, {solver}", []).append((calls[split], [far]))
+            pictures[system] = sampled(weights, labels[:8], args, 30).cpu()
+        even, *splits = (tuple(split_steps(steps, weights.stages, pyramid.lengths)) for steps in (args.steps, *STEPS))
+        splits += [CHEAP] if weights.stages == len(CHEAP) else []
+        scored = {("euler", even): found["distance"]}
+        calls = {split: sample.full_rate_steps(split, pyramid, (1, *real.shape[1:])) for split in splits}
+        for solver, split in itertools.product(("euler", "ab2"), sorted(calls, key=calls.get)):
+            counts = "-".join(map(str, split))
+            if (solver, split) not in scored:
+                found = score(file, f"{counts} steps of {solver}", after_sampling, weights, split, solver)
+                scored[solver, split] = found["distance"]
+            front.setdefault((system, counts, solver, calls[split]), []).append(scored[solver, split])
     train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
     floor = distances(train_clips)["distance"]
     rows.append(["real training clips", "", "", f"{floor:.0f}", "", "", ""])
-    tables = [(["run", "steps", "seconds", "distance", *NAMED, "held-out loss by stage, 0 first"], rows)]
-    tables += [(["system", "steps", "solver", "full-rate calls", "distance"], front), gains(ends)]
-    publish(tables, args.made_by, args.out / "real.json")
-    for name, what, axis, lines in (
-        ("training", "training", f"seconds of training{', at the measured pace' if paces else ''}", curves),
-        ("sampling", "cost", "full-rate network calls", costs),
-    ):
-        title, axes = f"Real clips: quality against {what}", (axis, "distance to held-out clips")
-        draw_curves(lines, title, *axes, args.out / f"real-{name}.png", real=floor)
+    publish_scores(rows, trained, front, floor, args)
     pictures["real"] = train_clips[:8].cpu()
     draw_clips(pictures, "Real clips: samples of each system, the same labels", args.out / "real-clips.png")
 
 
-def gains(ends: dict[str, list]) -> tuple[list, list]:
+def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list], floor: float, args) -> None:
+    """The tables and curves of `scores`. `trained` has the seconds and scores of each run of a system, `front` the
+    distances of each way to sample, and `floor` is that of real clips."""
+    curves = {system: over_seeds(runs, itemgetter("distance")) for system, runs in trained.items()}
+    losses, costs, ways = {}, {}, []
+    for system, runs in trained.items():
+        for k in range(len(runs[0][0][1]["losses"])):
+            losses[f"{system}, stage {k}"] = over_seeds(runs, lambda found, k=k: found["losses"][k])
+    for (system, counts, solver, calls), far in front.items():
+        ways.append([system, counts, solver, f"{calls:.3g}", spread(far, ".0f")])
+        if counts != "-".join(map(str, CHEAP)):  # a line joins like with like
+            costs.setdefault(f"{system}, {solver}", []).append((calls, far))
+    tables = [(["run", "steps", "seconds", "distance", *NAMED, "held-out loss by stage, 0 first"], rows)]
+    tables += [(["system", "steps", "solver", "full-rate calls", "distance"], ways), gains(curves)]
+    publish(tables, args.made_by, args.out / "real.json")
+    time = f"seconds of training{', at the measured pace' if args.paces else ''}"
+    far, draw = "distance to held-out clips", partial(draw_curves, real=floor)
+    draw(curves, "Real clips: quality against training", time, far, args.out / "real-training.png")
+    draw(costs, "Real clips: quality against cost", "full-rate network calls", far, args.out / "real-sampling.png")
+    draw_curves(losses, "Real clips: loss by stage", time, "held-out loss", args.out / "real-losses.png")
+
+
+def over_seeds(runs: list[list], value: Callable[[dict], float]) -> list[tuple[float, list[float]]]:
+    """Runs of one system, each a list of seconds and scores, as one curve: mean seconds, and a value of every run."""
+    together = zip(*runs, strict=True)
+    return [(mean(second for second, _ in points), [value(found) for _, found in points]) for points in together]
+
+
+def gains(curves: dict[str, list]) -> tuple[list, list]:
     """Each pyramid beside vanilla, the means over the seeds: the distance after all the time, and how much of it the
     pyramid needs to reach vanilla's. Nothing without vanilla."""
     header = ["system", "seconds", "distance at the end", "of vanilla's"]
     header += ["share of vanilla's time to reach its last distance"]
-    if "vanilla" not in ends:
+    if "vanilla" not in curves:
         return header, []
-    curves = {}
-    for system, runs in ends.items():
-        times = [mean(run[index][0] for run in runs) for index in range(len(SHARES))]
-        curves[system] = [(time, [run[index][1][0] for run in runs]) for index, time in enumerate(times)]
     (time, values), rows = curves["vanilla"][-1], []
     for system, curve in curves.items():
         reached = time_to(mean(values), curve)

@@ -497,25 +497,32 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     (_, trained), (_, cost), (_, gains) = tables_of(tmp_path / "real.json")
     assert [row[:2] for row in trained[:5:4]] == [["space-time-seed-1", 3], ["space-time-seed-2", 3]]
     assert len(trained) == 4 * 4 + 1 and all(0 <= float(row[4]) <= 1 and "." in row[6] for row in trained[:-1])
-    assert len(cost) == 2 * (2 * len(real.STEPS) + 1) and [row[3] for row in gains][1] == "1.00"
+    assert (
+        len(cost) == 2 * (2 * len(real.STEPS) + 1)
+        and all("[" in row[4] for row in cost)
+        and [row[3] for row in gains][1] == "1.00"
+    )
     calls = [float(row[3]) for row in cost[:6]]
     assert [row[1] for row in cost if row[3] == "1.45"] == ["5-3-1"] * 2 and calls == sorted(calls)
-    assert len(json.loads((tmp_path / "real-cells.json").read_text())) == 4 * 4 + len(cost)
-    assert len(list(tmp_path.glob("real-*.png"))) == 3
+    assert len(json.loads((tmp_path / "real-cells.json").read_text())) == 4 * 4 + 2 * len(cost) - 4  # one is known
+    assert len(list(tmp_path.glob("real-*.png"))) == 4
     before = tables_of(tmp_path / "real.json")
     assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
     real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
     assert " steps of " not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
     real.main(f"pace --runs {tmp_path}/runs --repeats 2 --out {tmp_path}".split())
     ((_, paces),) = tables_of(tmp_path / "real-pace.json")
-    assert paces == [["space-time", "2.5", "2", "3"], ["vanilla", "3.5", "3", "4"]]
+    assert [row[:4] for row in paces] == [["space-time", "2.5", "2", "3"], ["vanilla", "3.5", "3", "4"]]
     assert measured[2:] == ["space-time", "vanilla"] * 2  # in turn
     made = (tmp_path / "real-pace.json").read_text()
     others = made.replace("vanilla", "space"), made.replace("seconds", "hours"), made.replace("3.5", "x"), "[]", "?"
+    others += (made.replace("--width 8", "--width 9"),)
     for other in others:
         (tmp_path / "other.json").write_text(other)
         said = fails_with_one_line(capsys, real.main, *f"scores {there} {few} --paces {tmp_path}/other.json".split())
         assert "other.json has no pace of" in said
+    said = fails_with_one_line(capsys, real.main, *f"pace --runs {tmp_path}/train --out {tmp_path}".split())
+    assert "holds no runs" in said and (tmp_path / "real-pace.json").read_text() == made
     real.main(f"scores {there} {few} --reference 4 --paces {tmp_path}/real-pace.json".split())
     (_, trained), _, (_, gains) = tables_of(tmp_path / "real.json")
     assert [float(row[2]) for row in trained[:9:4]] == [8, 8, 7] and [row[1] for row in gains] == ["30", "28"]
@@ -570,15 +577,17 @@ def test_samples_that_repeat_training_clips_are_found(tmp_path, monkeypatch):
 
 
 def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
-    ends = {"vanilla": [(8, 4, 2, 1.5), (8, 4, 2, 0.5)], "fast": [(4, 2, 0.25, 0.25)], "slow": [(9, 8, 7, 6)]}
-    ends |= {"at once": [(1, 1, 1, 1)]}
-    for name, distances in ends.items():
-        ends[name] = [[(25 * n, [value]) for n, value in enumerate(each, 1)] for each in distances]
-    _, rows = real.gains(ends)
+    curves = {"vanilla": [(8, 4, 2, 1.5), (8, 4, 2, 0.5)], "fast": [(4, 2, 0.25, 0.25)], "slow": [(9, 8, 7, 6)]}
+    curves |= {"at once": [(1, 1, 1, 1)]}
+    for name, each in curves.items():  # the second run of vanilla is two seconds later
+        late = range(1 - len(each), 2, 2)
+        each = [[(25 * n + by, value) for n, value in enumerate(run, 1)] for by, run in zip(late, each, strict=False)]
+        curves[name] = real.over_seeds(each, float)
+    _, rows = real.gains(curves)
     assert [row[3] for row in rows] == ["1.00", "0.25", "6.00", "1.00"]
     # the fast one is at vanilla's last distance, 1, after a third of the logarithm from 2 to 1/4
     assert [row[4] for row in rows] == ["1.00", "0.58", "not reached", "at most 0.25"]
-    assert real.gains({"fast": ends["fast"]})[1] == []
+    assert real.gains({"fast": curves["fast"]})[1] == []
 
 
 def test_frames_that_are_doubled_or_frozen_count_as_alike():
