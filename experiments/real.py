@@ -73,7 +73,7 @@ COMMON += " --sample-number 0"
 SHARES = (25, 50, 75, 100)  # percent of a run after which its weights are kept
 STEPS = (3, 6, 9, 15, 30)
 CHEAP = (5, 3, 1)  # most steps where they cost least: it does well on digits
-PACE = ["seconds a step", "fewest", "most", "options of train.py"]
+PACE = ["seconds a step", "fewest", "most"]
 NO_MEMORY = "not enough memory: a smaller --batch needs less"
 
 
@@ -115,46 +115,51 @@ def train_systems(args: argparse.Namespace) -> None:
 
 def pace(args: argparse.Namespace) -> None:
     """What a step of each system takes, with the options of its runs. Systems are measured in turn, so that what else
-    the machine does slows all of them. Raises ValueError if there are no runs."""
+    the machine does slows all of them. Raises ValueError if there are no runs, or two of a system have other
+    options."""
     args.out.mkdir(parents=True, exist_ok=True)
-    options = {system_and_seed(folder)[0]: timed(words) for folder, words in begun_runs(args.runs).items()}
+    options = {}
+    for folder, words in begun_runs(args.runs).items():
+        system, _ = system_and_seed(folder)
+        if options.setdefault(system, timed(words)) != timed(words):
+            raise ValueError(f"{folder} and another run of {system} have other options: move one of them away")
     if not options:
         raise ValueError(f"{args.runs} holds no runs: python -m experiments.real train makes them")
     found = {system: [] for system in options}
     for _, system in itertools.product(range(args.repeats), options):
         found[system].append(seconds_a_step(shlex.split(options[system]), args.trial))
-    columns = {system: [f"{each(values):.4g}" for each in (mean, min, max)] for system, values in found.items()}
-    rows = [[system, *columns[system], options[system]] for system in options]
-    publish([(["system", *PACE], rows)], args.made_by, args.out / "real-pace.json")
+    rows = [[system, *(f"{each(values):.4g}" for each in (mean, min, max))] for system, values in found.items()]
+    publish([(["system", *PACE], rows)], args.made_by | {"options": options}, args.out / "real-pace.json")
+
+
+def paces_of(path: Path, runs: Path, finished: Iterable[Path]) -> dict[str, float]:
+    """Seconds a step by system, from a file that `pace` made. Raises ValueError if it is another, or was made for other
+    options than those of the `finished` ones among `runs`."""
+    paces, options, begun = {}, {}, begun_runs(runs)
+    with suppress(ValueError, TypeError, KeyError, IndexError):
+        content = json.loads(path.read_text())
+        ((header, rows),) = content["tables"]
+        if header[1:] == PACE:
+            paces, options = {row[0]: float(row[1]) for row in rows}, dict(content["options"])
+    for folder in finished:
+        system, _ = system_and_seed(folder)
+        if system not in paces or options.get(system) != timed(begun[folder]):
+            command = "python -m experiments.real pace"
+            raise ValueError(f"--paces {path} has no pace of {folder.name} with its options: make it with {command}")
+    return paces
 
 
 def timed(words: list[str]) -> str:
-    """The options of a run that its pace depends on: without --seed, and without --steps and --keep-interval, which are
-    the last ones."""
+    """The options of a run that its pace depends on: all but --seed, and --steps and --keep-interval, the last ones."""
     at = words.index("--seed")
     return shlex.join([*words[:at], *words[at + 2 : -4]])
 
 
-def paces_of(path: Path, runs: Iterable[Path]) -> dict[str, float]:
-    """Seconds a step by system, from a file that `pace` made. Raises ValueError if it is another, or was made for other
-    options than those of the runs."""
-    paces, options = {}, {}
-    with suppress(ValueError, TypeError, KeyError, IndexError):
-        ((header, rows),) = json.loads(path.read_text())["tables"]
-        if header[1:] == PACE:
-            paces, options = {row[0]: float(row[1]) for row in rows}, {row[0]: row[-1] for row in rows}
-    for folder in runs:
-        if options.get(system_and_seed(folder)[0]) != timed(begun_runs(folder.parent)[folder]):
-            raise ValueError(
-                f"--paces {path} has no pace of {folder.name} with its options: "
-                "make it with python -m experiments.real pace"
-            )
-    return paces
-
-
 def system_and_seed(folder: Path) -> tuple[str, int]:
-    """What the folder of a run has in its name."""
+    """What the folder of a run has in its name. Raises ValueError if it has another."""
     system, _, seed = folder.name.rpartition("-seed-")
+    if not seed.isdecimal():
+        raise ValueError(f"{folder} is not named SYSTEM-seed-NUMBER: move it away")
     return system, int(seed)
 
 
@@ -181,13 +186,13 @@ def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
 
 def scores(args: argparse.Namespace) -> None:
     """Distance of every run to held-out clips over its training time, how many clips are named rightly, and its
-    held-out loss; and the distance over the cost of sampling. Clips are sampled with the labels of training clips. The
-    loss is without labels, on at least 64 clips. Stages of different systems have different targets, so compare it
-    within a system only."""
+    held-out loss; and the distance over the cost of sampling its last weights. Clips are sampled with the labels of
+    training clips. The loss is without labels, on at least 64 clips. Stages of different systems have different
+    targets, so compare it within a system only. The pictures are of each system's first run, 30 Euler steps."""
     pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     runs, device = finished_runs(args.runs), choose_device()
-    paces = paces_of(args.paces, runs) if args.paces else {}
+    paces = paces_of(args.paces, args.runs, runs) if args.paces else {}
     shape = next((options.frames, options.size) for options in runs.values())
     held_out = FolderClips(args.data / "held-out", *shape)
     seen = FolderClips(args.data / "train", *shape, labels=True)
@@ -228,21 +233,20 @@ def scores(args: argparse.Namespace) -> None:
             weights = load_weights(file, device)
             found = score(file, f"{args.steps} steps of euler, names, loss", after_training, weights, options)
             points.append((step * paces[system] if paces else seconds[step], found))
-            losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
-            rows.append([folder.name, step, f"{points[-1][0]:.0f}", f"{found['distance']:.0f}"])
-            rows[-1] += [*found["named"], losses]
+            second, far, losses = points[-1][0], found["distance"], ", ".join(f"{x:.4f}" for x in found["losses"])
+            rows.append([folder.name, step, f"{second:.0f}", f"{far:.0f}", *found["named"], losses])
         pyramid = make_pyramid(weights)
         if system not in pictures:
             pictures[system] = sampled(weights, labels[:8], args, 30).cpu()
         even, *splits = (tuple(split_steps(steps, weights.stages, pyramid.lengths)) for steps in (args.steps, *STEPS))
         splits += [CHEAP] if weights.stages == len(CHEAP) else []
-        scored = {("euler", even): found["distance"]}
+        scored = {("euler", even): points[-1][1]["distance"]}
         calls = {split: sample.full_rate_steps(split, pyramid, (1, *real.shape[1:])) for split in splits}
         for solver, split in itertools.product(("euler", "ab2"), sorted(calls, key=calls.get)):
             counts = "-".join(map(str, split))
             if (solver, split) not in scored:
-                found = score(file, f"{counts} steps of {solver}", after_sampling, weights, split, solver)
-                scored[solver, split] = found["distance"]
+                what = f"{counts} steps of {solver}"
+                scored[solver, split] = score(file, what, after_sampling, weights, split, solver)["distance"]
             front.setdefault((system, counts, solver, calls[split]), []).append(scored[solver, split])
     train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
     floor = distances(train_clips)["distance"]
@@ -253,17 +257,17 @@ def scores(args: argparse.Namespace) -> None:
 
 
 def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list], floor: float, args) -> None:
-    """The tables and curves of `scores`. `trained` has the seconds and scores of each run of a system, `front` the
-    distances of each way to sample, and `floor` is that of real clips."""
+    """The tables and curves of `scores`. `trained` has for each system the seconds and scores of its runs, `front` for
+    each way to sample, (system, steps, solver, calls), the distance of each run, and `floor` is that of real clips."""
     curves = {system: over_seeds(runs, itemgetter("distance")) for system, runs in trained.items()}
     losses, costs, ways = {}, {}, []
     for system, runs in trained.items():
         for k in range(len(runs[0][0][1]["losses"])):
             losses[f"{system}, stage {k}"] = over_seeds(runs, lambda found, k=k: found["losses"][k])
-    for (system, counts, solver, calls), far in front.items():
-        ways.append([system, counts, solver, f"{calls:.3g}", spread(far, ".0f")])
+    for (system, counts, solver, calls), distances in front.items():
+        ways.append([system, counts, solver, f"{calls:.3g}", spread(distances, ".0f")])
         if counts != "-".join(map(str, CHEAP)):  # a line joins like with like
-            costs.setdefault(f"{system}, {solver}", []).append((calls, far))
+            costs.setdefault(f"{system}, {solver}", []).append((calls, distances))
     tables = [(["run", "steps", "seconds", "distance", *NAMED, "held-out loss by stage, 0 first"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], ways), gains(curves)]
     publish(tables, args.made_by, args.out / "real.json")
@@ -271,7 +275,9 @@ def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list
     far, draw = "distance to held-out clips", partial(draw_curves, real=floor)
     draw(curves, "Real clips: quality against training", time, far, args.out / "real-training.png")
     draw(costs, "Real clips: quality against cost", "full-rate network calls", far, args.out / "real-sampling.png")
-    draw_curves(losses, "Real clips: loss by stage", time, "held-out loss", args.out / "real-losses.png")
+    draw_curves(
+        losses, "Real clips: loss, not to compare between systems", time, "held-out loss", args.out / "real-losses.png"
+    )
 
 
 def over_seeds(runs: list[list], value: Callable[[dict], float]) -> list[tuple[float, list[float]]]:

@@ -493,6 +493,18 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     real.main([*words, tiny])  # nothing is left to do
     assert files == {path: path.stat().st_mtime_ns for path in files}
     few = f"--number 2 --steps 3 --out {tmp_path}"
+    scored, drawn, publish_scores, draw_curves = {}, {}, real.publish_scores, figures.draw_curves
+
+    def keep_scores(rows, trained, front, *others):
+        scored.update({way[:3]: distances for way, distances in front.items()}, trained=trained)
+        publish_scores(rows, trained, front, *others)
+
+    def keep_curves(curves, *others, **options):
+        drawn[others[-1].stem] = curves
+        draw_curves(curves, *others, **options)
+
+    monkeypatch.setattr(real, "publish_scores", keep_scores)
+    monkeypatch.setattr(real, "draw_curves", keep_curves)
     real.main(f"scores {there} {few} --reference 4".split())
     (_, trained), (_, cost), (_, gains) = tables_of(tmp_path / "real.json")
     assert [row[:2] for row in trained[:5:4]] == [["space-time-seed-1", 3], ["space-time-seed-2", 3]]
@@ -506,13 +518,21 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     assert [row[1] for row in cost if row[3] == "1.45"] == ["5-3-1"] * 2 and calls == sorted(calls)
     assert len(json.loads((tmp_path / "real-cells.json").read_text())) == 4 * 4 + 2 * len(cost) - 4  # one is known
     assert len(list(tmp_path.glob("real-*.png"))) == 4
+    ends = {system: [points[-1][1] for points in runs] for system, runs in scored["trained"].items()}
+    ways = [scored[("vanilla", *way)] for way in (("3", "euler"), ("3", "ab2"), ("6", "euler"))]
+    assert ways[0] == [found["distance"] for found in ends["vanilla"]] and len({*itertools.chain(*ways)}) == 6
+    assert [values for _, values in drawn["real-sampling"]["vanilla, euler"]][:2] == ways[::2]
+    assert drawn["real-training"]["vanilla"][-1][1] == ways[0] and len(drawn["real-losses"]) == 4
+    for k in range(3):
+        losses = [found["losses"][k] for found in ends["space-time"]]
+        assert drawn["real-losses"][f"space-time, stage {k}"][-1][1] == losses
     before = tables_of(tmp_path / "real.json")
     assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
     real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
     assert " steps of " not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
     real.main(f"pace --runs {tmp_path}/runs --repeats 2 --out {tmp_path}".split())
     ((_, paces),) = tables_of(tmp_path / "real-pace.json")
-    assert [row[:4] for row in paces] == [["space-time", "2.5", "2", "3"], ["vanilla", "3.5", "3", "4"]]
+    assert paces == [["space-time", "2.5", "2", "3"], ["vanilla", "3.5", "3", "4"]]
     assert measured[2:] == ["space-time", "vanilla"] * 2  # in turn
     made = (tmp_path / "real-pace.json").read_text()
     others = made.replace("vanilla", "space"), made.replace("seconds", "hours"), made.replace("3.5", "x"), "[]", "?"
@@ -522,7 +542,18 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
         said = fails_with_one_line(capsys, real.main, *f"scores {there} {few} --paces {tmp_path}/other.json".split())
         assert "other.json has no pace of" in said
     said = fails_with_one_line(capsys, real.main, *f"pace --runs {tmp_path}/train --out {tmp_path}".split())
-    assert "holds no runs" in said and (tmp_path / "real-pace.json").read_text() == made
+    assert "holds no runs" in said
+    for name, change, complaint in (
+        ("vanilla-seed-3", ("--width 8", "--width 9"), "another run of vanilla have other options"),
+        ("vanilla-seed-1-old", ("", ""), "is not named SYSTEM-seed-NUMBER"),
+    ):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "options.txt").write_text(notes["vanilla-seed-1"].replace(*change))
+        assert complaint in fails_with_one_line(
+            capsys, real.main, *f"pace --runs {tmp_path}/runs --out {tmp_path}".split()
+        )
+        shutil.rmtree(tmp_path / "runs" / name)
+    assert (tmp_path / "real-pace.json").read_text() == made
     real.main(f"scores {there} {few} --reference 4 --paces {tmp_path}/real-pace.json".split())
     (_, trained), _, (_, gains) = tables_of(tmp_path / "real.json")
     assert [float(row[2]) for row in trained[:9:4]] == [8, 8, 7] and [row[1] for row in gains] == ["30", "28"]
@@ -579,9 +610,9 @@ def test_samples_that_repeat_training_clips_are_found(tmp_path, monkeypatch):
 def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
     curves = {"vanilla": [(8, 4, 2, 1.5), (8, 4, 2, 0.5)], "fast": [(4, 2, 0.25, 0.25)], "slow": [(9, 8, 7, 6)]}
     curves |= {"at once": [(1, 1, 1, 1)]}
-    for name, each in curves.items():  # the second run of vanilla is two seconds later
-        late = range(1 - len(each), 2, 2)
-        each = [[(25 * n + by, value) for n, value in enumerate(run, 1)] for by, run in zip(late, each, strict=False)]
+    for name, each in curves.items():  # the second run of vanilla is 20 seconds later
+        late = range(10 - 10 * len(each), 20, 20)
+        each = [[(25 * n + by, value) for n, value in enumerate(run, 1)] for by, run in zip(late, each, strict=True)]
         curves[name] = real.over_seeds(each, float)
     _, rows = real.gains(curves)
     assert [row[3] for row in rows] == ["1.00", "0.25", "6.00", "1.00"]
