@@ -54,7 +54,7 @@ def draw_curves(
     alone = sum(", " not in name for name in curves)
     table = (len(groups) - alone) * len(kinds) == len(curves) - alone > len(groups) - alone > 1  # names colours, dashes
     entries = [*groups, *(f"any, {kind}" for kind in kinds)] if table else list(curves)
-    columns = 2 if max(map(len, map(in_words, entries))) < 36 else 1
+    columns = 2 if max(map(len, map(in_words, entries))) < 32 else 1
     height = 2.8 + 0.15 * math.ceil((len(entries) + 1) / columns)  # fits a column of a paper, with the legend below
     figure, axes = pyplot().subplots(figsize=(4.4, height), layout="constrained")
     others = (f"C{number}" for number in itertools.count(4))
