@@ -155,7 +155,7 @@ def test_the_front_page_s_numbers_of_the_shipped_emoji_model_are_those_of_its_we
     assert json.loads(log[-1])["step"] == weights.step and 210 < json.loads(log[-1])["seconds"] < 270
     size = sum(each.numel() for each in weights.model.parameters()) / 1e6
     assert f"a model of {size:.1f} million parameters, trained for four minutes on one GPU" in front
-    assert f"have {len(weights.classes)} labels" in front and f"--steps {weights.step} " in front
+    assert f"knows {len(weights.classes)} labels" in front and f"--steps {weights.step} " in front
 
 
 def test_the_front_page_s_minutes_of_the_default_training_are_those_of_its_measured_steps():
