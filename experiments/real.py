@@ -2,6 +2,7 @@
 
   python -m experiments.emoji                                         the clips
   python -m experiments.real train --seconds 7200                     the runs, each with as much time
+  python -m experiments.real settings                                 which options of runs do best on other clips
   python -m experiments.real pace                                     what a step takes, measured in turn
   python -m experiments.real scores                                   their held-out losses and distances
   python -m experiments.real distance                                 what the distance says of damaged real clips
@@ -22,7 +23,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
@@ -31,34 +32,15 @@ import torch
 
 import sample
 import train
-from checkpoint import SHIPPED, Weights, load_weights, make_pyramid
-from cli import (
-    Parser,
-    choose_device,
-    keep_memory,
-    non_negative_int,
-    one_sentence,
-    positive_int,
-    real_number,
-    whole_number,
-)
-from data import FolderClips
+from checkpoint import SHIPPED, load_weights, make_pyramid
+from cli import Parser, keep_memory, non_negative_int, one_sentence, positive_int, real_number, whole_number
+from data import height_width
 from experiments.claims import time_to
 from experiments.figures import draw_clips, draw_curves, pyplot
-from experiments.metrics import (
-    NAMED,
-    add_command,
-    digest,
-    distances_to,
-    load_efficientnet,
-    naming,
-    picture_features,
-    placed_features,
-    real_clips,
-)
+from experiments.metrics import NAMED, add_command
 from experiments.report import provenance, publish, spread
-from experiments.runs import METRICS, kept, run_train, seconds_a_step
-from experiments.trust import copies, distance, names, sampled
+from experiments.runs import run_train, seconds_a_step
+from experiments.trust import Scored, copies, distance, names, sampled
 from tpdiff import split_steps
 
 SYSTEMS = {
@@ -163,15 +145,15 @@ def system_and_seed(folder: Path) -> tuple[str, int]:
     return system, int(seed)
 
 
-def begun_runs(folder: Path) -> dict[Path, list[str]]:
+def begun_runs(folder: Path, below: str = "") -> dict[Path, list[str]]:
     """The folders of runs, and their options as words."""
-    return {note.parent: shlex.split(note.read_text()) for note in sorted(folder.glob("*-seed-*/options.txt"))}
+    return {note.parent: shlex.split(note.read_text()) for note in sorted(folder.glob(f"{below}*-seed-*/options.txt"))}
 
 
-def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
+def finished_runs(folder: Path, below: str = "") -> dict[Path, argparse.Namespace]:
     """The folders of runs that are done, and their options. Raises ValueError if there are none or clips differ."""
     runs = {}
-    for run, words in begun_runs(folder).items():
+    for run, words in begun_runs(folder, below).items():
         options = train.make_parser().parse_args(words)
         if all((run / f"weights-{options.steps * share // 100}.pt").exists() for share in SHARES):
             runs[run] = options
@@ -186,42 +168,15 @@ def finished_runs(folder: Path) -> dict[Path, argparse.Namespace]:
 
 def scores(args: argparse.Namespace) -> None:
     """Distance of every run to held-out clips over its training time, how many clips are named rightly, and its
-    held-out loss; and the distance over the cost of sampling its last weights. Clips are sampled with the labels of
-    training clips. The loss is without labels, on at least 64 clips. Stages of different systems have different
-    targets, so compare it within a system only. The pictures are of each system's first run, 30 Euler steps."""
+    held-out loss; and the distance over the cost of sampling its last weights. Stages of different systems have
+    different targets, so compare a loss within a system only. The pictures are of each system's first run, 30 Euler
+    steps."""
     pyplot()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
-    runs, device = finished_runs(args.runs), choose_device()
+    runs = finished_runs(args.runs)
     paces = paces_of(args.paces, args.runs, runs) if args.paces else {}
     shape = next((options.frames, options.size) for options in runs.values())
-    held_out = FolderClips(args.data / "held-out", *shape)
-    seen = FolderClips(args.data / "train", *shape, labels=True)
-    labels = torch.tensor([seen[number][1] for number in range(args.number)])
-    real = real_clips(0, min(args.reference, 4 * len(held_out.sources)), held_out).to(device)
-    network = load_efficientnet().to(device)
-    distances = distances_to(real, {"distance": partial(picture_features, network)})
-    named = cache(lambda: naming(seen, partial(placed_features, network), device))  # takes minutes on a CPU
-    depends = {"data": [each.digest_without(0.0) for each in (seen, held_out)], "metrics": METRICS}
-
-    def after_training(weights: Weights, options: argparse.Namespace) -> dict:
-        clips = sampled(weights, labels, args, args.steps)
-        losses = train.held_out_loss(weights.model, make_pyramid(weights), held_out, options)
-        if losses is None:  # why was said
-            raise ValueError("a held-out loss cannot be measured; the scores before it are kept")
-        return distances(clips) | {"named": named()(clips, labels), "losses": losses}
-
-    def after_sampling(weights: Weights, steps: tuple[int, ...], solver: str) -> dict:
-        return distances(sampled(weights, labels, args, steps, solver))
-
-    def score(file: Path, what: str, make: Callable[..., dict], *given) -> dict:
-        def now() -> dict:
-            found = make(*given)
-            print(f"{file}, {what}: {found}", flush=True)
-            return found
-
-        name = f"{file.parent.name}, {file.name}, {what}: {args.number} clips, seed {args.seed}, {len(real)} real ones"
-        return kept(args.out / "real-cells.json", name, depends | {"files": [digest(file)]}, now)
-
+    scored = Scored("held-out", shape, args)
     rows, front, trained, pictures = [], {}, {}, {}
     for folder, options in runs.items():
         system, points = system_and_seed(folder)[0], []
@@ -230,30 +185,50 @@ def scores(args: argparse.Namespace) -> None:
         for share in SHARES:
             step = options.steps * share // 100
             file = folder / f"weights-{step}.pt"
-            weights = load_weights(file, device)
-            found = score(file, f"{args.steps} steps of euler, names, loss", after_training, weights, options)
+            weights = load_weights(file, scored.device)
+            found = scored.after_training(file, weights, options)
             points.append((step * paces[system] if paces else seconds[step], found))
-            second, far, losses = points[-1][0], found["distance"], ", ".join(f"{x:.4f}" for x in found["losses"])
+            second, far, losses = points[-1][0], found["distance"], in_digits(found["losses"])
             rows.append([folder.name, step, f"{second:.0f}", f"{far:.0f}", *found["named"], losses])
         pyramid = make_pyramid(weights)
         if system not in pictures:
-            pictures[system] = sampled(weights, labels[:8], args, 30).cpu()
+            pictures[system] = sampled(weights, scored.labels[:8], args, 30).cpu()
         even, *splits = (tuple(split_steps(steps, weights.stages, pyramid.lengths)) for steps in (args.steps, *STEPS))
         splits += [CHEAP] if weights.stages == len(CHEAP) else []
-        scored = {("euler", even): points[-1][1]["distance"]}
-        calls = {split: sample.full_rate_steps(split, pyramid, (1, *real.shape[1:])) for split in splits}
+        known = {("euler", even): points[-1][1]["distance"]}
+        clip = 1, weights.model.config.channels, options.frames, *height_width(options.size)
+        calls = {split: sample.full_rate_steps(split, pyramid, clip) for split in splits}
         for solver, split in itertools.product(("euler", "ab2"), sorted(calls, key=calls.get)):
-            counts = "-".join(map(str, split))
-            if (solver, split) not in scored:
-                what = f"{counts} steps of {solver}"
-                scored[solver, split] = score(file, what, after_sampling, weights, split, solver)["distance"]
-            front.setdefault((system, counts, solver, calls[split]), []).append(scored[solver, split])
-    train_clips = torch.stack([seen[number][0] for number in range(args.number)]).to(device)
-    floor = distances(train_clips)["distance"]
+            if (solver, split) not in known:
+                known[solver, split] = scored.after_sampling(file, weights, split, solver)
+            way = system, "-".join(map(str, split)), solver, calls[split]
+            front.setdefault(way, []).append(known[solver, split])
+    train_clips = torch.stack([scored.seen[number][0] for number in range(args.number)]).to(scored.device)
+    floor = scored.distances(train_clips)["distance"]
     rows.append(["real training clips", "", "", f"{floor:.0f}", "", "", ""])
     publish_scores(rows, trained, front, floor, args)
     pictures["real"] = train_clips[:8].cpu()
     draw_clips(pictures, "Real clips: samples of each system, the same labels", args.out / "real-clips.png")
+
+
+def settings(args: argparse.Namespace) -> None:
+    """Distance and loss of runs with other options, on clips that are there to choose options by: the split *settings*.
+    --runs holds a folder of runs for each choice. Their last weights are measured."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs, rows = finished_runs(args.runs, "*/"), []
+    scored = Scored("settings", next((options.frames, options.size) for options in runs.values()), args)
+    for folder, options in runs.items():
+        file, seconds = folder / f"weights-{options.steps}.pt", [*map(json.loads, (folder / "metrics.jsonl").open())]
+        found = scored.after_training(file, load_weights(file, scored.device), options, named=False)
+        batch, took = " ".join(map(str, train.batch_sizes(options))), f"{seconds[-1]['seconds']:.0f}"
+        far, losses = f"{found['distance']:.0f}", in_digits(found["losses"])
+        rows.append([folder.name, batch, f"{options.lr:g}", options.steps, took, far, losses])
+    header = ["run", "clips a step", "--lr", "steps", "seconds", "distance", "loss by stage, 0 first"]
+    publish([(header, sorted(rows, key=itemgetter(0)))], args.made_by, args.out / "real-settings.json")
+
+
+def in_digits(losses: list[float]) -> str:
+    return ", ".join(f"{loss:.4f}" for loss in losses)
 
 
 def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list], floor: float, args) -> None:
@@ -306,9 +281,10 @@ def gains(curves: dict[str, list]) -> tuple[list, list]:
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.real", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    functions = {"train": train_systems, "pace": pace, "scores": scores}
+    functions = {"train": train_systems, "settings": settings, "pace": pace, "scores": scores}
     functions |= {"distance": distance, "names": names, "copies": copies}
-    train_, pace_, scores_, distance_, names_, copies_ = (add_command(commands, *each) for each in functions.items())
+    adds = (add_command(commands, *each) for each in functions.items())
+    train_, settings_, pace_, scores_, distance_, names_, copies_ = adds
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
     trial = "a third of the steps of a trial run, which tells what a step takes"
     train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
@@ -319,27 +295,26 @@ def make_parser() -> Parser:
     for add in (train_, pace_):
         add("--trial", type=positive_int, default=50, help=trial)
     scores_("--paces", type=Path, help="real-pace.json: seconds are at this pace, not those that the runs took")
-    scores_("--number", type=whole_number(2), default=192, help="clips that are sampled for each distance")
-    distance_("--number", type=whole_number(2), default=192, help="clips to damage, to compare with, and to sample")
-    names_("--number", type=whole_number(2), default=192, help="clips to damage, and samples of each kind")
-    copies_("--number", type=whole_number(2), default=192, help="samples, and held-out clips beside them")
-    for add in (pace_, scores_, distance_, names_, copies_):
+    for add in (settings_, pace_, scores_, distance_, names_, copies_):
         add("--out", type=Path, default=Path("experiments/results"), help="folder of the tables and pictures")
-    for add in (scores_, distance_, names_, copies_):
+    for add in (settings_, scores_, distance_, names_, copies_):
+        add("--number", type=whole_number(2), default=192, help="clips of each kind that are sampled, or damaged")
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
         add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
-    scores_("--reference", type=whole_number(2), default=400, help="held-out clips, at most four windows a clip")
+    for add in (settings_, scores_):
+        add("--reference", type=whole_number(2), default=400, help="clips to compare with, at most four windows a clip")
     distance_("--checkpoint", type=Path, nargs="*", default=[], help="weights whose samples are compared too")
-    for add in (scores_, distance_, copies_):
+    for add in (settings_, scores_, distance_, copies_):
         add("--steps", type=positive_int, default=30, help="solver steps, where they are not compared")
     for add in (names_, copies_):
         add("--checkpoint", type=Path, default=SHIPPED / "emoji.pt", help="whose samples these are [weights/emoji.pt]")
     for add in (distance_, copies_):
         add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
-    for add in (train_, scores_, distance_, names_, copies_):
+    for add in (train_, settings_, scores_, distance_, names_, copies_):
         add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
     for add in (train_, pace_, scores_):
         add("--runs", type=Path, default=Path("runs/real"), help="folder of the runs")
+    settings_("--runs", type=Path, default=Path("runs/settings"), help="folder of such folders, one for each choice")
     return parser
 
 

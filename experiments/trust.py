@@ -1,21 +1,24 @@
-"""Whether the scores of real clips can be trusted: what they say of clips that are damaged on purpose, and whether
-samples repeat training clips. These are commands of experiments.real."""
+"""Scores on real clips, and whether they can be trusted: what they say of clips that are damaged on purpose, and
+whether samples repeat training clips. Most are commands of experiments.real."""
 
 import argparse
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import sample
+import train
 from checkpoint import Weights, load_weights, make_pyramid, weight_file
 from cli import choose_device
 from data import FolderClips
 from experiments.figures import draw_bars, draw_clips, pyplot
 from experiments.metrics import (
     NAMED,
+    digest,
     distances_to,
     load_efficientnet,
     naming,
@@ -24,6 +27,7 @@ from experiments.metrics import (
     real_clips,
 )
 from experiments.report import publish
+from experiments.runs import METRICS, kept
 
 
 def sampled(
@@ -36,6 +40,62 @@ def sampled(
         options = steps, solver, guidance, args.seed
         clips.append(sample.generate(weights, pyramid, part, len(part), *options, first=first))
     return torch.cat(clips)
+
+
+class Scored:
+    """What weights score on the clips of one split of --data: taken from real-cells.json of --out, or measured now.
+    Clips are sampled with the labels of training clips. The loss is without labels, on at least 64 clips."""
+
+    def __init__(self, split: str, shape: tuple[int, int | list[int]], args: argparse.Namespace):
+        self.args, self.device = args, choose_device()
+        self.clips = FolderClips(args.data / split, *shape)
+        self.seen = FolderClips(args.data / "train", *shape, labels=True)
+        self.labels = torch.tensor([self.seen[number][1] for number in range(args.number)])
+        reference = real_clips(0, min(args.reference, 4 * len(self.clips.sources)), self.clips).to(self.device)
+        self.network = load_efficientnet().to(self.device)
+        self.distances = distances_to(reference, {"distance": partial(picture_features, self.network)})
+        self.what = f"{args.number} clips, seed {args.seed}, {len(reference)} real ones"
+        self.depends = {"data": [each.digest_without(0.0) for each in (self.seen, self.clips)], "metrics": METRICS}
+
+    @cached_property
+    def named(self) -> Callable:
+        """Takes minutes to make on a CPU."""
+        return naming(self.seen, partial(placed_features, self.network), self.device)
+
+    def after_training(self, file: Path, weights: Weights, options: argparse.Namespace, named: bool = True) -> dict:
+        """Distance of samples of --steps steps, held-out losses by stage and, if wanted, how many are named rightly."""
+
+        def measure() -> dict:
+            clips = sampled(weights, self.labels, self.args, self.args.steps)
+            losses = train.held_out_loss(weights.model, make_pyramid(weights), self.clips, options)
+            if losses is None:  # why was said
+                raise ValueError("a held-out loss cannot be measured; the scores before it are kept")
+            return (
+                self.distances(clips)
+                | ({"named": self.named(clips, self.labels)} if named else {})
+                | {"losses": losses}
+            )
+
+        return self.score(file, f"{self.args.steps} steps of euler, {'names, ' if named else ''}loss", measure)
+
+    def after_sampling(self, file: Path, weights: Weights, steps: tuple[int, ...], solver: str) -> float:
+        """Distance of samples that are made in this way."""
+
+        def measure() -> dict:
+            return self.distances(sampled(weights, self.labels, self.args, steps, solver))
+
+        return self.score(file, f"{'-'.join(map(str, steps))} steps of {solver}", measure)["distance"]
+
+    def score(self, file: Path, what: str, measure: Callable[[], dict]) -> dict:
+        """What `measure` returns for the weights of a file, said; or what it returned before."""
+
+        def now() -> dict:
+            found = measure()
+            print(f"{file}, {what}: {found}", flush=True)
+            return found
+
+        name = f"{', '.join(file.relative_to(self.args.runs).parts)}, {what}: {self.what}"
+        return kept(self.args.out / "real-cells.json", name, self.depends | {"files": [digest(file)]}, now)
 
 
 def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -466,11 +467,10 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
 
 def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    for name in ("train/0", "train/250", "held-out/100", "held-out/150"):
+    for name in ("train/0", "train/250", "held-out/100", "held-out/150", "settings/50"):
         for file in ("clip.webp", "twin.webp"):
             animation(tmp_path / name / file, 18, (16, 16), green=int(name.split("/")[1]))
-    for module in (real, trust):
-        monkeypatch.setattr(module, "load_efficientnet", few_channels)
+    monkeypatch.setattr(trust, "load_efficientnet", few_channels)
     measured = []
 
     def seconds_a_step(words, _):
@@ -569,10 +569,22 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
             with pytest.raises(SystemExit):
                 real.main(f"scores {there} {few} --reference 4 {other}".split())
             assert "a held-out loss cannot be measured" in capsys.readouterr().err
-        patched.setattr(real, "METRICS", 0)
+        patched.setattr(trust, "METRICS", 0)
         with pytest.raises(SystemExit):
             real.main(f"scores {there} {few} --reference 4".split())
         assert (tmp_path / "real-cells.json").read_text() == cells
+    for choice in ("b", "a"):
+        shutil.copytree(tmp_path / "runs", tmp_path / "choices" / choice)
+    (tmp_path / "choices/b/space-time-seed-2/weights-12.pt").unlink()
+    choose = f"settings --data {tmp_path} --runs {tmp_path}/choices {few}".split()
+    for _ in range(2):
+        real.main(choose)
+        ((_, chosen),) = tables_of(tmp_path / "real-settings.json")
+        counts = {"space-time-seed-1": 2, "space-time-seed-2": 1, "vanilla-seed-1": 2, "vanilla-seed-2": 2}
+        assert Counter(row[0] for row in chosen) == counts
+        said = capsys.readouterr()
+    assert " steps of " not in said.out and "b/space-time-seed-2 is passed over" in said.err
+    assert chosen[0][1:4] == ["2 2 2", "0.002", 12] and chosen[0][6] != trained[3][6]  # of other clips
     real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
     ((_, rows),) = tables_of(tmp_path / "distance.json")
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
