@@ -62,12 +62,9 @@ def draw_curves(
     dashes = {name: itertools.cycle(("-", "--", ":")) for name in groups}
     dash_of = dict(zip(kinds, itertools.cycle(("-", "--", ":")), strict=False))
     for name, points in curves.items():
-        x, values = zip(*sorted(points), strict=True)
         group, _, kind = name.partition(", ")
-        style = {"color": colours[group], "linestyle": dash_of.get(kind, "-.") if table else next(dashes[group])}
-        label = None if table else in_words(name)
-        axes.plot(x, [centre(v) for v in values], label=label, marker="o", markersize=4, **style)
-        axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colours[group], alpha=0.2)
+        dash = dash_of.get(kind, "-.") if table else next(dashes[group])
+        draw_curve(axes, points, centre, colours[group], dash, None if table else in_words(name))
     for group in groups if table else ():
         axes.plot([], [], color=colours[group], label=in_words(group))
     for kind in kinds if table else ():
@@ -80,12 +77,7 @@ def draw_curves(
     axes.set_xlabel(x_label, fontsize=8)
     axes.set_ylabel(y_label, fontsize=8)
     axes.set(xscale="log", yscale="linear" if from_zero else "log")
-    from matplotlib.ticker import LogLocator
-
-    for axis in (axes.xaxis,) if from_zero else (axes.xaxis, axes.yaxis):  # 0.6 and 200, in place of powers of ten
-        axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+    name_ticks(*(axes.xaxis,) if from_zero else (axes.xaxis, axes.yaxis))
     places = sorted({x for points in curves.values() for x, _ in points})
     if len(places) <= 4:  # room to name just these
         axes.set_xticks(places)
@@ -95,6 +87,49 @@ def draw_curves(
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7, handlelength=3)
     figure.savefig(path, dpi=200)
+
+
+def draw_panels(panels: dict[str, dict[str, list]], title: str, x_label: str, y_label: str, path: Path) -> None:
+    """The curves of each system, as in `draw_curves`, in a panel of their own: not to be compared between systems."""
+    rows = -(-len(panels) // 2)
+    figure, grid = pyplot().subplots(rows, 2, figsize=(4.4, 0.6 + 1.7 * rows), squeeze=False, layout="constrained")
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    names = max(panels.values(), key=len)
+    dashes = dict(zip(names, itertools.cycle(("-", "--", ":")), strict=False))
+    for axes, (system, curves) in zip(grid.flat, panels.items(), strict=False):
+        for name, points in curves.items():
+            draw_curve(axes, points, statistics.mean, COLOURS[system], dashes[name], None)
+        axes.set_title(in_words(system), fontsize=8)
+        axes.set(xscale="log", yscale="log")
+        name_ticks(axes.xaxis, axes.yaxis)
+        axes.tick_params(labelsize=7, which="both")
+        axes.grid(alpha=0.3, which="both")
+    for name, dash in dashes.items():
+        axes.plot([], [], dash, color="grey", label=name)
+    figure.suptitle(title, fontsize=10)
+    for axes in grid[-1]:
+        axes.set_xlabel(x_label, fontsize=6)
+    figure.supylabel(y_label, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=7, handlelength=3)
+    figure.savefig(path, dpi=200)
+
+
+def draw_curve(axes, points: list, centre: Callable, colour: str, dash: str, label: str | None) -> None:
+    """The values' centre as a line, and their range as a band."""
+    x, values = zip(*sorted(points), strict=True)
+    axes.plot(x, [centre(v) for v in values], dash, color=colour, label=label, marker="o", markersize=4)
+    axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2)
+
+
+def name_ticks(*logarithmic) -> None:
+    """0.6 and 200 on these axes, in place of powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    for axis in logarithmic:
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
 
 
 def draw_bars(

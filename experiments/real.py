@@ -36,7 +36,7 @@ from checkpoint import SHIPPED, load_weights, make_pyramid
 from cli import Parser, keep_memory, non_negative_int, one_sentence, positive_int, real_number, whole_number
 from data import height_width
 from experiments.claims import time_to
-from experiments.figures import draw_clips, draw_curves, pyplot
+from experiments.figures import draw_clips, draw_curves, draw_panels, pyplot
 from experiments.metrics import NAMED, add_command
 from experiments.report import provenance, publish, spread
 from experiments.runs import run_train, seconds_a_step
@@ -237,8 +237,8 @@ def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list
     curves = {system: over_seeds(runs, itemgetter("distance")) for system, runs in trained.items()}
     losses, costs, ways = {}, {}, []
     for system, runs in trained.items():
-        for k in range(len(runs[0][0][1]["losses"])):
-            losses[f"{system}, stage {k}"] = over_seeds(runs, lambda found, k=k: found["losses"][k])
+        stages = range(len(runs[0][0][1]["losses"]))
+        losses[system] = {f"stage {k}": over_seeds(runs, lambda found, k=k: found["losses"][k]) for k in stages}
     for (system, counts, solver, calls), distances in front.items():
         ways.append([system, counts, solver, f"{calls:.3g}", spread(distances, ".0f")])
         if counts != "-".join(map(str, CHEAP)):  # a line joins like with like
@@ -250,9 +250,7 @@ def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list
     far, draw = "distance to held-out clips", partial(draw_curves, real=floor)
     draw(curves, "Real clips: quality against training", time, far, args.out / "real-training.png")
     draw(costs, "Real clips: quality against cost", "full-rate network calls", far, args.out / "real-sampling.png")
-    draw_curves(
-        losses, "Real clips: loss, not to compare between systems", time, "held-out loss", args.out / "real-losses.png"
-    )
+    draw_panels(losses, "Real clips: loss of each stage", time, "held-out loss", args.out / "real-losses.png")
 
 
 def over_seeds(runs: list[list], value: Callable[[dict], float]) -> list[tuple[float, list[float]]]:

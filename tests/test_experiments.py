@@ -493,18 +493,19 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     real.main([*words, tiny])  # nothing is left to do
     assert files == {path: path.stat().st_mtime_ns for path in files}
     few = f"--number 2 --steps 3 --out {tmp_path}"
-    scored, drawn, publish_scores, draw_curves = {}, {}, real.publish_scores, figures.draw_curves
+    scored, drawn, publish_scores = {}, {}, real.publish_scores
 
     def keep_scores(rows, trained, front, *others):
         scored.update({way[:3]: distances for way, distances in front.items()}, trained=trained)
         publish_scores(rows, trained, front, *others)
 
-    def keep_curves(curves, *others, **options):
+    def keep_curves(draw, curves, *others, **options):
         drawn[others[-1].stem] = curves
-        draw_curves(curves, *others, **options)
+        draw(curves, *others, **options)
 
     monkeypatch.setattr(real, "publish_scores", keep_scores)
-    monkeypatch.setattr(real, "draw_curves", keep_curves)
+    for name in ("draw_curves", "draw_panels"):
+        monkeypatch.setattr(real, name, functools.partial(keep_curves, getattr(figures, name)))
     real.main(f"scores {there} {few} --reference 4".split())
     (_, trained), (_, cost), (_, gains) = tables_of(tmp_path / "real.json")
     assert [row[:2] for row in trained[:5:4]] == [["space-time-seed-1", 3], ["space-time-seed-2", 3]]
@@ -522,10 +523,10 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     ways = [scored[("vanilla", *way)] for way in (("3", "euler"), ("3", "ab2"), ("6", "euler"))]
     assert ways[0] == [found["distance"] for found in ends["vanilla"]] and len({*itertools.chain(*ways)}) == 6
     assert [values for _, values in drawn["real-sampling"]["vanilla, euler"]][:2] == ways[::2]
-    assert drawn["real-training"]["vanilla"][-1][1] == ways[0] and len(drawn["real-losses"]) == 4
+    assert drawn["real-training"]["vanilla"][-1][1] == ways[0] and list(drawn["real-losses"]) == [*ends]
     for k in range(3):
         losses = [found["losses"][k] for found in ends["space-time"]]
-        assert drawn["real-losses"][f"space-time, stage {k}"][-1][1] == losses
+        assert drawn["real-losses"]["space-time"][f"stage {k}"][-1][1] == losses
     before = tables_of(tmp_path / "real.json")
     assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
     real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
