@@ -25,7 +25,7 @@ from checkpoint import FACTORS, Weights, make_pyramid
 from cli import Parser, choose_device, generator_for, keep_memory, one_sentence, positive_int, use_bf16
 from data import height_width
 from experiments.asked import QUESTIONS, draw_cells
-from experiments.figures import draw_clips, draw_curves, pyplot
+from experiments.figures import draw_clips, draw_curves, figure_class
 from experiments.metrics import NO_MEMORY, add_scoring, real_clips
 from experiments.report import provenance, publish, spread
 from experiments.runs import (
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
             args = parser.parse_args(words)
         made_by = provenance("experiments.claims", words)
         made_by |= {name: getattr(args, name) for name in ("number", "seeds") if name in args}
-        pyplot()  # says what to install, if anything
+        figure_class()  # says what to install, if anything
         args.out.mkdir(parents=True, exist_ok=True)
         for name in CLAIMS if args.command == "all" else [args.command]:
             publish(CLAIMS[name](args), made_by, args.out / f"{name}.json")

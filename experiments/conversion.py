@@ -24,7 +24,7 @@ from data import FolderClips
 from examples import generate as models
 from examples.families import WAN, check_packages, library
 from examples.finetune import training_loss
-from experiments.figures import draw_clips, pyplot
+from experiments.figures import draw_clips, figure_class
 from experiments.metrics import NO_MEMORY, distances_to, load_efficientnet, picture_features, real_clips
 from experiments.report import provenance, publish
 from sample import full_rate_steps
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     made_by = provenance("experiments.conversion", words)
     with cli.one_sentence(parser, NO_MEMORY):
         check_packages()
-        pyplot()  # says what to install, if anything
+        figure_class()  # says what to install, if anything
         args.out.mkdir(parents=True, exist_ok=True)
         args.device = cli.choose_device()
         args.train = FolderClips(args.data / "train", FRAMES, SIZE, args.seed, labels=True)

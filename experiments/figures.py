@@ -25,14 +25,19 @@ PYRAMIDS |= dict.fromkeys(["space-time", "space and time"], "pyramid in space an
 OPTIONS = {"euler": "Euler", "ab2": "second order", "seed 1": "training seed 1", "seed 2": "training seed 2"}
 
 
-def pyplot():
-    """matplotlib's pyplot, which opens no window. Raises ValueError without matplotlib."""
+def figure_class() -> type:
+    """matplotlib's figure, which belongs to no window. Raises ValueError without matplotlib."""
     try:
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the figures need matplotlib: pip install matplotlib") from None
-    pyplot.switch_backend("Agg")
-    return pyplot
+    return Figure
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float], **options):
+    """A new figure of this size in inches, and its axes."""
+    figure = figure_class()(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def in_words(name: str) -> str:
@@ -56,7 +61,7 @@ def draw_curves(
     entries = [*groups, *(f"any, {kind}" for kind in kinds)] if table else list(curves)
     columns = 2 if max(map(len, map(in_words, entries))) < 32 else 1
     height = 2.8 + 0.15 * math.ceil((len(entries) + 1) / columns)  # fits a column of a paper, with the legend below
-    figure, axes = pyplot().subplots(figsize=(4.4, height), layout="constrained")
+    figure, axes = subplots(1, 1, (4.4, height))
     others = (f"C{number}" for number in itertools.count(4))
     colours = {name: COLOURS.get(name) or next(others) for name in groups}
     dashes = {name: itertools.cycle(("-", "--", ":")) for name in groups}
@@ -92,7 +97,7 @@ def draw_curves(
 def draw_panels(panels: dict[str, dict[str, list]], title: str, x_label: str, y_label: str, path: Path) -> None:
     """The curves of each system, as in `draw_curves`, in a panel of their own: not to be compared between systems."""
     rows = -(-len(panels) // 2)
-    figure, grid = pyplot().subplots(rows, 2, figsize=(4.4, 0.6 + 1.7 * rows), squeeze=False, layout="constrained")
+    figure, grid = subplots(rows, 2, (4.4, 0.6 + 1.7 * rows), squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     names = max(panels.values(), key=len)
@@ -137,7 +142,7 @@ def draw_bars(
 ) -> None:
     """A bar for each name, as long as the mean of its values, and if there are several a `dot` for each; its colour and
     `real` as in `draw_curves`."""
-    figure, axes = pyplot().subplots(figsize=(4.4, max(2.4, 1 + 0.27 * len(bars))), layout="constrained")
+    figure, axes = subplots(1, 1, (4.4, max(2.4, 1 + 0.27 * len(bars))))
     colours = [COLOURS.get(name.partition(", ")[0], "grey") for name in bars]
     bars = {textwrap.fill(in_words(name), 36): values for name, values in bars.items()}
     axes.barh(list(bars), list(map(statistics.mean, bars.values())), color=colours, alpha=0.5)
@@ -160,7 +165,7 @@ def draw_clips(pictures: dict[str, Tensor], title: str, path: Path) -> None:
     images = {name: to_images(clips)[:, ::2] for name, clips in pictures.items()}
     count, shown, *frame = next(iter(images.values())).shape
     size = (4.4, (2.15 * count / shown + 0.22) * rows + 0.25)  # as wide as the curves
-    figure, grid = pyplot().subplots(rows, 2, figsize=size, squeeze=False, layout="constrained")
+    figure, grid = subplots(rows, 2, size, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, (name, frames) in zip(grid.flat, images.items(), strict=False):
@@ -173,7 +178,7 @@ def draw_clips(pictures: dict[str, Tensor], title: str, path: Path) -> None:
 def draw_losses(runs: list[Path], path: Path) -> None:
     """The losses of runs, stage by stage, over the seconds that they trained: in training, smoothed, and, where clips
     are held out, on those. Raises ValueError or OSError if there are none."""
-    figure, axes = pyplot().subplots(figsize=(6, 3.8), layout="constrained")
+    figure, axes = subplots(1, 1, (6, 3.8))
     for number, run in enumerate(runs):
         if not (run / "metrics.jsonl").exists():
             raise ValueError(f"{run} holds no metrics.jsonl: it is not the folder of a run")
@@ -205,7 +210,7 @@ def smooth(values: tuple[float, ...], decay: float = 0.8) -> list[float]:
 
 def draw_windows(path: Path, stages: int = 3) -> None:
     """The times that each stage works on, from t = 1 to 0, its frame rate, and the jumps of renoising between them."""
-    figure, rows = pyplot().subplots(2, 1, figsize=(6, 3.8), sharex=True, layout="constrained")
+    figure, rows = subplots(2, 1, (6, 3.8), sharex=True)
     for axes, mode in zip(rows, ("flow", "ddim"), strict=True):
         pyramid = Pyramid(mode, stages)
         for stage in pyramid:
@@ -239,7 +244,7 @@ def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
     keep(noise, torch.ones(1), len(pyramid) - 1)
     pyramid.sample(predict, shape, [steps] * len(pyramid), "ab2", [generator_for(0, SAMPLING, 3)], callback=keep)
     moments = [shown[k * (steps + 1) + step] for k in range(len(pyramid)) for step in (0, steps // 2, steps)]
-    figure, grid = pyplot().subplots(len(moments), weights.frames, figsize=(10, 6), layout="constrained")
+    figure, grid = subplots(len(moments), weights.frames, (10, 6))
     for row, (k, t, clip) in zip(grid, moments, strict=True):
         row[0].set_ylabel(f"stage {k}\nt = {t:.2f}", rotation=0, ha="right", va="center", fontsize=9)
         for axes in row:

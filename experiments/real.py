@@ -36,7 +36,7 @@ from checkpoint import SHIPPED, load_weights, make_pyramid
 from cli import Parser, keep_memory, non_negative_int, one_sentence, positive_int, real_number, whole_number
 from data import height_width
 from experiments.claims import time_to
-from experiments.figures import draw_clips, draw_curves, draw_panels, pyplot
+from experiments.figures import draw_clips, draw_curves, draw_panels, figure_class
 from experiments.metrics import NAMED, add_command
 from experiments.report import provenance, publish, spread
 from experiments.runs import run_train, seconds_a_step
@@ -171,7 +171,7 @@ def scores(args: argparse.Namespace) -> None:
     held-out loss; and the distance over the cost of sampling its last weights. Stages of different systems have
     different targets, so compare a loss within a system only. The pictures are of each system's first run, 30 Euler
     steps."""
-    pyplot()  # says what to install, if anything
+    figure_class()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     runs = finished_runs(args.runs)
     paces = paces_of(args.paces, args.runs, runs) if args.paces else {}

@@ -15,7 +15,7 @@ import train
 from checkpoint import Weights, load_weights, make_pyramid, weight_file
 from cli import choose_device
 from data import FolderClips
-from experiments.figures import draw_bars, draw_clips, pyplot
+from experiments.figures import draw_bars, draw_clips, figure_class
 from experiments.metrics import (
     NAMED,
     digest,
@@ -133,7 +133,7 @@ def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:
 def distance(args: argparse.Namespace) -> None:
     """How far damaged real clips are from others, of other files, by several distances; and samples of --checkpoint. A
     good distance grows with every damage and falls as a model gets better."""
-    pyplot()  # says what to install, if anything
+    figure_class()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     models = {path: load_weights(weight_file(path), choose_device()) for path in args.checkpoint}
     seen = FolderClips(args.data / "train", 16, 64, labels=True)
@@ -168,7 +168,7 @@ def names(args: argparse.Namespace) -> None:
     """How often a clip is named rightly, after the nearest training clip: damaged training clips, their own files
     apart, and samples of --checkpoint by solver steps and guidance. A good score falls with every damage and rises as
     samples get better. All clips have labels that two training clips or more have."""
-    pyplot()  # says what to install, if anything
+    figure_class()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     weights, device = load_weights(weight_file(args.checkpoint), choose_device()), choose_device()
     known, rows = FolderClips(args.data / "train", weights.frames, weights.size, labels=True), []
@@ -205,7 +205,7 @@ def copies(args: argparse.Namespace) -> None:
     """Whether samples repeat training clips: how far samples and held-out clips are from the nearest window of any
     training clip, of the splits train and settings. The root mean square difference on frames of 16x16 pixels, whose
     range is -1 to 1. The picture shows the samples that are nearest to a training clip, each with it."""
-    pyplot()  # says what to install, if anything
+    figure_class()  # says what to install, if anything
     args.out.mkdir(parents=True, exist_ok=True)
     weights = load_weights(weight_file(args.checkpoint), choose_device())
     shape = weights.frames, weights.size

@@ -176,23 +176,25 @@ def test_distances_flicker_tracks_and_times_are_those_computed_by_hand():
     assert figures.in_words("a, time") == "a, time"
 
 
-def test_a_figure_names_each_system_by_its_colour_and_each_seed_by_its_dash(tmp_path):
-    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+def test_a_figure_names_each_system_by_its_colour_and_each_seed_by_its_dash(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    saved = []
+    monkeypatch.setattr(figures.figure_class(), "savefig", lambda figure, *_, **__: saved.append(figure))
     points, labels = [(1, [2.0]), (2, [1.0])], ("title", "x", "y", tmp_path / "a.png")
     curves = {f"{name}, seed {seed}": points for seed in (1, 2) for name in ("vanilla", "time")}
     figures.draw_curves(curves, *labels, real=0.5, goals=[1.0, 1.1])
-    (legend,), lines = figures.pyplot().gcf().legends, figures.pyplot().gca().get_lines()
+    (legend,), lines = saved[-1].legends, saved[-1].axes[0].get_lines()
     seeds, rest = ["training seed 1", "training seed 2"], ["vanilla at its end, each seed", "real clips"]
     assert [text.get_text() for text in legend.get_texts()] == ["vanilla", "pyramid in time", *seeds, *rest]
     looks = [(line.get_color(), line.get_linestyle()) for line in lines[:4]]
     assert looks == [("C0", "-"), ("C1", "-"), ("C0", "--"), ("C1", "--")]
     figures.draw_curves(curves | {"real": points}, *labels)  # a curve without a seed is one of a kind
-    assert len(figures.pyplot().gcf().legends[0].get_texts()) == 5
+    assert len(saved[-1].legends[0].get_texts()) == 5
     figures.draw_curves(dict(list(curves.items())[:3]), *labels)  # one is missing: each has its own name
-    assert len(figures.pyplot().gcf().legends[0].get_texts()) == 3
+    assert len(saved[-1].legends[0].get_texts()) == 3
     figures.draw_bars({"time, a": [1.0], "by chance": [2.0]}, *labels[:2], tmp_path / "a.png", 0.5)
-    assert [bar.get_facecolor()[:3] for bar in figures.pyplot().gca().patches] == [
-        figures.pyplot().matplotlib.colors.to_rgb(colour) for colour in ("C1", "grey")
+    assert [bar.get_facecolor()[:3] for bar in saved[-1].axes[0].patches] == [
+        matplotlib.colors.to_rgb(colour) for colour in ("C1", "grey")
     ]
 
 
