@@ -104,17 +104,16 @@ def draw_panels(panels: dict[str, dict[str, list]], title: str, x_label: str, y_
     dashes = dict(zip(names, itertools.cycle(("-", "--", ":")), strict=False))
     for axes, (system, curves) in zip(grid.flat, panels.items(), strict=False):
         for name, points in curves.items():
-            draw_curve(axes, points, statistics.mean, COLOURS[system], dashes[name], None)
+            draw_curve(axes, points, statistics.mean, COLOURS.get(system, "grey"), dashes[name], None)
         axes.set_title(in_words(system), fontsize=8)
         axes.set(xscale="log", yscale="log")
         name_ticks(axes.xaxis, axes.yaxis)
         axes.tick_params(labelsize=7, which="both")
         axes.grid(alpha=0.3, which="both")
-    for name, dash in dashes.items():
-        axes.plot([], [], dash, color="grey", label=name)
-    figure.suptitle(title, fontsize=10)
-    for axes in grid[-1]:
         axes.set_xlabel(x_label, fontsize=6)
+    for name, dash in dashes.items():
+        grid[0, 0].plot([], [], dash, color="grey", label=name)
+    figure.suptitle(title, fontsize=10)
     figure.supylabel(y_label, fontsize=8)
     figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=7, handlelength=3)
     figure.savefig(path, dpi=200)

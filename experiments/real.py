@@ -2,7 +2,8 @@
 
   python -m experiments.emoji                                         the clips
   python -m experiments.real train --seconds 7200                     the runs, each with as much time
-  python -m experiments.real settings                                 which options of runs do best on other clips
+  python -m experiments.real train --runs runs/settings/lr-4e-3 --options=' --lr 4e-3' --seconds 900   a choice
+  python -m experiments.real settings                                 which choice does best
   python -m experiments.real pace                                     what a step takes, measured in turn
   python -m experiments.real scores                                   their held-out losses and distances
   python -m experiments.real distance                                 what the distance says of damaged real clips
@@ -146,7 +147,7 @@ def system_and_seed(folder: Path) -> tuple[str, int]:
 
 
 def begun_runs(folder: Path, below: str = "") -> dict[Path, list[str]]:
-    """The folders of runs, and their options as words."""
+    """The folders of runs, and their options as words; `below` is "*/" if they are one level down."""
     return {note.parent: shlex.split(note.read_text()) for note in sorted(folder.glob(f"{below}*-seed-*/options.txt"))}
 
 
@@ -154,13 +155,15 @@ def finished_runs(folder: Path, below: str = "") -> dict[Path, argparse.Namespac
     """The folders of runs that are done, and their options. Raises ValueError if there are none or clips differ."""
     runs = {}
     for run, words in begun_runs(folder, below).items():
+        system_and_seed(run)  # refuses other names
         options = train.make_parser().parse_args(words)
         if all((run / f"weights-{options.steps * share // 100}.pt").exists() for share in SHARES):
             runs[run] = options
         else:
             print(f"{run} is passed over: it is not done", file=sys.stderr)
     if not runs:
-        raise ValueError(f"{folder} holds no finished runs: python -m experiments.real train makes them")
+        where = folder / "CHOICE" if below else folder
+        raise ValueError(f"{where} holds no finished runs: python -m experiments.real train --runs {where} makes them")
     if len({(options.frames, options.size) for options in runs.values()}) > 1:
         raise ValueError(f"the runs in {folder} make clips of different frames or sizes")
     return runs
@@ -188,7 +191,7 @@ def scores(args: argparse.Namespace) -> None:
             weights = load_weights(file, scored.device)
             found = scored.after_training(file, weights, options)
             points.append((step * paces[system] if paces else seconds[step], found))
-            second, far, losses = points[-1][0], found["distance"], in_digits(found["losses"])
+            second, far, losses = points[-1][0], found["distance"], ", ".join(f"{x:.4f}" for x in found["losses"])
             rows.append([folder.name, step, f"{second:.0f}", f"{far:.0f}", *found["named"], losses])
         pyramid = make_pyramid(weights)
         if system not in pictures:
@@ -212,23 +215,21 @@ def scores(args: argparse.Namespace) -> None:
 
 
 def settings(args: argparse.Namespace) -> None:
-    """Distance and loss of runs with other options, on clips that are there to choose options by: the split *settings*.
-    --runs holds a folder of runs for each choice. Their last weights are measured."""
+    """Distance of runs with other options to clips that are there to choose options by, the split *settings*. --runs
+    holds a folder for each choice, and it runs of the systems. Give all systems equally many choices. The split has few
+    clips, so these distances are not those of `scores`. The last weights are measured."""
     args.out.mkdir(parents=True, exist_ok=True)
     runs, rows = finished_runs(args.runs, "*/"), []
     scored = Scored("settings", next((options.frames, options.size) for options in runs.values()), args)
     for folder, options in runs.items():
-        file, seconds = folder / f"weights-{options.steps}.pt", [*map(json.loads, (folder / "metrics.jsonl").open())]
-        found = scored.after_training(file, load_weights(file, scored.device), options, named=False)
-        batch, took = " ".join(map(str, train.batch_sizes(options))), f"{seconds[-1]['seconds']:.0f}"
-        far, losses = f"{found['distance']:.0f}", in_digits(found["losses"])
-        rows.append([folder.name, batch, f"{options.lr:g}", options.steps, took, far, losses])
-    header = ["run", "clips a step", "--lr", "steps", "seconds", "distance", "loss by stage, 0 first"]
-    publish([(header, sorted(rows, key=itemgetter(0)))], args.made_by, args.out / "real-settings.json")
-
-
-def in_digits(losses: list[float]) -> str:
-    return ", ".join(f"{loss:.4f}" for loss in losses)
+        file = folder / f"weights-{options.steps}.pt"
+        weights = load_weights(file, scored.device)
+        even = tuple(split_steps(args.steps, weights.stages, make_pyramid(weights).lengths))
+        distance = scored.after_sampling(file, weights, even, "euler")
+        seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+        rows.append([folder.name, folder.parent.name, options.steps, f"{seconds:.0f}", f"{distance:.0f}"])
+    header = ["run", "choice", "steps", "seconds", "distance"]
+    publish([(header, sorted(rows, key=itemgetter(0, 1)))], args.made_by, args.out / "real-settings.json")
 
 
 def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list], floor: float, args) -> None:

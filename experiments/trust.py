@@ -43,8 +43,9 @@ def sampled(
 
 
 class Scored:
-    """What weights score on the clips of one split of --data: taken from real-cells.json of --out, or measured now.
-    Clips are sampled with the labels of training clips. The loss is without labels, on at least 64 clips."""
+    """What weights score on the clips of one split of --data, of `shape` frames and size: taken from real-cells.json of
+    --out, or measured now. Clips are sampled with the labels of training clips. The loss is without labels, on at least
+    64 clips. Raises DataError if there is no such split."""
 
     def __init__(self, split: str, shape: tuple[int, int | list[int]], args: argparse.Namespace):
         self.args, self.device = args, choose_device()
@@ -62,21 +63,18 @@ class Scored:
         """Takes minutes to make on a CPU."""
         return naming(self.seen, partial(placed_features, self.network), self.device)
 
-    def after_training(self, file: Path, weights: Weights, options: argparse.Namespace, named: bool = True) -> dict:
-        """Distance of samples of --steps steps, held-out losses by stage and, if wanted, how many are named rightly."""
+    def after_training(self, file: Path, weights: Weights, options: argparse.Namespace) -> dict:
+        """Distance of samples of --steps steps, how many are named rightly, and held-out losses, stage 0 first. Raises
+        ValueError if these cannot be measured."""
 
         def measure() -> dict:
             clips = sampled(weights, self.labels, self.args, self.args.steps)
             losses = train.held_out_loss(weights.model, make_pyramid(weights), self.clips, options)
             if losses is None:  # why was said
                 raise ValueError("a held-out loss cannot be measured; the scores before it are kept")
-            return (
-                self.distances(clips)
-                | ({"named": self.named(clips, self.labels)} if named else {})
-                | {"losses": losses}
-            )
+            return self.distances(clips) | {"named": self.named(clips, self.labels), "losses": losses}
 
-        return self.score(file, f"{self.args.steps} steps of euler, {'names, ' if named else ''}loss", measure)
+        return self.score(file, f"{self.args.steps} steps of euler, names, loss", measure)
 
     def after_sampling(self, file: Path, weights: Weights, steps: tuple[int, ...], solver: str) -> float:
         """Distance of samples that are made in this way."""

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import tarfile
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -578,16 +577,23 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
         assert (tmp_path / "real-cells.json").read_text() == cells
     for choice in ("b", "a"):
         shutil.copytree(tmp_path / "runs", tmp_path / "choices" / choice)
+    shutil.copy(tmp_path / "choices/b/vanilla-seed-1/weights-2.pt", tmp_path / "choices/b/vanilla-seed-1/weights-8.pt")
     (tmp_path / "choices/b/space-time-seed-2/weights-12.pt").unlink()
     choose = f"settings --data {tmp_path} --runs {tmp_path}/choices {few}".split()
     for _ in range(2):
         real.main(choose)
         ((_, chosen),) = tables_of(tmp_path / "real-settings.json")
-        counts = {"space-time-seed-1": 2, "space-time-seed-2": 1, "vanilla-seed-1": 2, "vanilla-seed-2": 2}
-        assert Counter(row[0] for row in chosen) == counts
+        runs = ["space-time-seed-1"] * 2 + ["space-time-seed-2"] + ["vanilla-seed-1"] * 2 + ["vanilla-seed-2"] * 2
+        assert [row[0] for row in chosen] == runs and [row[1] for row in chosen] == list("abaabab")
         said = capsys.readouterr()
     assert " steps of " not in said.out and "b/space-time-seed-2 is passed over" in said.err
-    assert chosen[0][1:4] == ["2 2 2", "0.002", 12] and chosen[0][6] != trained[3][6]  # of other clips
+    distances = json.loads((tmp_path / "real-cells.json").read_text())
+    of_choices = [distances[name]["distance"] for name in distances if name.startswith(("a, van", "b, van"))]
+    assert len(set(of_choices)) == 3  # of the second seed both are the same
+    (ours,) = (distances[name]["distance"] for name in distances if name.startswith("a, vanilla-seed-1"))
+    assert ours not in scored[("vanilla", "3", "euler")]  # other clips
+    said = fails_with_one_line(capsys, real.main, *f"settings --data {tmp_path} --runs {tmp_path}/runs {few}".split())
+    assert "CHOICE holds no finished runs" in said
     real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
     ((_, rows),) = tables_of(tmp_path / "distance.json")
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
