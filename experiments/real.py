@@ -29,8 +29,6 @@ from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
-import torch
-
 import sample
 import train
 from checkpoint import SHIPPED, load_weights, make_pyramid
@@ -206,11 +204,10 @@ def scores(args: argparse.Namespace) -> None:
                 known[solver, split] = scored.after_sampling(file, weights, split, solver)
             way = system, "-".join(map(str, split)), solver, calls[split]
             front.setdefault(way, []).append(known[solver, split])
-    train_clips = torch.stack([scored.seen[number][0] for number in range(args.number)]).to(scored.device)
-    floor = scored.distances(train_clips)["distance"]
+    floor = scored.floor()
     rows.append(["real training clips", "", "", f"{floor:.0f}", "", "", ""])
     publish_scores(rows, trained, front, floor, args)
-    pictures["real"] = train_clips[:8].cpu()
+    pictures["real"] = scored.train_clips[:8].cpu()
     draw_clips(pictures, "Real clips: samples of each system, the same labels", args.out / "real-clips.png")
 
 
@@ -228,8 +225,10 @@ def settings(args: argparse.Namespace) -> None:
         distance = scored.after_sampling(file, weights, even, "euler")
         seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
         rows.append([folder.name, folder.parent.name, options.steps, f"{seconds:.0f}", f"{distance:.0f}"])
+    rows.sort(key=itemgetter(0, 1))
+    rows.append(["real training clips", "", "", "", f"{scored.floor():.0f}"])
     header = ["run", "choice", "steps", "seconds", "distance"]
-    publish([(header, sorted(rows, key=itemgetter(0, 1)))], args.made_by, args.out / "real-settings.json")
+    publish([(header, rows)], args.made_by, args.out / "real-settings.json")
 
 
 def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list], floor: float, args) -> None:

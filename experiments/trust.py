@@ -51,7 +51,8 @@ class Scored:
         self.args, self.device = args, choose_device()
         self.clips = FolderClips(args.data / split, *shape)
         self.seen = FolderClips(args.data / "train", *shape, labels=True)
-        self.labels = torch.tensor([self.seen[number][1] for number in range(args.number)])
+        clips, labels = zip(*(self.seen[number] for number in range(args.number)), strict=True)
+        self.train_clips, self.labels = torch.stack(clips).to(self.device), torch.tensor(labels)
         reference = real_clips(0, min(args.reference, 4 * len(self.clips.sources)), self.clips).to(self.device)
         self.network = load_efficientnet().to(self.device)
         self.distances = distances_to(reference, {"distance": partial(picture_features, self.network)})
@@ -62,6 +63,10 @@ class Scored:
     def named(self) -> Callable:
         """Takes minutes to make on a CPU."""
         return naming(self.seen, partial(placed_features, self.network), self.device)
+
+    def floor(self) -> float:
+        """Distance of real training clips."""
+        return self.distances(self.train_clips)["distance"]
 
     def after_training(self, file: Path, weights: Weights, options: argparse.Namespace) -> dict:
         """Distance of samples of --steps steps, how many are named rightly, and held-out losses, stage 0 first. Raises

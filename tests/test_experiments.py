@@ -584,7 +584,8 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
         real.main(choose)
         ((_, chosen),) = tables_of(tmp_path / "real-settings.json")
         runs = ["space-time-seed-1"] * 2 + ["space-time-seed-2"] + ["vanilla-seed-1"] * 2 + ["vanilla-seed-2"] * 2
-        assert [row[0] for row in chosen] == runs and [row[1] for row in chosen] == list("abaabab")
+        assert [row[0] for row in chosen] == [*runs, "real training clips"]
+        assert [row[1] for row in chosen] == [*"abaabab", ""]
         said = capsys.readouterr()
     assert " steps of " not in said.out and "b/space-time-seed-2 is passed over" in said.err
     distances = json.loads((tmp_path / "real-cells.json").read_text())
