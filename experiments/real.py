@@ -213,8 +213,8 @@ def scores(args: argparse.Namespace) -> None:
 
 def settings(args: argparse.Namespace) -> None:
     """Distance of runs with other options to clips that are there to choose options by, the split *settings*. --runs
-    holds a folder for each choice, and it runs of the systems. Give all systems equally many choices. The split has few
-    clips, so these distances are not those of `scores`. The last weights are measured."""
+    holds a folder for each choice, with runs of the systems in it. Give all systems equally many choices. The split has
+    other clips, and fewer, so compare these distances with no others. Their last weights are measured."""
     args.out.mkdir(parents=True, exist_ok=True)
     runs, rows = finished_runs(args.runs, "*/"), []
     scored = Scored("settings", next((options.frames, options.size) for options in runs.values()), args)
