@@ -167,6 +167,24 @@ def test_the_front_page_s_minutes_of_the_default_training_are_those_of_its_measu
     assert "Two CPU cores take [{:.0f} to {:.0f} minutes]".format(*minutes) in " ".join(pages()["README.md"].split())
 
 
+def test_what_the_pages_say_by_hand_of_two_hours_of_training_is_in_their_tables():
+    path, words = ROOT / "experiments/results/two-hours/real.json", {}
+    (_, runs), (_, ways), (_, ends) = json.loads(path.read_text())["tables"]
+    for name in ("README.md", "experiments/README.md"):
+        words[name] = " ".join((ROOT / name).read_text().split())
+    assert "(one training seed, a tenth longer)" in words["README.md"]
+    assert sum(row[0].startswith("space-seed") for row in runs) == 4
+    seconds = {row[0]: float(row[1]) for row in ends}
+    assert round(seconds["space"] / seconds["vanilla"], 1) == 1.1
+    assert "(no lead with thirty)" in words["README.md"]
+    thirty = {row[0]: row[4] for row in ways if row[1] in ("30", "10-10-10") and row[2] == "euler"}
+    vanilla, least, most = map(int, re.findall(r"\d+", thirty["vanilla"]))
+    assert vanilla - int(thirty["time"].split()[0]) < most - least  # of two training seeds
+    assert "two seeds of the pyramid differ by ninety" in words["experiments/README.md"]
+    one, other = (int(row[3]) for row in runs if row[0].startswith("space-time") and row[1] == 1691)
+    assert one - other == 90
+
+
 def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
     text = " ".join((ROOT / "COMPANION.md").read_text().split())
     *errors, last = (100 * KNOWN_ERRORS[mode, solver][20] for mode in ("flow", "ddim") for solver in ("euler", "ab2"))
