@@ -149,6 +149,11 @@ def begun_runs(folder: Path, below: str = "") -> dict[Path, list[str]]:
     return {note.parent: shlex.split(note.read_text()) for note in sorted(folder.glob(f"{below}*-seed-*/options.txt"))}
 
 
+def options_of(runs: Iterable[Path], folder: Path) -> dict[str, str]:
+    """The options of the `runs` in a folder, by name."""
+    return {str(run.relative_to(folder)): (run / "options.txt").read_text().strip() for run in runs}
+
+
 def finished_runs(folder: Path, below: str = "") -> dict[Path, argparse.Namespace]:
     """The folders of runs that are done, and their options. Raises ValueError if there are none or clips differ."""
     runs = {}
@@ -206,6 +211,7 @@ def scores(args: argparse.Namespace) -> None:
             front.setdefault(way, []).append(known[solver, split])
     floor = scored.floor()
     rows.append(["real training clips", "", "", f"{floor:.0f}", "", "", ""])
+    args.made_by["options"] = options_of(runs, args.runs)
     publish_scores(rows, trained, front, floor, args)
     pictures["real"] = scored.train_clips[:8].cpu()
     draw_clips(pictures, "Real clips: samples of each system, the same labels", args.out / "real-clips.png")
@@ -228,7 +234,8 @@ def settings(args: argparse.Namespace) -> None:
     rows.sort(key=itemgetter(0, 1))
     rows.append(["real training clips", "", "", "", f"{scored.floor():.0f}"])
     header = ["run", "choice", "steps", "seconds", "distance"]
-    publish([(header, rows)], args.made_by, args.out / "real-settings.json")
+    made_by = args.made_by | {"options": options_of(runs, args.runs)}
+    publish([(header, rows)], made_by, args.out / "real-settings.json")
 
 
 def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list], floor: float, args) -> None:

@@ -528,7 +528,8 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
     for k in range(3):
         losses = [found["losses"][k] for found in ends["space-time"]]
         assert drawn["real-losses"]["space-time"][f"stage {k}"][-1][1] == losses
-    before = tables_of(tmp_path / "real.json")
+    before, written = tables_of(tmp_path / "real.json"), {name: note.strip() for name, note in notes.items()}
+    assert json.loads((tmp_path / "real.json").read_text())["options"] == written
     assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
     real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
     assert " steps of " not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
@@ -586,6 +587,8 @@ def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, 
         runs = ["space-time-seed-1"] * 2 + ["space-time-seed-2"] + ["vanilla-seed-1"] * 2 + ["vanilla-seed-2"] * 2
         assert [row[0] for row in chosen] == [*runs, "real training clips"]
         assert [row[1] for row in chosen] == [*"abaabab", ""]
+        options = json.loads((tmp_path / "real-settings.json").read_text())["options"]
+        assert len(options) == 7 and options["b/vanilla-seed-1"] == written["vanilla-seed-1"]
         said = capsys.readouterr()
     assert " steps of " not in said.out and "b/space-time-seed-2 is passed over" in said.err
     distances = json.loads((tmp_path / "real-cells.json").read_text())
