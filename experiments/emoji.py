@@ -11,7 +11,6 @@ label. A first code point is in one of the three alone, as names that begin alik
 import base64
 import hashlib
 import io
-import json
 import tarfile
 import urllib.request
 from pathlib import Path
@@ -21,7 +20,12 @@ from tqdm import tqdm
 
 from cli import Parser, one_sentence
 
-PACKAGES = [f"@lobehub/fluent-emoji-anim-{number}" for number in (1, 2, 3)]
+URL = "https://registry.npmjs.org/@lobehub/{0}/-/{0}-1.0.0.tgz"
+PACKAGES = {  # the files whose clips were measured, by sha512
+    "fluent-emoji-anim-1": "/4m31vAuZEQ4aUJ5pxcOU5PVkuJya55GRxUZL7+zgLlxZXpzzE8jPqpDyhZICE3n47nS/Y9M5/vLdizi8201QA==",
+    "fluent-emoji-anim-2": "S6yzf0RZXrQbXdxCWuHA9BAoLdBRk2flX+ne4TPGEH/qApwisCAKHoAAGjKSlTY3OVeZ9b7t/NEbmpjawnQYJA==",
+    "fluent-emoji-anim-3": "UzRSUDMjdfdt9vER5bhjHkPqgc3EEgfGtYs6ndvizOTvQOxYQ57ow2RTkWSDZxwW30X4EYBi2eWTS7CXDDoFsg==",
+}
 ALWAYS_TRAIN = ("1f468", "1f469")  # man and woman, with a fifth of all clips
 
 
@@ -34,14 +38,12 @@ def part_of(code_point: str) -> str:
 
 
 def download(package: str) -> bytes:
-    """The newest version of an npm package. Raises OSError if it cannot be had or is not what the registry says."""
-    with urllib.request.urlopen(f"https://registry.npmjs.org/{package.replace('/', '%2f')}") as answer:
-        about = json.load(answer)
-    dist = about["versions"][about["dist-tags"]["latest"]]["dist"]
-    with urllib.request.urlopen(dist["tarball"]) as answer:
+    """A file of PACKAGES. Raises OSError if it cannot be had or is another than the one that was measured."""
+    url = URL.format(package)
+    with urllib.request.urlopen(url) as answer:
         content = answer.read()
-    if dist["integrity"] != "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode():
-        raise OSError(f"{dist['tarball']} is not what the registry says it is: try again")
+    if base64.b64encode(hashlib.sha512(content).digest()).decode() != PACKAGES[package]:
+        raise OSError(f"{url} is not the file that was measured: try again")
     return content
 
 

@@ -1,6 +1,8 @@
 """Measuring: what a score means, what a claim trains and writes, what is timed, and how the page is made."""
 
+import base64
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -441,6 +443,15 @@ def test_attention_and_training_are_measured_by_size(tmp_path):
     ((header, rows),) = tables_of(tmp_path / "training.json")
     assert [row[2] for row in rows] == ["vanilla", "time", "space-time"] and len(header) == len(rows[0]) == 7
     assert all(0 <= float(row[3]) < 2 and float(row[4]) > 0 for row in rows)
+
+
+def test_emoji_of_another_package_than_the_one_that_was_measured_are_refused(tmp_path, monkeypatch, capsys):
+    (package, _), *_ = emoji.PACKAGES.items()
+    monkeypatch.setattr(emoji.urllib.request, "urlopen", lambda url: io.BytesIO(b"clips"))
+    said = fails_with_one_line(capsys, emoji.main, "--out", tmp_path)
+    assert f"{package}-1.0.0.tgz is not the file that was measured" in said and not list(tmp_path.iterdir())
+    monkeypatch.setitem(emoji.PACKAGES, package, base64.b64encode(hashlib.sha512(b"clips").digest()).decode())
+    assert emoji.download(package) == b"clips"
 
 
 def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(tmp_path, monkeypatch, capsys):

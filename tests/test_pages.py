@@ -15,6 +15,8 @@ from conftest import ROOT, pages
 import tpdiff
 import train
 from checkpoint import SHIPPED, load_weights
+from examples.families import WAN
+from experiments import emoji
 from test_tpdiff import KNOWN_ERRORS
 
 # From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
@@ -165,6 +167,17 @@ def test_the_front_page_s_minutes_of_the_default_training_are_those_of_its_measu
         header, rows = json.loads(path.read_text())["tables"][0]
         minutes.append(steps * float(rows[-1][header.index("ms [quartiles]")]) / 60e3)
     assert "Two CPU cores take [{:.0f} to {:.0f} minutes]".format(*minutes) in " ".join(pages()["README.md"].split())
+
+
+def test_the_front_page_s_other_numbers_by_hand_are_those_of_the_code_and_of_the_measured_steps():
+    front = " ".join(pages()["README.md"].split())
+    assert "downloads 550 MB" in front and "Some 550 MB are downloaded" in emoji.__doc__
+    assert "for Wan over five seconds" in front and 5 < WAN.frames / WAN.fps < 5.1
+    assert "each gain may be wrong by more than a fifth" in front
+    header, rows = json.loads((ROOT / "experiments/results/training.json").read_text())["tables"][1]
+    pace = {row[0]: float(row[header.index("ms a step")]) for row in rows}
+    same = [pace[name] / pace[name.replace("flow", "ddim")] for name in ("flow-1", "flow-3", "flow-3-space-time")]
+    assert 1.15 < max(max(ratio, 1 / ratio) for ratio in same) < 1.25  # the same work, measured twice
 
 
 def test_what_the_pages_say_by_hand_of_two_hours_of_training_is_in_their_tables():
