@@ -569,13 +569,13 @@ def optimal_predictor(p: Pyramid, size: tuple):
     return predict
 
 
-def covariance_error(p: Pyramid, steps: int, solver: str, size: tuple = (16, 1, 1)) -> float:
+def covariance_error(p: Pyramid, steps: int | list, solver: str, size: tuple = (16, 1, 1)) -> float:
     """Relative error of the final covariance with `steps` a stage, exactly: the sampler is run on unit vectors."""
     elements = [math.prod(stage_size(p, k, size)) for k in range(len(p))]
     dimensions = elements[-1] + math.prod(p.factor) * sum(elements[1:])
     with pytest.MonkeyPatch.context() as patch:
         give_basis_noise(patch, dimensions)
-        shape, counts = (dimensions, 1, *size), [steps] * len(p)
+        shape, counts = (dimensions, 1, *size), [steps] * len(p) if isinstance(steps, int) else steps
         out = p.sample(optimal_predictor(p, size), shape, counts, solver, dtype=torch.float64).flatten(1)
     return ((out.T @ out - data_covariance(size)).norm() / data_covariance(size).norm()).item()
 
@@ -848,7 +848,7 @@ stage, dtype, x = self[k], dtype or x.dtype, _precise(x) -> stage, dtype, x = se
 grid = [self._unshifted(min(t, stage.t_start)), self._unshifted(stage.t_end)] -> grid = [t, stage.t_end]
 self._shifted(torch.linspace(*grid, steps + 1 -> self._shifted(torch.linspace(*grid, steps + 2
 times = self._shifted(torch.linspace(*grid, -> times = abs(torch.linspace(*grid,
-(times - stage.t_end) / length -> (times - stage.t_end)
+(times - stage.t_end) / (stage.t_start - stage.t_end) if -> (times - stage.t_end) if
 else sigmas / gammas -> else sigmas
 predict(x.to(dtype, copy=True), times[i] -> predict(x.clone(), times[i]
 copy=True), times[i].to(x) -> copy=True), times[i].to(dtype)
@@ -863,8 +863,8 @@ h * h / (2 * before[0]) * (slope - before[1]) -> h * h / (2 * before[0]) * (befo
 h * h / (2 * before[0]) * (slope - before[1]) -> h * h / before[0] * (slope - before[1]) -> h / 2 * (slope - before[1])
 following, times[i + 1], k) -> following, times[i], k)
 _called_back(callback, following, times[i + 1], k) -> following
-reversed(lengths or [1 / stages] * stages) -> list(lengths or [1 / stages] * stages)
-steps * n + 1e-9 -> steps * n - 1e-9
+for n in reversed(lengths)] -> for n in lengths]
+/ sum(lengths) + 1e-9 -> / sum(lengths) - 1e-9 -> + 1e-9
 max(1, math.floor -> max(0, math.floor
 counts[0] += max -> counts[-1] += max
 while sum(counts) > steps: -> while False:

@@ -33,8 +33,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 def downsample(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Down of Eq. 7-8: frames 0, stride[0], 2 stride[0], ...; in space the means of stride[1] x stride[2] pixels.
-    (B, C, T, H, W) -> (B, C, ceil(T / stride[0]), H / stride[1], W / stride[2]). Raises ValueError if H or W
-    does not divide."""
+    (B, C, T, H, W) -> (B, C, ceil(T / stride[0]), H / stride[1], W / stride[2]), or ValueError is raised."""
     return _block_mean(x[:, :, :: stride[0]], (1, *stride[1:]))
 
 
@@ -174,8 +173,10 @@ class Pyramid:
         return Stage(k, tuple(n**k for n in self.factor), t_start, t_end, *values)
 
     def gamma_sigma(self, t: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
-        """Eq. 6: (gamma, sigma) of x_t = gamma x0 + sigma noise at the times `t` in [0, 1], in float64 on the CPU."""
+        """Eq. 6: gamma and sigma at the times `t` in [0, 1], in float64 on the CPU. ValueError for other times."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        if not ((t >= 0) & (t <= 1 + 1e-6)).all():  # as float32 rounds them
+            raise ValueError(f"times must be in [0, 1], not {t.ravel()[:9].tolist()}")
         if self.mode == "flow":
             return 1 - t, t
         angle = torch.as_tensor(self._angle_at(t), dtype=torch.float64, device="cpu")
@@ -198,12 +199,12 @@ class Pyramid:
 
     def shape(self, shape: Sequence[int], k: int) -> tuple[int, ...]:
         """A clip's shape at stage k, from its full shape (B, C, T, H, W): of T frames ceil(T / stride) are left. Raises
-        ValueError if there is no frame, or height or width does not divide by factor^(K - 1)."""
+        ValueError for another number of sizes, no frame, or a height or width not divisible by factor^(K - 1)."""
         blocks = [n ** (self.stages - 1) for n in self.factor[1:]]
-        if len(shape) < 3 or shape[2] < 1 or any(size % n for size, n in zip(shape[3:], blocks, strict=False)):
+        if len(shape) != 5 or shape[2] < 1 or any(size % n for size, n in zip(shape[3:], blocks, strict=True)):
             need = f"a frame at least, height and width divisible by {blocks}: not (B, C, T, H, W) = {tuple(shape)}"
             raise ValueError(f"{self.stages} stages of factor {self.factor} need {need}")
-        return (*shape[:2], *(-(-size // n) for size, n in zip(shape[2:], self[k].stride, strict=False)), *shape[5:])
+        return (*shape[:2], *(-(-size // n) for size, n in zip(shape[2:], self[k].stride, strict=True)))
 
     def down(self, x0: Tensor, k: int) -> Tensor:
         """Clips (B, C, T, H, W) as stage k sees them, of the shape `p.shape(x0.shape, k)`, at least in float32."""
@@ -253,10 +254,10 @@ class Pyramid:
         return gamma * x - sigma * output, sigma * x + gamma * output
 
     def renoise(self, x_end: Tensor, k: int, generator: Generators = None, frames: int | None = None) -> Tensor:
-        """Eq. 14-16: from stage k's end (B, C, T, H, W) to stage k - 1's start, k >= 1, of `frames` frames (2 T).
-        Nearest upsampling gives a block of n elements one noise (of 2 frames, for the paper's factor). Fresh noise less
-        its mean over the block makes them independent again, with the variance that stage k - 1 starts with. In a pair
-        it is +n and -n, of variance 1/2: Eq. 15. Raises ValueError for stage 0, or as `upsample`."""
+        """Eq. 14-16: from stage k's end (B, C, T, H, W) to stage k - 1's start, k >= 1, of `frames` frames: factor[0]
+        T by default; of clips of any length p.shape(shape, k - 1)[2]. Upsampling gives a block of n elements (2 frames
+        in the paper) one noise. Fresh noise less its mean over the block makes them independent, with the variance of
+        stage k - 1. In a pair it is +n, -n of variance 1/2: Eq. 15. ValueError for stage 0, or as `upsample`."""
         stage = self[k]
         if stage.index == 0:
             raise ValueError("stage 0 is the last: no stage follows to renoise for")
@@ -277,7 +278,7 @@ class Pyramid:
                    (B,) is in float32 or more. One call a step, without gradients. It may change `x` and its own output.
         steps      a total, shared by `split_steps`, or one count per stage, noisiest first; uniform in unshifted time.
         solver     "euler" (Eq. 3 in ddim mode), or "ab2": two-step Adams-Bashforth along the stage's line, Euler
-                   for a stage's first step. Past the paper: as many calls, an order more accurate.
+                   for a first step (two from zero signal). Past the paper: an order more accurate, with enough steps.
         generator  one, or a list of one per clip, which makes a clip independent of its batch; on any device.
         device, dtype  of what `predict` takes and of the result. Between steps x is float32 (float64 if asked for).
         callback   callback(x, t, k), after every step and every renoising, with the time (B,) that x now has. What it
@@ -310,9 +311,8 @@ class Pyramid:
         grid = [self._unshifted(min(t, stage.t_start)), self._unshifted(stage.t_end)]
         times = self._shifted(torch.linspace(*grid, steps + 1, dtype=torch.float64, device="cpu"))
         gammas, sigmas = self.gamma_sigma(times)
-        length = stage.t_start - stage.t_end
-        ratio = (times - stage.t_end) / length if self.mode == "flow" else sigmas / gammas  # t', r
-        position, gammas, sigmas, before = ratio.tolist(), gammas.tolist(), sigmas.tolist(), None
+        ratio = (times - stage.t_end) / (stage.t_start - stage.t_end) if self.mode == "flow" else sigmas / gammas
+        position, gammas, sigmas, before = ratio.tolist(), gammas.tolist(), sigmas.tolist(), None  # t' or r
         for i in range(steps):
             output = predict(x.to(dtype, copy=True), times[i].to(x).expand(x.shape[0]), k)
             slope = _checked(output, x, f"stage {k}, step {i + 1} of {steps}")
@@ -329,12 +329,12 @@ class Pyramid:
 
 
 def split_steps(steps: int | Sequence[int], stages: int, lengths: Sequence[float] | None = None) -> list[int]:
-    """Solver steps per stage, noisiest first. A total is shared by `lengths` (by index k; evenly by default), down to
-    whole numbers of at least 1; the remainder goes to the noisiest. Raises ValueError if a stage gets no step or the
-    counts are not one per stage."""
+    """Solver steps per stage, noisiest first. A total is shared by `lengths` (of stage 0 first; evenly by default), in
+    whole numbers of at least 1; the rest goes to the noisiest. Raises ValueError without a count above 0 for each."""
     counts = [*steps] if isinstance(steps, Iterable) else []
     if isinstance(steps, Integral):
-        counts = [max(1, math.floor(steps * n + 1e-9)) for n in reversed(lengths or [1 / stages] * stages)]
+        lengths = lengths or [1] * stages
+        counts = [max(1, math.floor(steps * n / sum(lengths) + 1e-9)) for n in reversed(lengths)]
         counts[0] += max(0, steps - sum(counts))
         while sum(counts) > steps:  # short stages took more than their share
             counts[counts.index(max(counts))] -= 1

@@ -17,7 +17,7 @@ import train
 from checkpoint import SHIPPED, load_weights
 from examples.families import WAN
 from experiments import emoji
-from test_tpdiff import KNOWN_ERRORS
+from test_tpdiff import KNOWN_ERRORS, covariance_error
 
 # From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
 CORE = ["tpdiff", "model", "video", "data", "cli", "checkpoint", "sample", "train"]
@@ -224,6 +224,11 @@ def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
         counts = tpdiff.split_steps(30, 3, p.lengths)
         assert counts == [10, 10, 10] if ends else "{} {}, {} and {}".format(said, *counts) in text
     assert "`ends=(0, a / (a + 2), 2 * a / (2 * a + 1))` three stages have equal parts" in text
+    p, pairs = tpdiff.Pyramid("flow", 3, shift=5), []
+    for solver in ("euler", "ab2"):
+        errors = [100 * covariance_error(p, each, solver, (21, 1, 1)) for each in ([10, 7, 4], [23, 5, 2])]
+        pairs.append("{:.2g}% against {:.2g}%".format(*errors))
+    assert f"{pairs[0]} with Euler, {pairs[1]} with `ab2`. So give" in text
 
 
 def test_every_command_on_the_pages_is_one_that_its_parser_takes():

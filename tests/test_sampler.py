@@ -21,6 +21,7 @@ def test_steps_are_split_evenly_with_the_remainder_to_the_noisiest():
     assert split_steps([15, 10, 5], 3) == [15, 10, 5]
     assert split_steps(4, 3, [0.01, 0.98, 0.01]) == [1, 2, 1]  # a short stage takes its one step from the longest
     assert split_steps(10, 3, [0.01, 0.01, 0.98]) == [8, 1, 1]
+    assert split_steps(30, 3, [1, 1, 2]) == split_steps(30, 3, [0.25, 0.25, 0.5]) == [16, 7, 7]  # what counts is ratios
     for steps, said in ((2, "2"), ([10, 10], "10, 10"), ((5,), "5"), ([10, 0, 10], "10, 0, 10"), ([], "none")):
         with pytest.raises(ValueError, match=f"counts above 0, not {said}$"):
             split_steps(steps, 3)
@@ -188,6 +189,12 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_start + 1e-5), "stage 1 needs .* t <= 0.7"),
     (lambda: SPACE.shape((1, 1, 0, 4, 4), 0), "frame.*1, 1, 0, 4, 4"),
     (lambda: SPACE.down(CLIPS, 0), r"divisible by \[4, 1\]"),
+    (lambda: FLOW.down(CLIPS[0], 1), r"not \(B, C, T, H, W\) = \(1, 8, 2, 2\)"),
+    (lambda: FLOW.sample(same, (1, 8, 2, 2)), r"not \(B, C, T, H, W\) = \(1, 8, 2, 2\)"),
+    (lambda: FLOW.sample(same, (1, 1, 8, 2, 2, 2)), r"not \(B, C, T, H, W\) = "),
+    (lambda: FLOW.gamma_sigma(500.0), r"times must be in \[0, 1\], not \[500.0\]"),
+    (lambda: Pyramid("ddim").gamma_sigma([0.5, -0.1]), r"times must be in \[0, 1\], not \[0.5, -0.1\]"),
+    (lambda: FLOW.gamma_sigma(math.nan), "not .*nan"),
     (lambda: SPACE.sample(same, (1, 1, 3, 6, 4)), r"3 stages.*\(2, 2, 1\).*divisible by \[4, 1\].*1, 1, 3, 6, 4"),
     (lambda: FLOW.sample(same, CLIPS.shape, 2), "3 stages.*2"),
     (lambda: FLOW.sample(same, CLIPS.shape, solver="heun"), "heun"),
