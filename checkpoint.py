@@ -257,7 +257,7 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
         state.since_judged.zero_()
     head = {"format": FORMAT, "config": asdict(state.model.config), "step": state.step}
     head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
-    head |= {"digest": dataset.digest} | {name: getattr(args, name) for name in (*SETTINGS, *LATER)}
+    head |= {"digest": dataset.digests[0]} | {name: getattr(args, name) for name in (*SETTINGS, *LATER)}
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
     whole |= {name: getattr(state, name) for name in COUNTS}
@@ -273,10 +273,18 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
         keep_as(newest, "checkpoint-best.pt")
 
 
+def how_to_go_on(out: Path) -> str:
+    """What to do about a run that could not go on."""
+    saved = (out / "checkpoint.pt").exists()
+    return f"continue with --resume --out {out}" if saved else "start a new run with another --out"
+
+
 def start_metrics(path: Path, step: int) -> None:
     """Makes metrics.jsonl, or drops its rows past `step`, and a half-written one: those steps will be run again."""
-    rows = path.read_text().splitlines() if step and path.exists() else []
-    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+    rows, kept = path.read_text().splitlines() if step and path.exists() else [], []
+    for row in rows:
+        with suppress(ValueError):
+            kept += [row] if json.loads(row)["step"] <= step else []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(row + "\n" for row in kept))
 

@@ -9,6 +9,7 @@ from argparse import PARSER
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 SAMPLING, TRAINING, STAGE = range(3)  # what a generator is for; its second number
+MAY_BE_EMPTY = ("--prompt", "--negative-prompt", "--options")
 BRACKETS = "Below, [brackets] hold the default."  # of a help
 
 
@@ -34,6 +36,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's. An option of an empty value, as an unset variable of a shell leaves it, is an error."""
+        words = sys.argv[1:] if args is None else [*args]
+        empty = [name for name, value in pairwise(words) if value == ""]
+        empty += [word.removesuffix("=") for word in words if word.endswith("=")]
+        for name in empty:
+            if name.startswith("--") and name not in MAY_BE_EMPTY:
+                self.error(f"the value of {name} is empty")
+        return super().parse_known_args(words, namespace)
 
     def format_help(self) -> str:
         first = [next(iter(action.choices)) for action in self._actions if action.nargs == PARSER]
@@ -114,14 +126,15 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
     """(rank, number of processes, device), joined through torchrun's environment if it is there."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    together = "RANK" in os.environ
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if together else (0, 1)
     kind = device_type(name)
     if kind == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"process {local} of this machine finds {gpus} GPU(s): start no more processes than GPUs")
         torch.cuda.set_device(local)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if together and not dist.is_initialized():
         if kind == "mps":
             raise ValueError("--device mps works alone: start train.py without torchrun")
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
@@ -173,9 +186,11 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
-    """Bad input and a lack of memory end the command with one sentence on stderr and exit code 2."""
+    """Bad input and a lack of memory end the command with one sentence on stderr and exit code 2; Ctrl-C with 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
     except (ValueError, OSError) as error:
         parser.error(reason(error))
     except (RuntimeError, MemoryError) as error:

@@ -8,6 +8,7 @@ A clip is float32 (C, T, H, W) with pixels in [-1, 1]; the label is an int, or -
 import argparse
 import hashlib
 import json
+import os
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class MovingDigits(Dataset):
     A digit is 5/8 of the frame's shorter side high, its start uniform, its speed uniform in `speeds`.
     Raises DataError if that side is under 16 pixels or there is no frame or digit."""
 
-    channels, latent, digest = 1, False, ""
+    channels, latent, digests = 1, False, ("",)
     speeds = 1 / 40, 1 / 16  # least and most, in shorter sides a frame
     classes = tuple("0123456789")
 
@@ -162,7 +163,7 @@ class FolderClips(Dataset):
             raise DataError(f"{self.summary}; {why}. Wanted: pictures, videos, latents, {self.span}+ frames (--frames)")
         self._settle_channels()
         self.summary += self._described(why)
-        self.digest = self.digest_without(0)
+        self.digests = self.digests_without(0)
 
     def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
         """Why a clip cannot be used, the first reason of several; "" if it can."""
@@ -182,18 +183,22 @@ class FolderClips(Dataset):
 
     def _few(self, files: list[Path]) -> str:
         """The names of the first three."""
-        return ", ".join(str(file.relative_to(self.folder)) for file in files[:3]) + ", ..." * (len(files) > 3)
+        names = (os.fsencode(file.relative_to(self.folder)).decode(errors="replace") for file in files[:3])
+        return ", ".join(names) + ", ..." * (len(files) > 3)
 
-    def digest_without(self, held_out: float) -> str:
-        """What tells these clips from others, without a share of them that is held out."""
+    def digests_without(self, held_out: float) -> tuple[str, str]:
+        """What tells these clips from others, without a share of them that is held out; and the same as older versions
+        wrote it, without the sizes of files."""
         sources = self._part(held_out, False) if held_out else self.sources
         names = [[str(source.files[0].relative_to(self.folder)), source.frames] for source in sources]
-        return hashlib.sha256(json.dumps([names, self.channels]).encode()).hexdigest()
+        sizes = [[*name, source.stamp[1]] for name, source in zip(names, sources, strict=True)]
+        jsons = (json.dumps([each, self.channels]).encode() for each in (sizes, names))
+        return tuple(hashlib.sha256(each).hexdigest() for each in jsons)
 
     def _part(self, held_out: float, validation: bool) -> list[Source]:
         """The clips that are held out, or the others, in the order of their names, whose hashes decide."""
         sources = {source.files[0].relative_to(self.folder): source for source in self.sources}
-        names = sorted(sources, key=lambda name: hashlib.sha256(str(name).encode()).digest())
+        names = sorted(sources, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
         count = max(1, round(held_out * len(names)))
         return [sources[name] for name in sorted(names[:count] if validation else names[count:])]
 
@@ -331,7 +336,7 @@ def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
 def list_held_out(dataset: Dataset, path: Path) -> None:
     """Writes the files of a folder's clips that are held out, a line each; of numbered stills the first."""
     if isinstance(dataset.judged_on, FolderClips):
-        path.write_text("".join(f"{source.files[0]}\n" for source in dataset.judged_on.sources))
+        path.write_bytes(b"".join(os.fsencode(source.files[0]) + b"\n" for source in dataset.judged_on.sources))
 
 
 def to_images(clips: Tensor) -> np.ndarray:
@@ -386,4 +391,5 @@ def save_strip(clips: Tensor, path: str | Path, scale: int = 2) -> None:
 
 def save_latents(clips: Tensor, path: str | Path, latent_scale: float) -> None:
     """Clips (B, C, T, H, W) as one .npy file, float32, at the scale that their VAE gave and takes."""
-    np.save(path, (clips.detach().float().cpu() / latent_scale).numpy())
+    with open(path, "wb") as file:  # or numpy adds .npy to other endings
+        np.save(file, (clips.detach().float().cpu() / latent_scale).numpy())

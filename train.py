@@ -117,8 +117,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid, args.data)
     if args.resume:
         args, checkpoint = disk.args_to_resume(parser, argv, out, {*FREE.replace("-", "_").split(), "out", "resume"})
-    elif (out / "checkpoint.pt").exists() and (not args.data or Path(args.data).is_dir()):  # else that is told first
-        raise ValueError(f"{out} already holds a run: --resume continues it, another --out starts a new one")
+    elif (held := [*out.glob("*.pt")]) and (not args.data or Path(args.data).is_dir()):  # else that is told first
+        raise ValueError(f"{min(held)} is there already: --resume continues a run, another --out starts a new one")
     idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")
     idle |= {} if args.align == "nearest" else {"candidates": f"with --align {args.align}"}
     for name, where in idle.items():
@@ -356,7 +356,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
     args.size = dataset.size
     disk.check_size(args, dataset.latent)
-    if checkpoint and checkpoint["digest"] != dataset.digest:
+    if checkpoint and checkpoint["digest"] not in dataset.digests:
         advice = f"a new run with --init {args.out} and another --out can"
         raise ValueError(f"{args.data} holds other clips than when {args.out} began: --resume cannot go on, {advice}")
     model = make_model(dataset, args)
@@ -432,14 +432,14 @@ def main(argv: list[str] | None = None) -> None:
     except DataError as error:  # from a loader's process it comes with that one's traceback in front
         parser.error(str(error).strip().splitlines()[-1].removeprefix("video.DataError: "))
     except OSError as error:
-        parser.error(f"{error}; once that is mended, continue with --resume --out {args.out}")
+        parser.error(f"{error}; once that is mended, {disk.how_to_go_on(args.out)}")
     except (RuntimeError, MemoryError) as error:
         if cli.is_out_of_memory(error):
             parser.error(NO_MEMORY)
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         ended = f"another process of the run has ended ({cli.reason(error)})"
-        raise SystemExit(f"train.py: {ended}; continue with --resume --out {args.out}") from None
+        raise SystemExit(f"train.py: {ended}; {disk.how_to_go_on(args.out)}") from None
     finally:
         if dist.is_initialized() and ready is None:
             dist.destroy_process_group()

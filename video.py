@@ -97,7 +97,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
     known = known if isinstance(known, dict) and known.get("format") == INDEX_FORMAT else {}
 
     def look(files: tuple[Path, ...]) -> Source:
-        name, key = str(files[0]), [len(files), *_stamp(files[0])]
+        name, key = str(files[0]), [len(files), *(_stamp(files[0]) if files[0].exists() else ())]
         same = name in known and known[name]["key"] == key
         source = _from_row(files, known[name]) if same else _probe(files)
         if source.kind == "video":
@@ -130,15 +130,19 @@ def _from_row(files: tuple[Path, ...], row: dict) -> Source:
 
 
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
-    """The files of each clip under the folder, in order: one, or with `series` the stills whose numbers run on."""
-    for directory, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if Path(directory, name).resolve() != without)
+    """The files of each clip under the folder, in order: one, or with `series` the stills whose numbers run on. Links
+    are followed, but into no folder twice."""
+    seen = {without}
+    for directory, below, names in os.walk(folder, followlinks=True):
+        below[:] = [] if (real := Path(directory).resolve()) in seen else sorted(below)
+        names = [] if real in seen else names
+        seen.add(real)
         if RUN in names:
             below[:], names = [], [RUN]
         numbered = defaultdict(list)
         for path in (Path(directory, name) for name in sorted(names)):
             suffix, match = path.suffix.lower(), re.fullmatch(r"(.*?)(\d+)", path.stem)
-            if suffix not in SUFFIXES or not path.is_file():
+            if suffix not in SUFFIXES or not (path.is_file() or path.is_symlink()):
                 continue
             if series and suffix in STILLS and match:
                 numbered[match[1], suffix].append((int(match[2]), path))
@@ -280,15 +284,23 @@ def best_effort(stamps: list[tuple[int | None, int | None]], period: Fraction) -
 
 def open_latent(path: Path) -> Tensor:
     """(C, T, H, W) of real numbers, not yet read from the disk. Raises DataError for anything else."""
+    needed = "and latents are dense floating-point numbers"
     if path.suffix.lower() == ".pt":
+        with open(path, "rb") as file:
+            if file.read(1) == b"\x80":  # a bare pickle, which cannot be mapped
+                raise DataError("is of torch's old file format: load it and torch.save it again")
         latent = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(latent, Tensor):
             raise DataError(f"holds a {type(latent).__name__}, and a latent is one tensor (C, T, H, W)")
+        kind = latent.dtype if latent.layout == torch.strided else latent.layout
+        if kind == latent.layout or not latent.is_floating_point():
+            raise DataError(f"holds {kind}, {needed}".replace("torch.", ""))
         latent = latent.detach()
     else:
-        latent = torch.from_numpy(np.load(path, mmap_mode="c"))
-    if not latent.is_floating_point():
-        raise DataError(f"holds {latent.dtype}, and latents are floating-point numbers".replace("torch.", ""))
+        array = np.load(path, mmap_mode="c")
+        if array.dtype not in (np.float16, np.float32, np.float64):
+            raise DataError(f"holds {array.dtype}, {needed} in the machine's byte order")
+        latent = torch.from_numpy(array)
     if latent.ndim != 4 or 0 in latent.shape:
         batch = ": take the batch's latents apart, a file each" if latent.ndim == 5 else ""
         raise DataError(f"is of shape {tuple(latent.shape)}, and a latent is (C, T, H, W){batch}")

@@ -89,10 +89,11 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     parser = make_parser()
     args, was = parser.parse_args(argv), {}
     check_packages()
-    saved = args.out / "checkpoint.pt"
-    if args.resume != saved.exists():
-        why = "holds no checkpoint.pt to resume from" if args.resume else "holds a run, which --resume continues"
-        raise ValueError(f"--out {args.out} {why}")
+    held = [name for name in ("checkpoint.pt", "lora.safetensors", "network") if (args.out / name).exists()]
+    if args.resume and "checkpoint.pt" not in held:
+        raise ValueError(f"--out {args.out} holds no checkpoint.pt to resume from")
+    if held and not args.resume:
+        raise ValueError(f"{args.out / held[0]} is there already: --resume continues a run")
     if args.resume:
         was = json.loads((args.out / "run.json").read_text())
         parser.set_defaults(**{name: value for name, value in was.items() if name != "step"})

@@ -332,7 +332,7 @@ def held_out(channels: int, frames: int, size: int, runs: dict[Path, Weights], a
     rate = {"frame_stride": args.frame_stride, "fps": args.fps, "grayscale": channels == 1}
     find = partial(FolderClips, args.data, frames, size, **rate)
     data = find()
-    seen = {path: each.held_out for path, each in runs.items() if each.digest == data.digest_without(each.held_out)}
+    seen = {path: each.held_out for path, each in runs.items() if each.digest in data.digests_without(each.held_out)}
     kept = len({*seen.values()}) == 1 and max(seen.values())
     if seen:
         print("note:", *seen, "kept these clips from training:" if kept else "saw these clips in training:")

@@ -57,7 +57,7 @@ class Scored:
         self.network = load_efficientnet().to(self.device)
         self.distances = distances_to(reference, {"distance": partial(picture_features, self.network)})
         self.what = f"{args.number} clips, seed {args.seed}, {len(reference)} real ones"
-        self.depends = {"data": [each.digest_without(0.0) for each in (self.seen, self.clips)], "metrics": METRICS}
+        self.depends = {"data": [each.digests_without(0)[1] for each in (self.seen, self.clips)], "metrics": METRICS}
 
     @cached_property
     def named(self) -> Callable:

@@ -30,7 +30,7 @@ import cli
 import sample
 import train
 from checkpoint import SHIPPED, find_weights, load_checkpoint, load_weights, make_pyramid
-from data import DataError
+from data import DataError, FolderClips
 from experiments import metrics
 
 
@@ -109,6 +109,13 @@ def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(run, cap
     assert (content["step"], content["pyramid"], content["shift"]) == (7, "time", 1.0)
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "weights-400.pt", "checkpoint-previous.pt"])
+def test_train_does_not_overwrite_what_is_left_of_a_run(name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"precious")
+    said = fails_with_one_line(capsys, train.main, *TINY, "--steps", 1, "--out", tmp_path)
+    assert f"{tmp_path / name} is there already: " in said and [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_train_does_not_overwrite_a_run_nor_go_on_from_a_damaged_one(run, capsys, monkeypatch):
     assert "--resume" in fails_with_one_line(capsys, train.main, *TINY, "--steps", 1, "--out", run)
     assert "gone is not a folder" in fails_with_one_line(capsys, train.main, "--data", run / "gone", "--out", run)
@@ -135,8 +142,15 @@ def test_a_folder_that_has_grown_is_refused_with_what_to_do(tmp_path, capsys):
     run_training(tmp_path / "run", "--steps", "1", "--data", str(tmp_path / "clips"))
     animation(tmp_path / "clips" / "b.gif", 9)
     capsys.readouterr()
-    error = fails_with_one_line(capsys, train.main, "--resume", "--out", tmp_path / "run", "--steps", "2")
-    assert f"--init {tmp_path / 'run'} and another --out" in error
+    resume = capsys, train.main, "--resume", "--out", tmp_path / "run", "--steps", "2"
+    assert f"--init {tmp_path / 'run'} and another --out" in fails_with_one_line(*resume)
+    (tmp_path / "clips" / "b.gif").unlink()
+    animation(tmp_path / "clips" / "a.gif", 9, (64, 64))  # another clip of that name
+    assert f"--init {tmp_path / 'run'} and another --out" in fails_with_one_line(*resume)
+    old = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    digests = FolderClips(tmp_path / "clips", 8, 16).digests
+    torch.save(old | {"digest": digests[1]}, tmp_path / "run" / "checkpoint.pt")  # as older versions wrote it
+    assert run_training(tmp_path / "run", "--resume", "--steps", "2")["digest"] == digests[0]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -165,6 +179,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in err
     assert f"{run / 'checkpoint.pt'} could not be written" in err and "continue with --resume" in err
+    words[1:-2] = *TINY, "--out", run.parent / "first"  # no save comes before
+    process = command(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000,) * 2))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "start a new run with another --out" in err and "--resume" not in err
     assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob("*.tmp"))
     assert run_training(run, "--resume", "--steps", "8")["step"] == 8
 
@@ -192,7 +210,7 @@ def test_a_run_that_fails_in_a_step_or_is_killed_in_a_save_goes_on_as_if_it_had_
     kept = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("checkpoint*.pt")}
     assert kept["checkpoint.pt"] in ((4,) if place is train else (3, 6))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"ste')  # a row that was being written
+        file.write('{"step": 5, "loss": {}')  # a row that was being written
     assert_same_weights(run_training(tmp_path, "--resume"), load_checkpoint(whole / "checkpoint.pt"))
     one, other = ([(row["step"], row["loss_by_stage"]) for row in rows_of(run)] for run in (tmp_path, whole))
     assert one == other and [step for step, _ in one] == [2, 3, 4, 6]
@@ -226,6 +244,8 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(tmp_pa
         run, step = tmp_path / f"run-{finished}", 0
         while True:
             resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
+            if not resume:
+                (run / "weights.pt").unlink(missing_ok=True)  # written just before it
             options = [*(resume or [*TINY, *words]), "--out", str(run)]
             process = processes.Process(target=start_in_child, args=(options, tmp_path / "log"))
             process.start()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import train
 import video
-from data import DataError, FolderClips, MovingDigits, height_width, save_gif, save_strip
+from data import DataError, FolderClips, MovingDigits, height_width, list_held_out, open_data, save_gif, save_strip
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (16, 48), (48, 16)])
@@ -74,6 +74,30 @@ def test_folder_finds_animations_and_counts_what_it_skips(clip_folder):
     numbers = [reds(w) for n, w in enumerate(windows) if n not in white]
     assert all(seen == list(range(seen[0], seen[0] + 6)) for seen in numbers) and {0, 1, 2} <= {n for n, *_ in numbers}
     assert torch.equal(FolderClips(clip_folder, 6, 8, cache_bytes=0)[17][0], windows[17])
+
+
+def test_links_are_followed_once_and_broken_ones_are_counted(tmp_path):
+    for name in ("data/a", "elsewhere/b"):
+        animation(tmp_path / name / "0.gif", 9)
+    for link, target in {
+        "data/b": "elsewhere/b",
+        "data/c": "elsewhere/b",
+        "data/a/up": "data",
+        "data/d.gif": "x",
+    }.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    data = FolderClips(tmp_path / "data", 8, 16, labels=True)
+    assert data.classes == ("a", "b") and "3 files found, 2 used" in data.summary
+    assert "1 unusable, as it cannot be decoded (d.gif)" in data.summary
+
+
+def test_names_that_are_not_utf_8_are_used_and_told(tmp_path):
+    for number in range(3):
+        animation(tmp_path / os.fsdecode(b"%d\xe9.gif" % number), 9 if number else 5)
+    dataset = open_data(train.make_parser().parse_args([*TINY, "--data", str(tmp_path), "--held-out", "0.5"]))
+    list_held_out(dataset, tmp_path / "held-out.txt")
+    assert b"\xe9.gif\n" in (tmp_path / "held-out.txt").read_bytes()
+    assert "(0\N{REPLACEMENT CHARACTER}.gif)" in dataset.summary
 
 
 @pytest.mark.parametrize("source, size", [((40, 20), (9, 9)), ((40, 40), (8, 16)), ((40, 40), (16, 8))])
@@ -173,8 +197,12 @@ LATENT = torch.zeros(4, 9, 8, 8)
 @pytest.mark.parametrize("files, options, message", [
     ({"a.pt": [1]}, {}, r"1 unusable, as it holds a list, and a latent is one tensor \(C, T, H, W\) \(a.pt\)"),
     ({"a.pt": [1], "b.pt": [1]}, {}, r"2 unusable, as each holds a list, and a latent .*\(a.pt, b.pt\)"),
-    ({"a.pt": LATENT.byte()}, {}, "holds uint8, and latents are floating-point"), ({}, {}, "clips is not a folder"),
-    ({"a.pt": LATENT.cfloat()}, {}, "holds complex64, and latents are floating-point numbers"),
+    ({"a.pt": LATENT.byte()}, {}, "holds uint8, and latents are dense floating"), ({}, {}, "clips is not a folder"),
+    ({"a.pt": LATENT.cfloat()}, {}, "holds complex64, and latents are dense floating-point numbers"),
+    ({"a.pt": LATENT.to_sparse()}, {}, "holds sparse_coo, and latents are dense floating-point numbers"),
+    ({"a.npy": LATENT.numpy().astype(">f4")}, {}, "holds >f4, and latents are dense .* in the machine's byte order"),
+    ({"a.npy": LATENT.numpy().astype("int16")}, {}, "holds int16, and latents are dense floating-point numbers"),
+    ({"old.pt": LATENT}, {}, "is of torch's old file format: load it and torch.save it again"),
     ({"a.pt": LATENT[0]}, {}, r"is of shape \(9, 8, 8\), and a latent is \(C, T, H, W\)"),
     ({"a.pt": LATENT[None]}, {}, r"of shape \(1, 4, .*: take the batch's latents apart, a file each"),
     ({"a.pt": LATENT[:, :0]}, {}, r"is of shape \(4, 0, 8, 8\), and a latent is \(C, T, H, W\)"),
@@ -190,7 +218,12 @@ LATENT = torch.zeros(4, 9, 8, 8)
 def test_clips_that_cannot_be_used_are_refused_by_name(tmp_path, files, options, message):
     for path, content in ((tmp_path / "clips" / name, content) for name, content in files.items()):
         path.parent.mkdir(exist_ok=True)
-        animation(path, 9) if path.suffix == ".gif" else torch.save(content, path)
+        if path.suffix == ".npy":
+            np.save(path, content)
+        elif path.suffix == ".gif":
+            animation(path, 9)
+        else:
+            torch.save(content, path, _use_new_zipfile_serialization=path.stem != "old")
     with pytest.raises(DataError, match=message):
         FolderClips(tmp_path / "clips", **{"frames": 4, "size": 8} | options)
 

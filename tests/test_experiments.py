@@ -111,7 +111,7 @@ def test_quality_takes_the_clips_that_a_run_has_not_seen_or_says_that_it_saw_the
     content, clips = torch.load(run / "weights.pt", weights_only=True), run / "clips"
     old, all_seen = tmp_path / "old.pt", tmp_path / "all-seen.pt"
     torch.save({name: value for name, value in content.items() if name not in ("held_out", "digest")}, old)
-    torch.save(content | {"held_out": 0.0, "digest": FolderClips(clips, 8, 16).digest}, all_seen)
+    torch.save(content | {"held_out": 0.0, "digest": FolderClips(clips, 8, 16).digests[0]}, all_seen)
     torch.save(content | {"digest": "another"}, other := tmp_path / "other.pt")
     for paths, note, used in (
         ([run], f"note: {run} kept these clips from training:\n{clips}: 3 files found, 1 used", 1),

@@ -1,6 +1,7 @@
 """The sample command: guidance, what a clip costs, what is written, and what is refused."""
 
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -100,6 +101,9 @@ def test_train_on_latents_then_sample_some(tmp_path, capsys):
     run_sample(*words)
     assert "it.npy" in capsys.readouterr().out
     expected = sample.generate(load_weights(tmp_path / "run" / "weights.pt"), Pyramid("flow", 3), None, 2, 3) / 0.05
+    run_sample(*words[:2], "--out", tmp_path / "IT.NPY", *words[4:])
+    assert (tmp_path / "IT.NPY").read_bytes() == (tmp_path / "it.npy").read_bytes()
+    assert not (tmp_path / "IT.NPY.npy").exists()
     clips = np.load(tmp_path / "it.npy")
     assert clips.shape == (2, 4, 8, 8, 8) and np.allclose(clips, expected)
 
@@ -196,6 +200,13 @@ def test_out_with_a_suffix_writes_that_file_alone(name, tmp_path, capsys):
     assert "like noise" not in out
     with Image.open(tmp_path / name) as picture:
         assert picture.format == name[2:].upper()
+
+
+def test_ctrl_c_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "generate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--checkpoint", str(SHIPPED / "flow-1.pt"), "--out", str(tmp_path / "a")])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "sample.py: stopped\n"
 
 
 def test_a_run_s_samples_are_numbered_whatever_its_name(tmp_path):

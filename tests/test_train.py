@@ -30,8 +30,9 @@ from torch._dynamo.testing import CompileCounter
 import sample
 import train
 from checkpoint import load_checkpoint, make_pyramid
-from cli import TRAINING, choose_device, generator_for
+from cli import TRAINING, choose_device, generator_for, start_processes
 from data import MovingDigits, open_data
+from experiments import metrics
 from model import Block, Captured, DiT, DiTConfig
 from tpdiff import Pyramid, align, draw_nearest, randn
 
@@ -317,6 +318,11 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] > 0
 
 
+def test_a_variable_of_processes_alone_starts_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as a script of a cluster may leave it
+    assert start_processes("cpu")[:2] == (0, 1)
+
+
 def test_devices_that_are_not_there_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # there may be runs where the tests are called
     for there in (torch.cuda, torch.backends.mps):
@@ -374,6 +380,8 @@ def folder(tmp_path_factory) -> Path:
         ("--out {data}/file", "File exists"),
         ("--resume", "checkpoint.pt does not exist: give the run's folder with --out"),
         ("--data {data}/gone", "gone is not a folder"),
+        ("--out= --data {data}/clips", "the value of --out is empty"),
+        ("--data= --steps 1", "the value of --data is empty"),
         ("--label 7", "unrecognized arguments: --label 7; did you mean --labels?"),
         ("--data {data}/empty", "skipped: 5 unusable, as each cannot be decoded"),
         ("--data {data}/bomb", "skipped: 1 unusable, as it cannot be decoded"),
@@ -390,6 +398,13 @@ def test_train_refuses_bad_input_in_one_sentence(words, message, folder, tmp_pat
     assert message in fails_with_one_line(capsys, train.main, "--steps", 1, "--out", tmp_path / "out", *words)
     assert {path.name for path in (tmp_path / "out").glob("*")} <= {"index.json"}
     assert (folder / "file").read_text() == "precious"
+
+
+def test_an_empty_value_is_refused_wherever_a_variable_of_the_shell_was_not_set(capsys):
+    for main, option in ((train.main, "--data"), (train.main, "--init"), (sample.main, "--checkpoint")):
+        assert f"the value of {option} is empty" in fails_with_one_line(capsys, main, option, "", "--steps", 3)
+    said = fails_with_one_line(capsys, metrics.main, "quality", "--data", "")
+    assert "the value of --data is empty" in said
 
 
 def test_as_many_stages_are_taken_as_halve_something():
