@@ -273,8 +273,13 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
         keep_as(newest, "checkpoint-best.pt")
 
 
+def files_of_run(out: Path) -> list[Path]:
+    """The weights and checkpoints that a run has left in its folder."""
+    return sorted([*out.glob("checkpoint*.pt"), *out.glob("weights*.pt")])
+
+
 def how_to_go_on(out: Path) -> str:
-    """What to do about a run that could not go on."""
+    """What to do about a run that has ended, or could not go on."""
     saved = (out / "checkpoint.pt").exists()
     return f"continue with --resume --out {out}" if saved else "start a new run with another --out"
 

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse's. An option of an empty value, as an unset variable of a shell leaves it, is an error."""
         words = sys.argv[1:] if args is None else [*args]
         empty = [name for name, value in pairwise(words) if value == ""]
-        empty += [word.removesuffix("=") for word in words if word.endswith("=")]
+        empty += [word[:-1] for word in words if word.find("=") == len(word) - 1]
         for name in empty:
             if name.startswith("--") and name not in MAY_BE_EMPTY:
                 self.error(f"the value of {name} is empty")
@@ -127,7 +127,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
     """(rank, number of processes, device), joined through torchrun's environment if it is there."""
     together = "RANK" in os.environ
-    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if together else (0, 1)
+    rank, world = (int(os.environ.get(*each)) if together else each[1] for each in (("RANK", 0), ("WORLD_SIZE", 1)))
     kind = device_type(name)
     if kind == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

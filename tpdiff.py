@@ -33,7 +33,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 def downsample(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Down of Eq. 7-8: frames 0, stride[0], 2 stride[0], ...; in space the means of stride[1] x stride[2] pixels.
-    (B, C, T, H, W) -> (B, C, ceil(T / stride[0]), H / stride[1], W / stride[2]), or ValueError is raised."""
+    (B, C, T, H, W) -> (B, C, ceil(T / stride[0]), H / stride[1], W / stride[2]). Raises ValueError for a remainder."""
     return _block_mean(x[:, :, :: stride[0]], (1, *stride[1:]))
 
 
@@ -278,7 +278,7 @@ class Pyramid:
                    (B,) is in float32 or more. One call a step, without gradients. It may change `x` and its own output.
         steps      a total, shared by `split_steps`, or one count per stage, noisiest first; uniform in unshifted time.
         solver     "euler" (Eq. 3 in ddim mode), or "ab2": two-step Adams-Bashforth along the stage's line, Euler
-                   for a first step (two from zero signal). Past the paper: an order more accurate, with enough steps.
+                   for a first step (two if gamma begins with 0). Past the paper: an order more accurate in many steps.
         generator  one, or a list of one per clip, which makes a clip independent of its batch; on any device.
         device, dtype  of what `predict` takes and of the result. Between steps x is float32 (float64 if asked for).
         callback   callback(x, t, k), after every step and every renoising, with the time (B,) that x now has. What it

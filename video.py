@@ -131,20 +131,26 @@ def _from_row(files: tuple[Path, ...], row: dict) -> Source:
 
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
     """The files of each clip under the folder, in order: one, or with `series` the stills whose numbers run on. Links
-    are followed, but into no folder twice."""
-    seen = {without}
-    for directory, below, names in os.walk(folder, followlinks=True):
-        below[:] = [] if (real := Path(directory).resolve()) in seen else sorted(below)
-        names = [] if real in seen else names
+    to folders elsewhere are followed, to each of them once."""
+    root, seen = folder.resolve(), {without}
+
+    def is_new(path: Path) -> bool:
+        real = path.resolve()
+        if real in seen or path.is_symlink() and real.is_relative_to(root):
+            return False
         seen.add(real)
+        return True
+
+    for directory, below, names in os.walk(folder, followlinks=True):
+        below[:] = [name for name in sorted(below) if is_new(Path(directory, name))]
         if RUN in names:
             below[:], names = [], [RUN]
         numbered = defaultdict(list)
         for path in (Path(directory, name) for name in sorted(names)):
             suffix, match = path.suffix.lower(), re.fullmatch(r"(.*?)(\d+)", path.stem)
-            if suffix not in SUFFIXES or not (path.is_file() or path.is_symlink()):
+            if suffix not in SUFFIXES or path.exists() and not path.is_file():
                 continue
-            if series and suffix in STILLS and match:
+            if path.exists() and series and suffix in STILLS and match:
                 numbered[match[1], suffix].append((int(match[2]), path))
             else:
                 yield (path,)
@@ -284,22 +290,21 @@ def best_effort(stamps: list[tuple[int | None, int | None]], period: Fraction) -
 
 def open_latent(path: Path) -> Tensor:
     """(C, T, H, W) of real numbers, not yet read from the disk. Raises DataError for anything else."""
-    needed = "and latents are dense floating-point numbers"
     if path.suffix.lower() == ".pt":
         with open(path, "rb") as file:
             if file.read(1) == b"\x80":  # a bare pickle, which cannot be mapped
-                raise DataError("is of torch's old file format: load it and torch.save it again")
+                raise DataError("is a pickle or of torch's old file format: torch.save it again")
         latent = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(latent, Tensor):
             raise DataError(f"holds a {type(latent).__name__}, and a latent is one tensor (C, T, H, W)")
         kind = latent.dtype if latent.layout == torch.strided else latent.layout
         if kind == latent.layout or not latent.is_floating_point():
-            raise DataError(f"holds {kind}, {needed}".replace("torch.", ""))
+            raise DataError(f"holds {kind}, and latents are dense floating-point numbers".replace("torch.", ""))
         latent = latent.detach()
     else:
         array = np.load(path, mmap_mode="c")
         if array.dtype not in (np.float16, np.float32, np.float64):
-            raise DataError(f"holds {array.dtype}, {needed} in the machine's byte order")
+            raise DataError(f"holds {array.dtype}, and latents are float16, float32 or float64 in native byte order")
         latent = torch.from_numpy(array)
     if latent.ndim != 4 or 0 in latent.shape:
         batch = ": take the batch's latents apart, a file each" if latent.ndim == 5 else ""

@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     if args.resume and "checkpoint.pt" not in held:
         raise ValueError(f"--out {args.out} holds no checkpoint.pt to resume from")
     if held and not args.resume:
-        raise ValueError(f"{args.out / held[0]} is there already: --resume continues a run")
+        raise ValueError(f"{args.out / held[0]} is there already: {disk.how_to_go_on(args.out)}")
     if args.resume:
         was = json.loads((args.out / "run.json").read_text())
         parser.set_defaults(**{name: value for name, value in was.items() if name != "step"})

@@ -113,7 +113,8 @@ def test_resuming_a_run_older_than_a_flag_takes_it_at_its_default_alone(run, cap
 def test_train_does_not_overwrite_what_is_left_of_a_run(name, tmp_path, capsys):
     (tmp_path / name).write_bytes(b"precious")
     said = fails_with_one_line(capsys, train.main, *TINY, "--steps", 1, "--out", tmp_path)
-    assert f"{tmp_path / name} is there already: " in said and [path.name for path in tmp_path.iterdir()] == [name]
+    assert f"{tmp_path / name} is there already: start a new run with another" in said
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_train_does_not_overwrite_a_run_nor_go_on_from_a_damaged_one(run, capsys, monkeypatch):

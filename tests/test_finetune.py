@@ -358,11 +358,14 @@ def test_a_run_that_memory_does_not_suffice_for_is_saved_and_goes_on_as_it_was(w
     assert "not enough memory: a smaller --size" in capsys.readouterr().err
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2  # what was done is saved
     for command, line, said in (
-        (finetune, f"{{wan}} {RUN}", "--resume continues"),
+        (finetune, f"{{wan}} {RUN}", "checkpoint.pt is there already: continue with --resume"),
         (finetune, "--resume --out {tmp}/run --lora 8", "--lora 4"),
         (generate, "--prompt cat --lora {tmp}/run --stages 2 --out {tmp}/a.gif", "trained with --stages 3"),
     ):
         assert said in fails_with_one_line(capsys, command.main, *words(line))
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    said = fails_with_one_line(capsys, finetune.main, *words(f"{{wan}} {RUN}"))
+    assert "lora.safetensors is there already: start a new run with another --out" in said
 
 
 def test_a_run_whose_gradients_stay_broken_ends_with_a_sentence_and_a_few_do_not_count(words, monkeypatch):

@@ -321,6 +321,10 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path
 def test_a_variable_of_processes_alone_starts_none(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")  # as a script of a cluster may leave it
     assert start_processes("cpu")[:2] == (0, 1)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="WORLD_SIZE expected, but not set"):
+        start_processes("cpu")
 
 
 def test_devices_that_are_not_there_are_refused(tmp_path, monkeypatch, capsys):
@@ -380,6 +384,7 @@ def folder(tmp_path_factory) -> Path:
         ("--out {data}/file", "File exists"),
         ("--resume", "checkpoint.pt does not exist: give the run's folder with --out"),
         ("--data {data}/gone", "gone is not a folder"),
+        ("--data {data}/cl=", "cl= is not a folder"),
         ("--out= --data {data}/clips", "the value of --out is empty"),
         ("--data= --steps 1", "the value of --data is empty"),
         ("--label 7", "unrecognized arguments: --label 7; did you mean --labels?"),
