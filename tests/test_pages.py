@@ -196,6 +196,20 @@ def test_what_the_pages_say_by_hand_of_two_hours_of_training_is_in_their_tables(
     assert "two seeds of the pyramid differ by ninety" in words["experiments/README.md"]
     one, other = (int(row[3]) for row in runs if row[0].startswith("space-time") and row[1] == 1691)
     assert one - other == 90
+    _, (_, ways), (_, ends) = json.loads((ROOT / "experiments/results/tuned/real.json").read_text())["tables"]
+    assert "Its distance is two thirds of vanilla's." in words["experiments/README.md"]
+    assert (
+        "a little more than half of vanilla's time. With 2-2-2 Euler steps, for a thir"
+        in words["experiments/README.md"]
+    )
+    ours, vanilla = ends
+    assert (
+        (ours[0], vanilla[3]) == ("space-time", "1.00") and 0.64 < float(ours[3]) < 0.69 and 0.5 < float(ours[4]) < 0.6
+    )
+    cheap, dear = (
+        next(row for row in ways if row[:3] == [*way, "euler"]) for way in (("space-time", "2-2-2"), ("vanilla", "30"))
+    )
+    assert int(cheap[4]) < int(dear[4]) and round(30 / float(cheap[3])) == 13
 
 
 def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
