@@ -189,7 +189,7 @@ def test_what_the_pages_say_by_hand_of_two_hours_of_training_is_in_their_tables(
     assert sum(row[0].startswith("space-seed") for row in runs) == 4
     seconds = {row[0]: float(row[1]) for row in ends}
     assert round(seconds["space"] / seconds["vanilla"], 1) == 1.1
-    assert "(no lead with thirty)" in words["README.md"]
+    assert "(no lead with thirty sampling steps)" in words["README.md"]
     thirty = {row[0]: row[4] for row in ways if row[1] in ("30", "10-10-10") and row[2] == "euler"}
     vanilla, least, most = map(int, re.findall(r"\d+", thirty["vanilla"]))
     assert vanilla - int(thirty["time"].split()[0]) < most - least  # of two training seeds
