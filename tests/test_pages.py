@@ -17,6 +17,7 @@ import train
 from checkpoint import SHIPPED, load_weights
 from examples.families import WAN
 from experiments import emoji
+from experiments.claims import time_to
 from test_tpdiff import KNOWN_ERRORS, covariance_error
 
 # From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
@@ -182,12 +183,12 @@ def test_the_front_page_s_other_numbers_by_hand_are_those_of_the_code_and_of_the
 
 def test_what_the_pages_say_by_hand_of_two_hours_of_training_is_in_their_tables():
     path, words = ROOT / "experiments/results/two-hours/real.json", {}
-    (_, runs), (_, ways), (_, ends) = json.loads(path.read_text())["tables"]
+    (_, runs), (_, ways), (_, ends_of_all) = json.loads(path.read_text())["tables"]
     for name in ("README.md", "experiments/README.md"):
         words[name] = " ".join((ROOT / name).read_text().split())
     assert "(one training seed, a tenth longer)" in words["README.md"]
     assert sum(row[0].startswith("space-seed") for row in runs) == 4
-    seconds = {row[0]: float(row[1]) for row in ends}
+    seconds = {row[0]: float(row[1]) for row in ends_of_all}
     assert round(seconds["space"] / seconds["vanilla"], 1) == 1.1
     assert "(no lead with thirty sampling steps)" in words["README.md"]
     thirty = {row[0]: row[4] for row in ways if row[1] in ("30", "10-10-10") and row[2] == "euler"}
@@ -196,7 +197,12 @@ def test_what_the_pages_say_by_hand_of_two_hours_of_training_is_in_their_tables(
     assert "two seeds of the pyramid differ by ninety" in words["experiments/README.md"]
     one, other = (int(row[3]) for row in runs if row[0].startswith("space-time") and row[1] == 1691)
     assert one - other == 90
-    _, (_, ways), (_, ends) = json.loads((ROOT / "experiments/results/tuned/real.json").read_text())["tables"]
+    (_, runs), (_, ways), (_, ends) = json.loads((ROOT / "experiments/results/tuned/real.json").read_text())["tables"]
+    assert "but so does vanilla with [batch and rate tuned]" in words["README.md"]
+    tuned = [(float(row[2]), [float(row[3])]) for row in runs if row[0] == "vanilla-seed-1"]
+    untuned = next(row for row in ends_of_all if row[0] == "vanilla")
+    share = time_to(float(untuned[2].split()[0]), tuned) / float(untuned[1])
+    assert abs(share - 0.75) < 0.02 and all(row[4] == "0.75" for row in ends_of_all if row[0] in ("time", "space"))
     said = "With nine Euler steps its distance is two thirds of vanilla's, with thirty four fifths"
     assert said in words["experiments/README.md"]
     assert (
@@ -231,7 +237,7 @@ def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
     assert f"that of AnimateDiff {100 * gamma:.0f}%" in text and f"and {1 / gamma:.0f} times with that of" in text
     zero = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)  # what an error of 1 in all predicted noises becomes
     grown = [-p.integrate(lambda x, t, k: torch.ones_like(x), zero, 2, 9).item() for p in both]
-    assert "noisiest of three stages is {:.1f} and {:.1f} times as large".format(*grown) in text
+    assert "an error of the clip that is {:.1f} and {:.1f} times as large".format(*grown) in text
     size = (
         16 * 60 * 104 * torch.tensor([21, 6])
     )  # of a latent at stages 0 and 2; of mean square 1, the nearest of eight
