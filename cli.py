@@ -126,18 +126,17 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
     """(rank, number of processes, device), joined through torchrun's environment if it is there."""
-    together = "RANK" in os.environ
-    rank, world = (int(os.environ.get(*each)) if together else each[1] for each in (("RANK", 0), ("WORLD_SIZE", 1)))
     kind = device_type(name)
     if kind == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"process {local} of this machine finds {gpus} GPU(s): start no more processes than GPUs")
         torch.cuda.set_device(local)
-    if together and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():
         if kind == "mps":
             raise ValueError("--device mps works alone: start train.py without torchrun")
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return rank, world, choose_device(name)
 
 
