@@ -273,9 +273,11 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
         keep_as(newest, "checkpoint-best.pt")
 
 
-def files_of_run(out: Path) -> list[Path]:
-    """The weights and checkpoints that a run has left in its folder."""
-    return sorted([*out.glob("checkpoint*.pt"), *out.glob("weights*.pt")])
+def check_new(out: Path) -> None:
+    """Raises ValueError if a run, also one of examples/finetune.py, has left weights or checkpoints in the folder."""
+    patterns = "checkpoint*.pt", "weights*.pt", "lora.safetensors", "network"
+    if held := sorted(path for pattern in patterns for path in out.glob(pattern)):
+        raise ValueError(f"{held[0]} is there already: {how_to_go_on(out)}")
 
 
 def how_to_go_on(out: Path) -> str:

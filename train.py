@@ -117,8 +117,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid, args.data)
     if args.resume:
         args, checkpoint = disk.args_to_resume(parser, argv, out, {*FREE.replace("-", "_").split(), "out", "resume"})
-    elif (held := disk.files_of_run(out)) and (not args.data or Path(args.data).is_dir()):  # else that is told first
-        raise ValueError(f"{held[0]} is there already: {disk.how_to_go_on(out)}")
+    elif not args.data or Path(args.data).is_dir():  # else that is told first
+        disk.check_new(out)
     idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")
     idle |= {} if args.align == "nearest" else {"candidates": f"with --align {args.align}"}
     for name, where in idle.items():

@@ -89,31 +89,28 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     parser = make_parser()
     args, was = parser.parse_args(argv), {}
     check_packages()
-    held = [name for name in ("checkpoint.pt", "lora.safetensors", "network") if (args.out / name).exists()]
-    if args.resume and "checkpoint.pt" not in held:
+    if not args.resume:
+        disk.check_new(args.out)
+    elif not (args.out / "checkpoint.pt").exists():
         raise ValueError(f"--out {args.out} holds no checkpoint.pt to resume from")
-    if held and not args.resume:
-        raise ValueError(f"{args.out / held[0]} is there already: {disk.how_to_go_on(args.out)}")
-    if args.resume:
+    else:
         was = json.loads((args.out / "run.json").read_text())
         parser.set_defaults(**{name: value for name, value in was.items() if name != "step"})
         args = parser.parse_args(argv)
     if not args.model or not args.data:
         raise ValueError("--model and --data are needed")
     family = models.family_of(args.model, args.motion_adapter)
-    args.frames, size = args.frames or family.frames, args.size or family.size
-    args.size = height_width(size if isinstance(size, int) else tuple(size))
+    args.frames, args.size = args.frames or family.frames, height_width(args.size or family.size)
     args.fps = family.fps if args.fps is None else args.fps
     own = family.schedule(args.model).get("shift")
-    args.shift, was = args.shift or own, was and was | {"shift": was["shift"] or own}
+    args.shift, was["shift"] = args.shift or own, was.get("shift") or own  # older runs have None for the model's
     args.candidates, args.stage_odds = 8, None  # what train.py's draws also take
-    if args.align == "assignment" and args.batch == 1 and not was:
+    if args.align == "assignment" and args.batch == 1 and not args.resume:
         raise ValueError("--align assignment exchanges noises within a batch: --batch 1 needs --align nearest or none")
     args.align = args.align or ("nearest" if args.batch == 1 else "assignment")
     for name, now in settings(args).items():
-        if was and name not in FREE and was[name] != now:
-            flag = "--" + name.replace("_", "-")
-            before, now = disk.as_typed(was[name]), disk.as_typed(now)
+        if args.resume and name not in FREE and was[name] != now:
+            flag, before, now = "--" + name.replace("_", "-"), disk.as_typed(was[name]), disk.as_typed(now)
             raise ValueError(f"{args.out} was trained with {flag} {before}; --resume cannot change it to {now}")
     return args, family
 

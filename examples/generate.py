@@ -216,7 +216,7 @@ def settle(args: Namespace) -> tuple[Namespace, Family]:
     for name in ("frames", "size", "fps"):  # a run's fps of 0 is each file's own
         setattr(args, name, getattr(args, name) or getattr(family, name))
     args.guidance = family.guidance if args.guidance is None else args.guidance
-    args.size = height_width(args.size if isinstance(args.size, int) else tuple(args.size))
+    args.size = height_width(args.size)
     return args, family
 
 
