@@ -5,7 +5,6 @@ import ctypes
 import os
 import signal
 import sys
-from argparse import PARSER
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -48,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def format_help(self) -> str:
-        first = [next(iter(action.choices)) for action in self._actions if action.nargs == PARSER]
+        first = [next(iter(action.choices)) for action in self._actions if action.nargs == argparse.PARSER]
         about = self.description or ""
         if any("[" in (action.help or "") for action in self._actions) and BRACKETS not in about:
             self.description = f"{about}\n{BRACKETS}"
@@ -58,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
-            commands = next((action.choices for action in self._actions if action.nargs == PARSER), {})
+            commands = next((action.choices for action in self._actions if action.nargs == argparse.PARSER), {})
             options = {option for parser in (self, *commands.values()) for option in parser._option_string_actions}
             near = get_close_matches(message.split(": ", 1)[1].partition(" ")[0].partition("=")[0], options, n=1)
             message += f"; did you mean {near[0]}?" if near else f"; {'COMMAND ' * bool(commands)}--help lists all"
@@ -110,34 +109,28 @@ def add_device(add: Callable) -> None:
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help=device)
 
 
-def device_type(name: str) -> str:
-    """ "cpu", "cuda" or "mps", as --device has it. Raises ValueError if there is none such."""
+def choose_device(name: str = "auto") -> torch.device:
+    """The device that --device names, of several GPUs the current one. Raises ValueError if there is none such."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(name, True):
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no such device")
-    return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device that --device names, of several GPUs this process's. Raises ValueError if there is none such."""
-    kind = device_type(name)
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    return torch.device(("cuda" if there["cuda"] else "cpu") if name == "auto" else name)
 
 
 def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
     """(rank, number of processes, device), joined through torchrun's environment if it is there."""
-    kind = device_type(name)
-    if kind == "cuda":
+    device = choose_device(name)
+    if device.type == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"process {local} of this machine finds {gpus} GPU(s): start no more processes than GPUs")
         torch.cuda.set_device(local)
     if "RANK" in os.environ and not dist.is_initialized():
-        if kind == "mps":
+        if device.type == "mps":
             raise ValueError("--device mps works alone: start train.py without torchrun")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return rank, world, choose_device(name)
+    return rank, world, device
 
 
 def in_turn(rank: int, make: Callable):
