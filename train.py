@@ -185,9 +185,9 @@ def make_batches(
     batches = TrainingBatches(dataset, args, rank, world, stage)
     micros = range(start * args.accumulate, args.steps * args.accumulate)
     options = {"num_workers": workers, "worker_init_fn": _leave_process_group, "pin_memory": gpu}
-    for *inputs, u, y in DataLoader(batches, batch_size=None, sampler=micros, **options):
-        *inputs, y = (each if each is None else each.to(device, non_blocking=True) for each in (*inputs, y))
-        yield *inputs, u, y
+    for x_start, x_end, u, y in DataLoader(batches, batch_size=None, sampler=micros, **options):
+        x_start, x_end = (each.to(device, non_blocking=True) for each in (x_start, x_end))
+        yield x_start, x_end, u, y if y is None else y.to(device, non_blocking=True)
 
 
 def _leave_process_group(_worker: int) -> None:
@@ -257,8 +257,8 @@ def learning_rate(step: int, args: Namespace) -> float:
 class State:
     """What a run is made of, at the start of `step`."""
 
-    model: DiT
-    ema: DiT
+    model: torch.nn.Module
+    ema: torch.nn.Module | None  # None: no moving average is kept
     optimizers: list[torch.optim.Optimizer]
     losses: Tensor  # (2, K): sum and number of the losses of each stage since the last row of metrics.jsonl
     since_judged: Tensor  # (2, K): the same, for the next checkpoint's loss
@@ -320,6 +320,17 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
             loss = training_loss(model, pyramid, x_start, x_end, u, y, k, args)
             (loss / args.accumulate).backward()
         losses += loss.detach()
+    end_step(state, losses, k, learning_rate(state.step, args), args)
+    if state.skipped_in_a_row == MOST_SKIPPED:
+        path = args.out / "checkpoint.pt"
+        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        when = f"{MOST_SKIPPED} steps in a row, last at step {state.step}, stage {k}"
+        raise SystemExit(f"train.py: the gradient was NaN or infinite {when}: try a lower --lr in a new run; {last}")
+
+
+def end_step(state: State, losses: Tensor, k: int, lr: float, args: Namespace) -> None:
+    """Moves the weights by the gradient that is there, or leaves them as they are if it is NaN or infinite. `losses` is
+    the sum of those of the micro-batches."""
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
     if norm.isfinite():  # the same on all ranks, as the gradient is
         state.losses[0, k] += losses
@@ -327,19 +338,15 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
         state.skipped_in_a_row = 0
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, args)
+                group["lr"] = lr
             optimizer.step()
-        update_ema(state, args.ema)
+        if state.ema is not None:
+            update_ema(state, args.ema)
     else:
         state.skipped += 1
         state.skipped_in_a_row += 1
     state.model.zero_grad()
     state.step += 1
-    if state.skipped_in_a_row == MOST_SKIPPED:
-        path = args.out / "checkpoint.pt"
-        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        when = f"{MOST_SKIPPED} steps in a row, last at step {state.step}, stage {k}"
-        raise SystemExit(f"train.py: the gradient was NaN or infinite {when}: try a lower --lr in a new run; {last}")
 
 
 @torch.no_grad()

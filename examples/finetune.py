@@ -18,13 +18,11 @@ never loaded here: the tests train small random models of the same classes, on a
 
 import hashlib
 import json
-import math
 import os
 import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,7 +36,7 @@ from data import DataError, FolderClips, height_width
 from examples import generate as models
 from examples.families import Family, check_packages, library
 from tpdiff import Pyramid
-from train import MOST_SKIPPED, draw_noise, draw_stage
+from train import MOST_SKIPPED, State, draw_noise, draw_stage, end_step
 
 ORDER = 3  # what a generator is for, beside cli.SAMPLING and so on
 UNSAVED = ("out", "resume", "device")
@@ -136,9 +134,9 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
     """Fills --out/cache, unless it is full of the same clips, and says how many there are: files NUMBER.safetensors
     with `latent` (C, t, h, w) and `prompt` (tokens, channels), and empty.safetensors with the empty prompt. Of a clip
     every whole run of --frames is one. Raises ValueError for data or sizes that do not fit."""
-    fps = {"fps": args.fps} if args.fps else {}
     with accelerator.main_process_first():  # it writes the index that the others read
-        dataset = FolderClips(args.data, args.frames, args.size, index=args.out / "index.json", **fps)
+        index, fps = args.out / "index.json", args.fps or None
+        dataset = FolderClips(args.data, args.frames, args.size, index=index, fps=fps)
     if dataset.latent:
         raise DataError(f"{args.data} holds latents: clips of pictures are wanted, which the model's VAE encodes")
     captions, cache = read_captions(dataset), args.out / "cache"
@@ -200,16 +198,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def draw(cache: Path, count: int, numbers: range, pyramid: Pyramid, k: int, args: Namespace) -> tuple[Tensor, ...]:
     """Clips of these sample numbers with their noise at stage k, their place u in it and their prompts, on the CPU."""
-    load, empty = library("safetensors.torch").load_file, None
-    clips, prompts, generators = [], [], [cli.generator_for(args.seed, cli.TRAINING, number) for number in numbers]
+    load, clips, prompts = library("safetensors.torch").load_file, [], []
+    generators = [cli.generator_for(args.seed, cli.TRAINING, number) for number in numbers]
     u, dropout = torch.stack([torch.rand(2, generator=generator) for generator in generators]).unbind(1)
     for number, drop in zip(numbers, dropout < args.prompt_dropout, strict=True):
         epoch, place = divmod(number, count)
         order = torch.randperm(count, generator=cli.generator_for(args.seed, ORDER, epoch))
         clip = load(cache / f"{order[place]}.safetensors")
-        empty = load(cache / "empty.safetensors")["prompt"] if drop and empty is None else empty
         clips.append(clip["latent"])
-        prompts.append(empty if drop else clip["prompt"])
+        prompts.append(load(cache / "empty.safetensors")["prompt"] if drop else clip["prompt"])
     x0 = torch.stack(clips)
     return x0, draw_noise(pyramid.down(x0, k), generators, args), u, torch.stack(prompts)
 
@@ -250,30 +247,16 @@ def trained(network: Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
 
 
-@dataclass
-class State:
-    """What a run is made of, at the start of `step`; the rest is as disk.write_metrics takes it."""
-
-    network: Module
-    optimizer: torch.optim.Optimizer
-    losses: Tensor  # (2, K): sum and number of the losses of each stage since the last row of metrics.jsonl
-    since_judged: Tensor
-    step: int = 0
-    seconds: float = 0.0
-    skipped: int = 0  # steps whose gradient was not finite
-    skipped_in_a_row: int = 0
-
-
 def make_state(args: Namespace, network: Module, accelerator) -> State:
     network.to(accelerator.device)
     optimizer = torch.optim.AdamW(trained(network).values(), args.lr, weight_decay=0.0)
-    state = State(network, optimizer, *torch.zeros(2, 2, args.stages, device=accelerator.device))
+    state = State(network, None, [optimizer], *torch.zeros(2, 2, args.stages, device=accelerator.device))
     if args.resume:
         content = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True)
         if content["world"] != accelerator.num_processes:
             raise ValueError(f"{args.out} was trained by {content['world']} processes, and --resume keeps their number")
         network.load_state_dict(content["weights"], strict=False)
-        state.optimizer.load_state_dict(content["optimizer"])
+        optimizer.load_state_dict(content["optimizer"])
         state.step, state.seconds, state.skipped = content["step"], content["seconds"], content["skipped"]
     return state
 
@@ -281,11 +264,11 @@ def make_state(args: Namespace, network: Module, accelerator) -> State:
 def save(state: State, args: Namespace, world: int) -> None:
     """What generate.py reads, and last what --resume does."""
     if args.lora:
-        state.network.save_lora_adapter(args.out, weight_name="lora.safetensors")
+        state.model.save_lora_adapter(args.out, weight_name="lora.safetensors")
     else:
-        state.network.save_pretrained(args.out / "network")
+        state.model.save_pretrained(args.out / "network")
     (args.out / "run.json").write_text(json.dumps(settings(args) | {"step": state.step}))
-    content = {"weights": trained(state.network), "optimizer": state.optimizer.state_dict(), "world": world}
+    content = {"weights": trained(state.model), "optimizer": state.optimizers[0].state_dict(), "world": world}
     content |= {name: getattr(state, name) for name in ("step", "seconds", "skipped")}
     disk.write_whole(content, args.out / "checkpoint.pt")
 
@@ -303,25 +286,12 @@ def optimize(state: State, called: Module, model: Callable, pyramid: Pyramid, ba
                 loss = training_loss(model, pyramid, k, *batch)
             (loss / args.accumulate).backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(trained(state.network).values(), args.clip or math.inf)
-    if norm.isfinite():
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, args)
-        state.optimizer.step()
-        state.losses[0, k] += total
-        state.losses[1, k] += args.accumulate
-        state.skipped_in_a_row = 0
-    else:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-    state.optimizer.zero_grad()
-    state.step += 1
+    end_step(state, total, k, learning_rate(state.step, args), args)
     if state.skipped_in_a_row == MOST_SKIPPED:
         path = args.out / "checkpoint.pt"
-        advice = (
-            f"try a lower --lr in a new run; {f'the last checkpoint is {path}' if path.exists() else 'none is saved'}"
-        )
-        raise SystemExit(f"finetune: the gradient was NaN or infinite {MOST_SKIPPED} steps in a row: {advice}")
+        saved = f"the last checkpoint is {path}" if path.exists() else "none is saved"
+        when = f"{MOST_SKIPPED} steps in a row"
+        raise SystemExit(f"finetune: the gradient was NaN or infinite {when}: try a lower --lr in a new run; {saved}")
 
 
 def learning_rate(step: int, args: Namespace) -> float:
@@ -341,9 +311,9 @@ def train(args: Namespace, family: Family, accelerator) -> int:
     accelerator.print(f"{count} clips, {weights:,} weights to train, {pyramid.mode}, {args.stages} stages")
     if first:
         disk.start_metrics(metrics, state.step)
-    stop, mark, begun = cli.StopRequest(), time.perf_counter(), state.step
+    stop, mark, begun, end = cli.StopRequest(), time.perf_counter(), state.step, state.step >= args.steps
     with tqdm(total=args.steps, initial=state.step, unit="step", disable=not first) as bar:
-        while state.step < args.steps:
+        while not end:
             batches = draw_batches(args.out / "cache", count, pyramid, state.step, accelerator, args)
             try:
                 optimize(state, called, model, pyramid, batches, accelerator, args)
@@ -364,8 +334,6 @@ def train(args: Namespace, family: Family, accelerator) -> int:
                 if save_due and first:
                     save(state, args, accelerator.num_processes)
                 mark, begun = time.perf_counter(), state.step
-            if end:
-                break
     accelerator.wait_for_everyone()
     accelerator.print(f"step {state.step}: saved; python -m examples.generate --lora {args.out} --prompt ... --out ...")
     return 128 + (stop.signal or 15) if state.step < args.steps else 0
@@ -377,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
         with cli.one_sentence(parser, NO_MEMORY):
             args, family = parse_args(argv)
             args.out.mkdir(parents=True, exist_ok=True)
-            on_cpu = cli.device_type(args.device) == "cpu"
+            on_cpu = cli.choose_device(args.device).type == "cpu"
             accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision="no")
             raise SystemExit(train(args, family, accelerator))
     finally:
