@@ -19,7 +19,7 @@ import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 
@@ -36,7 +36,6 @@ HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
 SHIPPED = Path(__file__).parent / "weights"
 FACTORS = {"time": (2, 1, 1), "space": (1, 2, 2), "space-time": (2, 2, 2)}  # what --pyramid names
 SETTINGS = ("mode", "stages", "pyramid", "shift", "ends", "frames", "size")  # of a run, that sampling must know
-LATER = ("label_dropout", "held_out")  # the same, which older files lack
 COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
 
 
@@ -92,9 +91,9 @@ class Weights:
 
 def weights_of(state, dataset: Dataset, args: Namespace) -> Weights:
     """The EMA weights of a run's `state` (train.State), as sampling takes them."""
-    head = args.mode, args.stages, args.frames, args.size, tuple(dataset.classes), state.step
-    scale = args.latent_scale if dataset.latent else None
-    return Weights(state.ema, *head, scale, args.pyramid, args.shift, args.ends, args.label_dropout)
+    about = {name: getattr(args, name) for name in (*SETTINGS, "label_dropout", "held_out")}
+    about |= {"classes": tuple(dataset.classes), "step": state.step, "digest": dataset.digests[0]}
+    return Weights(state.ema, latent_scale=args.latent_scale if dataset.latent else None, **about)
 
 
 def load_file(path: Path, *keys: str) -> dict:
@@ -111,8 +110,7 @@ def load_file(path: Path, *keys: str) -> dict:
         raise ValueError(f"{path} is not a whole checkpoint of train.py ({text.splitlines()[0]})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint, or not of this version of train.py (format {FORMAT})")
-    missing = sorted({*HEAD, *keys} - content.keys())
-    if missing:
+    if missing := sorted({*HEAD, *keys} - content.keys()):
         kind = "no whole checkpoint.pt" if keys else "damaged"
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is {kind}")
     content = {"pyramid": "time", "shift": 1.0, "ends": None} | content  # older ones are of the paper's pyramid
@@ -174,9 +172,9 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         raise ValueError(f"{path} does not fit this version of the model ({str(error).splitlines()[0]})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
-    more = content.get("args", {}) | content  # older checkpoints have LATER in their arguments alone
-    head = {name: more[name] for name in (*SETTINGS, "step", *more.keys() & {"latent_scale", "digest", *LATER})}
-    return Weights(model.to(device).eval(), classes=tuple(content["classes"]), **head)
+    more = content.get("args", {}) | content  # older checkpoints have some of it in their arguments alone
+    about = {field.name: more[field.name] for field in fields(Weights) if field.name in more}
+    return Weights(**about | {"model": model.to(device).eval(), "classes": tuple(content["classes"])})
 
 
 def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
@@ -195,8 +193,7 @@ def find_weights(mode: str, stages: int, pyramid: str = "time") -> Path:
         flags = f"--mode {mode} --stages {stages} --pyramid {pyramid}"
         raise ValueError(f"no weights for {flags}: none in runs/, no {shipped.name}; to train: python train.py {flags}")
     if others:
-        said = f"note: no run in runs/ has this mode, stages and pyramid; the newest is {others[0]}"
-        print(said, file=sys.stderr)
+        print(f"note: no run in runs/ has this mode, stages and pyramid; the newest is {others[0]}", file=sys.stderr)
     return shipped
 
 
@@ -255,9 +252,8 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
     if held_out or counts.all() and not args.held_out:
         state.best = min(mean(held_out) if held_out else (sums / counts).mean().item(), best)
         state.since_judged.zero_()
-    head = {"format": FORMAT, "config": asdict(state.model.config), "step": state.step}
-    head |= {"classes": list(dataset.classes), "latent_scale": args.latent_scale if dataset.latent else None}
-    head |= {"digest": dataset.digests[0]} | {name: getattr(args, name) for name in (*SETTINGS, *LATER)}
+    about = {name: value for name, value in vars(weights_of(state, dataset, args)).items() if name != "model"}
+    head = {"format": FORMAT, "config": asdict(state.model.config)} | about
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
     whole |= {name: getattr(state, name) for name in COUNTS}
