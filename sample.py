@@ -20,13 +20,11 @@ from checkpoint import FACTORS, Weights, find_weights, load_weights, make_pyrami
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
 from data import height_width, save_gif, save_latents, save_strip, save_video
 from tpdiff import Pyramid, split_steps
-from video import SUFFIXES as READ
-from video import import_av
+from video import SUFFIXES, import_av
 
 MOST_PIXELS = 2**24  # of a preview
 CODE_POINT = re.compile("1f[0-9a-f]{3}")  # the labels of weights/emoji.pt
 PICTURES, LATENTS = (".gif", ".png", ".mp4"), (".npy",)  # suffixes of what is written
-SUFFIXES = PICTURES + LATENTS
 FEW = 500  # training steps: before, samples may still look like noise, as those of digits do
 
 
@@ -79,21 +77,20 @@ def with_products_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def full_rate_steps(counts: list[int], pyramid: Pyramid, shape: Sequence[int], calls: int = 1) -> float:
+def full_rate_steps(counts: list[int], pyramid: Pyramid, shape: Sequence[int]) -> float:
     """Cost of a clip of `shape` (B, C, T, H, W) in network calls at the full rate: a call at stage k weighs as many
     tokens as `p.shape` says it has. `counts` are noisiest first."""
     size = [math.prod(pyramid.shape(shape, k)) for k in range(len(pyramid))]
-    return calls * sum(count * part / size[0] for count, part in zip(counts, reversed(size), strict=True))
+    return sum(count * part / size[0] for count, part in zip(counts, reversed(size), strict=True))
 
 
 def said_cost(counts: list[int], pyramid: Pyramid, shape: Sequence[int], args: argparse.Namespace) -> str:
     """A line of the solver steps and what a clip costs; of args `solver` and `guidance`."""
     steps = "-".join(map(str, counts)) + " (noisiest stage first)" * (len(counts) > 1)
-    cost = full_rate_steps(counts, pyramid, shape, calls=1 if args.guidance == 1 else 2)
-    guided = " (twice as many as without guidance)" * (args.guidance != 1)
-    return (
-        f"steps {steps} with {args.solver}: a clip costs as much as {cost:.4g} network calls on the full clip{guided}"
-    )
+    calls, guided = full_rate_steps(counts, pyramid, shape), args.guidance != 1
+    cost = f"{2 * calls if guided else calls:.4g} network calls on the full clip"
+    more = " (twice as many as without guidance)" if guided else ""
+    return f"steps {steps} with {args.solver}: a clip costs as much as {cost}{more}"
 
 
 def check_guidance(weights: Weights, guidance: float) -> None:
@@ -165,7 +162,7 @@ def with_end(name: Path, suffix: str) -> Path:
 def free_name(stem: Path) -> Path:
     """`stem` with the first number at which there is no such file."""
     names = (stem.with_name(f"{stem.name}-{number:03d}") for number in itertools.count())
-    return next(name for name in names if not any(with_end(name, suffix).exists() for suffix in SUFFIXES))
+    return next(name for name in names if not any(with_end(name, suffix).exists() for suffix in PICTURES + LATENTS))
 
 
 def make_parser() -> cli.Parser:
@@ -175,14 +172,11 @@ def make_parser() -> cli.Parser:
     add("--mode", choices=["flow", "ddim"], help="form of diffusion [the checkpoint's, else flow]")
     add("--stages", type=positive_int, help="stages; 1 is vanilla, plain diffusion [the checkpoint's, else 3]")
     add("--pyramid", choices=FACTORS, help="what a stage halves [the checkpoint's, else time]")
-    add(
-        "--checkpoint",
-        type=Path,
-        help="a run's folder, or its weights.pt or checkpoint.pt [newest match in runs/, else shipped]",
-    )
+    checkpoint = "a run's folder, or its weights.pt or checkpoint.pt [newest match in runs/, else shipped]"
+    add("--checkpoint", type=Path, help=checkpoint)
     add("--number", type=positive_int, default=10, help="clips to sample")
     steps = "solver steps: a total, or one count per stage, noisiest first"
-    add("--steps", type=positive_int, nargs="+", default=[30], help=steps)
+    add("--steps", type=positive_int, nargs="+", action=cli.OneOrMore, default=30, help=steps)
     add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
     add("--label", nargs="+", help="classes to sample, in turn; an emoji stands for its first code point [every class]")
     add("--list-labels", action="store_true", help="print the classes of the model, and stop")
@@ -220,14 +214,14 @@ def run(args: argparse.Namespace) -> None:
     if args.label:
         print("labels:", *(weights.classes[label] for label in labels[: len(args.label)]))
     check_guidance(weights, args.guidance)
-    pyramid, steps = make_pyramid(weights), args.steps[0] if len(args.steps) == 1 else args.steps
-    counts = split_steps(steps, weights.stages, pyramid.lengths)
+    pyramid = make_pyramid(weights)
+    counts = split_steps(args.steps, weights.stages, pyramid.lengths)
     of_a_run, pictures = path.stem.startswith(("weights", "checkpoint")), weights.latent_scale is None
     out, name = args.out or Path("samples"), path.resolve().parent.name if of_a_run else path.stem
     out = free_name(out / name) if out.is_dir() or not args.out else out
     kinds = PICTURES if pictures else LATENTS
     suffix = out.suffix.lower()
-    files = [out] if suffix in (*SUFFIXES, *READ) else [with_end(out, kind) for kind in kinds[:2]]
+    files = [out] if suffix in SUFFIXES else [with_end(out, kind) for kind in kinds[:2]]
     if files[0].suffix.lower() not in kinds:
         advice = f"pictures: {', '.join(kinds)}" if pictures else "latents, which are no pictures: .npy, to decode them"
         raise ValueError(f"--out {out}: {path} makes {advice}")
@@ -242,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
     if weights.step < FEW:
         print("note: after so few training steps samples may still look like noise")
     start = time.perf_counter()
-    options = steps, args.solver, args.guidance, args.seed, args.precision
+    options = counts, args.solver, args.guidance, args.seed, args.precision
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
     said = f"{cli.count(args.number, 'clip')} of {cli.count(weights.frames, 'frame')}"
     print(f"{said}, {(time.perf_counter() - start) / args.number:.2f} s a clip")
