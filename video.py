@@ -134,15 +134,15 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
     to folders elsewhere are followed, to each of them once."""
     root, seen = folder.resolve(), {without}
 
-    def is_new(path: Path) -> bool:
-        real = path.resolve()
-        if real in seen or path.is_symlink() and real.is_relative_to(root):
-            return False
-        seen.add(real)
-        return True
-
     for directory, below, names in os.walk(folder, followlinks=True):
-        below[:] = [name for name in sorted(below) if is_new(Path(directory, name))]
+        below.sort()
+        for name in tuple(below):
+            path = Path(directory, name)
+            real = path.resolve()
+            if real in seen or path.is_symlink() and real.is_relative_to(root):
+                below.remove(name)
+            else:
+                seen.add(real)
         if RUN in names:
             below[:], names = [], [RUN]
         numbered = defaultdict(list)
