@@ -168,14 +168,13 @@ class FolderClips(Dataset):
     def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
         """Why a clip cannot be used, the first reason of several; "" if it can."""
         (height, width), stills = height_width(self.size or 1), source.kind == "stills" and self.span > 1
-        too_small = source.height < height or source.width < width
+        too_small, rate = source.height < height or source.width < width, f" at --fps {self.fps:g}" if self.fps else ""
         reasons = {
             f"unusable, as each {source.note}": source.kind == "broken",
             "without motion, which --frames 1 takes": stills and source.frames == 1,
             "beside videos or animations": stills and source.files[0].parent in moving,
             "without times, which --fps needs": self.fps and not source.unit,
-            f"shorter than {self.span} frames" + f" at --fps {self.fps or 0:g}" * bool(self.fps): source.frames
-            < self.span,
+            f"shorter than {self.span} frames{rate}": source.frames < self.span,
             f"smaller than {height}x{width}": source.kind == "latent" and too_small,
             "in no sub-folder, so without a label": self.labels and self.class_name(source) is None,
         }
