@@ -41,9 +41,8 @@ def family_of(model: str, motion_adapter: str | None = None) -> Family:
     if index.get("transformer_2", [None, None])[1]:
         raise ValueError(f"{model} has two networks, for early and late times: only models of one are known")
     if name == "StableDiffusionPipeline" and not motion_adapter:
-        raise ValueError(
-            f"{model} makes images: give --motion-adapter, such as guoyww/animatediff-motion-adapter-v1-5-2"
-        )
+        example = "guoyww/animatediff-motion-adapter-v1-5-2"
+        raise ValueError(f"{model} makes images: give --motion-adapter, such as {example}")
     if motion_adapter and FAMILIES[name].folder != "unet":
         raise ValueError(f"{model} is a {name} and takes no --motion-adapter")
     return FAMILIES[name]
@@ -210,11 +209,8 @@ def settle(args: Namespace) -> tuple[Namespace, Family]:
     for name in ("stages", "pyramid", "shift"):
         if args.lora and getattr(args, name) not in (None, saved[name]):
             raise ValueError(f"{args.lora} was trained with --{name} {saved[name]}, not {getattr(args, name)}")
-    for name in ("stages", "pyramid", "shift", "frames", "size", "fps"):
-        if getattr(args, name) is None:
-            setattr(args, name, saved.get(name))
-    for name in ("frames", "size", "fps"):  # a run's fps of 0 is each file's own
-        setattr(args, name, getattr(args, name) or getattr(family, name))
+    for name in ("stages", "pyramid", "shift", "frames", "size", "fps"):  # a run's fps of 0 is each file's own
+        setattr(args, name, getattr(args, name) or saved.get(name) or getattr(family, name, None))
     args.guidance = family.guidance if args.guidance is None else args.guidance
     args.size = height_width(args.size)
     return args, family
