@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse's. An option of an empty value, as an unset variable of a shell leaves it, is an error."""
         words = sys.argv[1:] if args is None else [*args]
         empty = [name for name, value in pairwise(words) if value == ""]
-        empty += [word[:-1] for word in words if word.find("=") == len(word) - 1]
+        empty += [name for name, equals, value in (word.partition("=") for word in words) if equals and not value]
         for name in empty:
             if name.startswith("--") and name not in MAY_BE_EMPTY:
                 self.error(f"the value of {name} is empty")

@@ -154,15 +154,10 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
     return chosen[torch.arange(number) % len(chosen)] if classes else None
 
 
-def with_end(name: Path, suffix: str) -> Path:
-    """The name with a suffix more; what follows another dot stays."""
-    return name.with_name(name.name + suffix)
-
-
 def free_name(stem: Path) -> Path:
     """`stem` with the first number at which there is no such file."""
-    names = (stem.with_name(f"{stem.name}-{number:03d}") for number in itertools.count())
-    return next(name for name in names if not any(with_end(name, suffix).exists() for suffix in PICTURES + LATENTS))
+    names = (Path(f"{stem}-{number:03d}") for number in itertools.count())
+    return next(name for name in names if not any(Path(f"{name}{suffix}").exists() for suffix in PICTURES + LATENTS))
 
 
 def make_parser() -> cli.Parser:
@@ -221,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
     out = free_name(out / name) if out.is_dir() or not args.out else out
     kinds = PICTURES if pictures else LATENTS
     suffix = out.suffix.lower()
-    files = [out] if suffix in SUFFIXES else [with_end(out, kind) for kind in kinds[:2]]
+    files = [out] if suffix in SUFFIXES else [Path(f"{out}{kind}") for kind in kinds[:2]]
     if files[0].suffix.lower() not in kinds:
         advice = f"pictures: {', '.join(kinds)}" if pictures else "latents, which are no pictures: .npy, to decode them"
         raise ValueError(f"--out {out}: {path} makes {advice}")

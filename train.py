@@ -408,9 +408,9 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - mark
-                state.seconds += seconds
+                state.seconds, rate = state.seconds + seconds, clips / seconds
                 judged = held_out_loss(state.ema, pyramid, dataset.judged_on, args) if save_due and first else None
-                loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate := clips / seconds, first, judged)
+                loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate, first, judged)
                 bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=f"{rate:.1f}")
                 if save_due and first:
                     disk.save(state, dataset, args, world, judged)

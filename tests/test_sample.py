@@ -213,7 +213,7 @@ def test_a_run_s_samples_are_numbered_whatever_its_name(tmp_path):
     for number in range(2):
         name = sample.free_name(tmp_path / "flow-3-clips.v2")
         assert name.name == f"flow-3-clips.v2-{number:03d}"
-        sample.with_end(name, ".gif").touch()
+        (tmp_path / f"{name.name}.gif").touch()
     with pytest.raises(SystemExit):
         sample.make_parser().parse_args([""])
 
