@@ -9,13 +9,14 @@ import math
 import os
 import re
 from bisect import bisect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, groupby, pairwise
 from pathlib import Path
+from statistics import multimode
 
 import numpy as np
 import torch
@@ -78,8 +79,7 @@ def usual_distance(times: list[int]) -> Fraction:
     rounded to another side, and are averaged: thirtieths of a second are 33, 33 and 34 milliseconds. A tick is a unit,
     or what all distances are multiples of: milliseconds stay milliseconds in a file that counts finer."""
     distances = [after - before for before, after in pairwise(times)]
-    counts, grain = Counter(distances), math.gcd(*distances)
-    usual = min(counts, key=lambda distance: (-counts[distance], distance))
+    usual, grain = min(multimode(distances)), math.gcd(*distances)
     tick = grain if 4 * grain < usual else min(1, usual - 1)
     alike = [distance for distance in distances if abs(distance - usual) <= tick]
     return Fraction(sum(alike), len(alike))
