@@ -33,12 +33,8 @@ PAGE, TEXTS = Path(__file__).with_name("README.md"), Path(__file__).with_name("t
 FRONT_PAGE, CLAIMS = ROOT / "README.md", Path(__file__).with_name("claims.txt")
 MARKS = "<!-- experiments/claims.txt, filled in by python -m experiments.report -->\n", "<!-- end -->\n"
 # The present names of the commands in files that are older than these names.
-RENAMED = {r"^python evaluate\.py (quality|judge)": r"python -m experiments.metrics \1"}
-RENAMED |= {
-    r"^python evaluate\.py": "python -m experiments.claims",
-    r"^python bench\.py": "python -m experiments.speed",
-}
-RENAMED |= {r" results/": " experiments/results/", r"^python -m experiments\.asked": "python -m experiments.claims"}
+RENAMED = {"python bench.py": "python -m experiments.speed"}
+RENAMED |= {"python -m experiments.asked": "python -m experiments.claims"}
 Table = tuple[list, list[list]]  # its header and its rows
 
 
@@ -121,7 +117,7 @@ def made_by(content: dict) -> str:
     """A line of what made the tables of a file. A command is shown by its present name."""
     command = content.get("command", "")
     for old, new in RENAMED.items():
-        command = re.sub(old, new, command)
+        command = command.replace(old, new)
     words = [f"`{command}`"] if command else []
     words += [content[name] for name in ("note", "machine", "date") if name in content]
     words += [f"torch {content['torch']}"] if "torch" in content else []
