@@ -26,8 +26,8 @@ from cli import Parser, choose_device, generator_for, keep_memory, one_sentence,
 from data import height_width
 from experiments.asked import QUESTIONS, draw_cells
 from experiments.figures import draw_clips, draw_curves, figure_class
-from experiments.metrics import NO_MEMORY, add_scoring, real_clips
-from experiments.report import provenance, publish, spread
+from experiments.metrics import add_scoring, real_clips
+from experiments.report import NO_MEMORY, provenance, publish, spread
 from experiments.runs import (
     FRONT,
     IN_TURN,

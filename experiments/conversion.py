@@ -10,7 +10,6 @@ What a clip shows is told as the text: a fixed random vector for each class.
 
 import argparse
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,8 @@ from examples import generate as models
 from examples.families import WAN, check_packages, library
 from examples.finetune import training_loss
 from experiments.figures import draw_clips, figure_class
-from experiments.metrics import NO_MEMORY, distances_to, load_efficientnet, picture_features, real_clips
-from experiments.report import provenance, publish
+from experiments.metrics import distances_to, load_efficientnet, picture_features, real_clips
+from experiments.report import publish, run_command
 from sample import full_rate_steps
 from tpdiff import Pyramid, align, randn, split_steps
 
@@ -139,8 +138,13 @@ def sampled(model, pyramid: Pyramid, steps: int, number: int, args: argparse.Nam
     return torch.cat(clips)
 
 
-def measure(args: argparse.Namespace) -> list:
+def measure(args: argparse.Namespace) -> None:
     """Loss by stage, distance to held-out clips with thirty steps and with nine, and the seconds of training."""
+    check_packages()
+    figure_class()  # says what to install, if anything
+    args.device = cli.choose_device()
+    args.train = FolderClips(args.data / "train", FRAMES, SIZE, args.seed, labels=True)
+    args.held_out = FolderClips(args.data / "held-out", FRAMES, SIZE, labels=True)
     network, rows, pictures = new_network(args).to(args.device).eval(), [], {}
     distance = distances_to(
         real_clips(0, min(400, 4 * len(args.held_out.sources)), args.held_out),
@@ -171,11 +175,13 @@ def measure(args: argparse.Namespace) -> list:
     rows.append(["real training clips", "", "", "", f"{distance(seen)['distance']:.0f}", ""])
     draw_clips(pictures | {"real": seen[:6]}, "Before and after conversion", args.out / "conversion.png")
     header = ["model", "steps", "seconds", "held-out loss by stage, 0 first"]
-    return [([*header, "distance, thirty steps", "distance, nine steps"], rows)]
+    header += ["distance, thirty steps", "distance, nine steps"]
+    publish([(header, rows)], args.made_by, args.out / "conversion.json")
 
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="experiments.conversion", description=__doc__)
+    parser.set_defaults(function=measure)
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
     add("--steps", type=cli.positive_int, default=4000, help="of the vanilla model")
@@ -190,19 +196,8 @@ def make_parser() -> cli.Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(words)
-    made_by = provenance("experiments.conversion", words)
-    with cli.one_sentence(parser, NO_MEMORY):
-        check_packages()
-        figure_class()  # says what to install, if anything
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.device = cli.choose_device()
-        args.train = FolderClips(args.data / "train", FRAMES, SIZE, args.seed, labels=True)
-        args.held_out = FolderClips(args.data / "held-out", FRAMES, SIZE, labels=True)
-        publish(measure(args), made_by, args.out / "conversion.json")
+    run_command(make_parser(), argv)
 
 
 if __name__ == "__main__":
-    cli.keep_memory()
     main()

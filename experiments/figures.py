@@ -1,5 +1,6 @@
 """Figures: the losses of runs of train.py, the times of the stages, and a clip on its way through the stages."""
 
+import argparse
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 from checkpoint import SHIPPED, load_weights, make_pyramid
 from cli import SAMPLING, Parser, generator_for, non_negative_int, one_sentence
 from data import height_width, tile, to_images
-from experiments.report import file_to_write
+from experiments.report import add_command, file_to_write
 from sample import make_predict
 from tpdiff import Pyramid, randn
 
@@ -174,11 +175,11 @@ def draw_clips(pictures: dict[str, Tensor], title: str, path: Path) -> None:
     figure.savefig(path, dpi=200)
 
 
-def draw_losses(runs: list[Path], path: Path) -> None:
+def draw_losses(args: argparse.Namespace) -> None:
     """The losses of runs, stage by stage, over the seconds that they trained: in training, smoothed, and, where clips
     are held out, on those. Raises ValueError or OSError if there are none."""
     figure, axes = subplots(1, 1, (6, 3.8))
-    for number, run in enumerate(runs):
+    for number, run in enumerate(args.runs):
         if not (run / "metrics.jsonl").exists():
             raise ValueError(f"{run} holds no metrics.jsonl: it is not the folder of a run")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -195,7 +196,7 @@ def draw_losses(runs: list[Path], path: Path) -> None:
     axes.set(xlabel="seconds of training", ylabel="loss", yscale="log", title="Loss by stage (0 is the full rate)")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(args.out, dpi=120)
 
 
 def smooth(values: tuple[float, ...], decay: float = 0.8) -> list[float]:
@@ -207,13 +208,13 @@ def smooth(values: tuple[float, ...], decay: float = 0.8) -> list[float]:
     return found
 
 
-def draw_windows(path: Path, stages: int = 3) -> None:
+def draw_windows(args: argparse.Namespace) -> None:
     """The times that each stage works on, from t = 1 to 0, its frame rate, and the jumps of renoising between them."""
     figure, rows = subplots(2, 1, (6, 3.8), sharex=True)
     for axes, mode in zip(rows, ("flow", "ddim"), strict=True):
-        pyramid = Pyramid(mode, stages)
+        pyramid = Pyramid(mode)
         for stage in pyramid:
-            height, name = stages - stage.index, f"stage {stage.index}"
+            height, name = len(pyramid) - stage.index, f"stage {stage.index}"
             rate = "full frame rate" if stage.index == 0 else f"1/{stage.stride[0]} of the frames"
             axes.barh(height, stage.t_start - stage.t_end, left=stage.t_end, height=0.5, color=f"C{stage.index}")
             axes.text(
@@ -223,15 +224,15 @@ def draw_windows(path: Path, stages: int = 3) -> None:
                 following, arrow = pyramid[stage.index - 1], {"arrowstyle": "->", "color": "black"}
                 axes.annotate("", (following.t_start, height + 0.7), (stage.t_end, height + 0.3), arrowprops=arrow)
         axes.set_title(f"{mode}: each later stage starts a little noisier than the one before ended", fontsize=10)
-        axes.set(yticks=[], ylim=(0.4, stages + 0.6))
+        axes.set(yticks=[], ylim=(0.4, len(pyramid) + 0.6))
     rows[1].set(xlim=(1, 0), xlabel="noise time t: sampling runs from 1, noise, to 0, data; arrows are renoising")
-    figure.savefig(path, dpi=160)
+    figure.savefig(args.out, dpi=160)
 
 
-def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
+def draw_stages(args: argparse.Namespace) -> None:
     """A clip of the model on its way through the stages: each at its start, halfway and at its end. Frames stand at
     the time at which they are shown."""
-    weights = load_weights(checkpoint)
+    weights = load_weights(args.checkpoint)
     pyramid, shown = make_pyramid(weights), []
 
     def keep(x, t, k):
@@ -239,7 +240,7 @@ def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
 
     shape, steps = (1, weights.model.config.channels, weights.frames, *height_width(weights.size)), 10
     noise = randn(pyramid.shape(shape, len(pyramid) - 1), [generator_for(0, SAMPLING, 3)])
-    predict = make_predict(weights.model, torch.tensor([label]), 2.0, bf16=False)
+    predict = make_predict(weights.model, torch.tensor([args.label]), 2.0, bf16=False)
     keep(noise, torch.ones(1), len(pyramid) - 1)
     pyramid.sample(predict, shape, [steps] * len(pyramid), "ab2", [generator_for(0, SAMPLING, 3)], callback=keep)
     moments = [shown[k * (steps + 1) + step] for k in range(len(pyramid)) for step in (0, steps // 2, steps)]
@@ -251,20 +252,19 @@ def draw_stages(path: Path, checkpoint: Path, label: int) -> None:
         for number, frame in enumerate(to_images(clip[None])[0]):
             row[number * pyramid[k].stride[0]].imshow(frame)
     figure.suptitle("A clip grows from 4 frames to 8 and 16 while its noise is removed")
-    figure.savefig(path, dpi=100)
+    figure.savefig(args.out, dpi=100)
 
 
 def make_parser() -> Parser:
-    example = "example: python -m experiments.figures stages"
-    parser = Parser(prog="experiments.figures", description=__doc__, epilog=example)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    runs, adds = {"losses": {"epilog": "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"}}, {}
-    for name, draw in {"losses": draw_losses, "windows": draw_windows, "stages": draw_stages}.items():
-        purpose = " ".join(draw.__doc__.split(".")[0].split())
-        adds[name] = commands.add_parser(name, help=purpose, description=purpose, **runs.get(name, {})).add_argument
-    adds["losses"]("runs", type=Path, nargs="+", help="folders of runs")
+    parser = Parser(prog="experiments.figures", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    adds = {"stages": add_command(commands, "stages", draw_stages)}
     adds["stages"]("--checkpoint", type=Path, default=SHIPPED / "flow-3.pt", help="of three stages [weights/flow-3.pt]")
     adds["stages"]("--label", type=non_negative_int, default=3, help="number of the class to sample")
+    adds["windows"] = add_command(commands, "windows", draw_windows)
+    example = "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"
+    adds["losses"] = add_command(commands, "losses", draw_losses, epilog=example)
+    adds["losses"]("runs", type=Path, nargs="+", help="folders of runs")
     for name, add in adds.items():
         add("--out", type=file_to_write, default=Path(f"{name}.png"), help="PNG to write")
     return parser
@@ -276,12 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(parser, "not enough memory"):
         if not args.out.suffix:
             raise ValueError(f"--out {args.out} has no ending such as .png, which says what it shall be")
-        if args.what == "losses":
-            draw_losses(args.runs, args.out)
-        elif args.what == "windows":
-            draw_windows(args.out)
-        else:
-            draw_stages(args.out, args.checkpoint, args.label)
+        args.function(args)
     print(f"wrote {args.out}")
 
 

@@ -2,11 +2,9 @@
 
 import argparse
 import hashlib
-import inspect
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -20,14 +18,13 @@ from tqdm import tqdm
 
 import sample
 from checkpoint import SHIPPED, Weights, find_weights, load_weights, make_pyramid, weight_file
-from cli import Parser, choose_device, keep_memory, one_sentence, positive_int, real_number, whole_number
+from cli import Parser, choose_device, positive_int, real_number, whole_number
 from data import FolderClips, MovingDigits, bounce, draw_digit
-from experiments.report import json_to_write, provenance, publish, spread
+from experiments.report import add_command, json_to_write, publish, run_command, spread
 from tpdiff import Pyramid, split_steps
 
 JUDGE, JUDGE_SEED = SHIPPED / "judge.pt", 2**31
 NAMED = "named rightly", "wrong clips nearer, median"
-NO_MEMORY = "not enough memory: a smaller --batch or --reference needs less"
 REAL = MovingDigits(seed=2**31 + 1)  # that no run and no judge was trained on
 
 
@@ -370,14 +367,6 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_command(commands, name: str, function: Callable) -> Callable:
-    """A sub-command that calls `function` of its arguments. Returns what adds an option to it."""
-    purpose = function.__doc__.split(".")[0]
-    parser = commands.add_parser(name, help=purpose, description=inspect.cleandoc(function.__doc__))
-    parser.set_defaults(function=function)
-    return parser.add_argument
-
-
 def add_scoring(add: Callable) -> None:
     """The options of whatever samples clips and scores them."""
     add("--number", type=whole_number(2), default=340, help="clips that are sampled with each of --seeds")
@@ -387,13 +376,8 @@ def add_scoring(add: Callable) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(words)
-    args.made_by = provenance("experiments.metrics", words)
-    with one_sentence(parser, NO_MEMORY):
-        args.function(args)
+    run_command(make_parser(), argv)
 
 
 if __name__ == "__main__":
-    keep_memory()
     main()

@@ -32,12 +32,12 @@ from statistics import mean
 import sample
 import train
 from checkpoint import SHIPPED, load_weights, make_pyramid
-from cli import Parser, keep_memory, non_negative_int, one_sentence, positive_int, real_number, whole_number
+from cli import Parser, non_negative_int, positive_int, real_number, whole_number
 from data import height_width
 from experiments.claims import time_to
 from experiments.figures import draw_clips, draw_curves, draw_panels, figure_class
-from experiments.metrics import NAMED, add_command
-from experiments.report import provenance, publish, spread
+from experiments.metrics import NAMED
+from experiments.report import add_command, publish, run_command, spread
 from experiments.runs import run_train, seconds_a_step
 from experiments.trust import Scored, copies, distance, names, sampled
 from tpdiff import split_steps
@@ -55,7 +55,6 @@ SHARES = (25, 50, 75, 100)  # percent of a run after which its weights are kept
 STEPS = (3, 6, 9, 15, 30)
 CHEAP = (5, 3, 1)  # most steps where they cost least: it does well on digits
 PACE = ["seconds a step", "fewest", "most"]
-NO_MEMORY = "not enough memory: a smaller --batch needs less"
 
 
 def train_words(system: str, seed: int, args: argparse.Namespace) -> list[str]:
@@ -98,7 +97,6 @@ def pace(args: argparse.Namespace) -> None:
     """What a step of each system takes, with the options of its runs. Systems are measured in turn, so that what else
     the machine does slows all of them. Raises ValueError if there are no runs, or two of a system have other
     options."""
-    args.out.mkdir(parents=True, exist_ok=True)
     options = {}
     for folder, words in begun_runs(args.runs).items():
         system, _ = system_and_seed(folder)
@@ -178,7 +176,6 @@ def scores(args: argparse.Namespace) -> None:
     different targets, so compare a loss within a system only. The pictures are of each system's first run, 30 Euler
     steps."""
     figure_class()  # says what to install, if anything
-    args.out.mkdir(parents=True, exist_ok=True)
     runs = finished_runs(args.runs)
     paces = paces_of(args.paces, args.runs, runs) if args.paces else {}
     shape = next((options.frames, options.size) for options in runs.values())
@@ -221,7 +218,6 @@ def settings(args: argparse.Namespace) -> None:
     """Distance of runs with other options to clips that are there to choose options by, the split *settings*. --runs
     holds a folder for each choice, with runs of the systems in it. Give all systems equally many choices. The split has
     other clips, and fewer, so compare these distances with no others. Their last weights are measured."""
-    args.out.mkdir(parents=True, exist_ok=True)
     runs, rows = finished_runs(args.runs, "*/"), []
     scored = Scored("settings", next((options.frames, options.size) for options in runs.values()), args)
     for folder, options in runs.items():
@@ -324,12 +320,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    keep_memory()
-    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(words)
-    args.made_by = provenance("experiments.real", words)
-    with one_sentence(parser, NO_MEMORY):
-        args.function(args)
+    run_command(make_parser(), argv)
 
 
 if __name__ == "__main__":

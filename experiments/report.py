@@ -13,6 +13,7 @@ A % at the end shows shares in percent.
 
 import argparse
 import datetime
+import inspect
 import json
 import os
 import platform
@@ -20,12 +21,14 @@ import re
 import shlex
 import statistics
 import subprocess
+import sys
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 
-from cli import Parser, count, one_sentence
+from cli import Parser, count, keep_memory, one_sentence
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -35,6 +38,7 @@ MARKS = "<!-- experiments/claims.txt, filled in by python -m experiments.report 
 # The present names of the commands in files that are older than these names.
 RENAMED = {"python bench.py": "python -m experiments.speed"}
 RENAMED |= {"python -m experiments.asked": "python -m experiments.claims"}
+NO_MEMORY = "not enough memory: a smaller --batch or --reference needs less"
 Table = tuple[list, list[list]]  # its header and its rows
 
 
@@ -86,6 +90,27 @@ def write_json(path: Path, content: dict) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(aside, path)
+
+
+def add_command(commands, name: str, function: Callable, **options) -> Callable:
+    """A sub-command that calls `function` of its arguments. Returns what adds an option to it."""
+    text = inspect.cleandoc(function.__doc__)
+    parser = commands.add_parser(name, help=text.split(".")[0], description=text, **options)
+    parser.set_defaults(function=function)
+    return parser.add_argument
+
+
+def run_command(parser: Parser, argv: list[str] | None) -> None:
+    """Calls the `function` of the command with its arguments, and with what its tables are `made_by`. The folder of
+    --out is made."""
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    args.made_by = provenance(parser.prog, words)
+    keep_memory()
+    with one_sentence(parser, NO_MEMORY):
+        if "out" in args:
+            args.out.mkdir(parents=True, exist_ok=True)
+        args.function(args)
 
 
 def provenance(module: str, words: list[str]) -> dict:

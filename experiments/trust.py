@@ -137,7 +137,6 @@ def distance(args: argparse.Namespace) -> None:
     """How far damaged real clips are from others, of other files, by several distances; and samples of --checkpoint. A
     good distance grows with every damage and falls as a model gets better."""
     figure_class()  # says what to install, if anything
-    args.out.mkdir(parents=True, exist_ok=True)
     models = {path: load_weights(weight_file(path), choose_device()) for path in args.checkpoint}
     seen = FolderClips(args.data / "train", 16, 64, labels=True)
     names = [seen.classes[seen[number][1]] for number in range(args.number)]
@@ -172,7 +171,6 @@ def names(args: argparse.Namespace) -> None:
     apart, and samples of --checkpoint by solver steps and guidance. A good score falls with every damage and rises as
     samples get better. All clips have labels that two training clips or more have."""
     figure_class()  # says what to install, if anything
-    args.out.mkdir(parents=True, exist_ok=True)
     weights, device = load_weights(weight_file(args.checkpoint), choose_device()), choose_device()
     known, rows = FolderClips(args.data / "train", weights.frames, weights.size, labels=True), []
     folders = [known.class_name(source) for source in known.sources]
@@ -209,7 +207,6 @@ def copies(args: argparse.Namespace) -> None:
     training clip, of the splits train and settings. The root mean square difference on frames of 16x16 pixels, whose
     range is -1 to 1. The picture shows the samples that are nearest to a training clip, each with it."""
     figure_class()  # says what to install, if anything
-    args.out.mkdir(parents=True, exist_ok=True)
     weights = load_weights(weight_file(args.checkpoint), choose_device())
     shape = weights.frames, weights.size
     parts = [FolderClips(args.data / name, *shape, labels=True) for name in ("train", "settings")]
