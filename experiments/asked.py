@@ -12,31 +12,24 @@ import torch
 from torch import Tensor
 
 import sample
-from checkpoint import Weights, load_weights, make_pyramid
-from cli import SAMPLING, choose_device, generator_for, use_bf16
+from checkpoint import Weights, make_pyramid
+from cli import SAMPLING, generator_for, use_bf16
 from data import MovingDigits
 from experiments.figures import draw_bars, draw_curves
-from experiments.metrics import (
-    REAL,
-    digit_scores,
-    frechet_distance,
-    load_judge,
-    other_clips,
-    real_clips,
-    sample_clips,
-)
+from experiments.metrics import REAL, digit_metrics, digit_scores, load_judge, other_clips, real_clips, sample_clips
 from experiments.report import spread
 from experiments.runs import (
     FRONT,
     IN_TURN,
     SEEDS,
     Cell,
+    clips_of,
+    cost,
     front_row,
-    full_rate_calls,
     measured,
     stored,
-    trained,
     training_seeds,
+    weights_of,
 )
 from experiments.variants import FAST
 from model import DiT
@@ -58,7 +51,7 @@ def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: st
     cells = {
         title: [Cell(run + seed, 9, percent=percent) for seed in training_seeds(args)] for title, run in runs.items()
     }
-    cells = {f"{title}, {full_rate_calls(each[0], args):.4g} calls": each for title, each in cells.items()}
+    cells = {f"{title}, {cost(each[0], args)[1]:.4g} calls": each for title, each in cells.items()}
     draw_cells(cells, title, ("judge_distance", "judge's distance, both training seeds"), name, args)
     return [(FRONT, [front_row(cell, args) for each in cells.values() for cell in each])]
 
@@ -77,11 +70,6 @@ def positions(args: argparse.Namespace) -> list:
     return bars_of(runs, "What tells the model where a frame is", args, "positions")
 
 
-def weights_of(run: str, args: argparse.Namespace) -> Weights:
-    """A run's weights at its end."""
-    return load_weights(trained(run, 100, args), choose_device())
-
-
 @cache
 def real_data(frames: int, fast: bool = False) -> MovingDigits:
     """Real clips of this many frames, usual or fast."""
@@ -90,26 +78,12 @@ def real_data(frames: int, fast: bool = False) -> MovingDigits:
     return data
 
 
-@cache
-def real_features(frames: int, count: int, fast: bool) -> Tensor:
-    """The judge's, of real clips."""
-    return load_judge().features(real_clips(0, count, real_data(frames, fast)))
-
-
-def scored(clips: Tensor, reference: int, fast: bool = False) -> dict[str, float]:
-    """The judge's distance to real clips as long as these, and what it reads in them."""
-    judge = load_judge()
-    distance = frechet_distance(judge.features(clips), real_features(clips.shape[2], reference, fast))
-    return {"judge_distance": distance} | digit_scores(judge, clips)
-
-
 def longer(args: argparse.Namespace) -> list:
     """Clips of 32 frames by models trained on 16, beside clips of 16: the pyramids and vanilla, nine Euler steps."""
-    rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
-    runs = [
-        (f"{system}, {SEEDS[seed]}", run + seed) for system, run in SYSTEMS.items() for seed in training_seeds(args)
-    ]
-    for (title, run), frames in product([*runs, ("real", "real")], (16, 32)):
+    rows, curves, seeds = [], {}, training_seeds(args).items()
+    runs = {f"{system}, {shown}": run + seed for system, run in SYSTEMS.items() for seed, shown in seeds}
+    for (title, run), frames in product((runs | {"real": "real"}).items(), (16, 32)):
+        metrics = partial(digit_metrics, reference=args.reference, data=real_data(frames))
         if run == "real":
             make = partial(other_clips, args.reference, data=real_data(frames))
         else:
@@ -120,13 +94,8 @@ def longer(args: argparse.Namespace) -> list:
         names = ("judge_distance", "legible", "one_digit", "straight")
         rows.append([run, frames, *(spread(found[name]) for name in names)])
         curves.setdefault(title, []).append((frames, found["judge_distance"]))
-    draw_curves(
-        curves,
-        "Clips longer than trained on",
-        "frames of a clip; trained on 16",
-        "judge's distance",
-        args.out / "longer.png",
-    )
+    labels = "Clips longer than trained on", "frames of a clip; trained on 16", "judge's distance"
+    draw_curves(curves, *labels, args.out / "longer.png")
     return [(["run", "frames", "judge's distance", "legible", "one digit", "straight"], rows)]
 
 
@@ -145,8 +114,7 @@ def alike(args: argparse.Namespace) -> list:
     rows, curves = [["real", "", "", *(f"{share:.2%}" for share in share_alike(real, limit).values())]], {}
     for system, solver, seed, steps in product(SYSTEMS, ("euler", "ab2"), training_seeds(args), (3, 9, 30)):
         run = SYSTEMS[system] + seed
-        weights = weights_of(run, args)
-        make = partial(sample_clips, weights, make_pyramid(weights), steps, solver, args.batch)
+        make = partial(clips_of, Cell(run, steps, solver), args)
         name = f"frames alike of {run}, {steps} steps of {solver}"
         found = stored(name, run, make, partial(share_alike, limit=limit), args)
         rows.append([run, steps, solver, *(f"{mean(found[which]):.2%}" for which in ("within", "between"))])
@@ -161,14 +129,10 @@ def alike(args: argparse.Namespace) -> list:
 def fast(args: argparse.Namespace) -> list:
     """Digits three times as fast, in training and in sampling: the time pyramid and vanilla, nine Euler steps."""
     rows, bars = [], {}
-    for (title, run), quick, seed in product(
-        (("vanilla", "flow-1"), ("time", "flow-3")), (False, True), training_seeds(args)
-    ):
-        name = run + "-fast" * quick + seed
-        weights = weights_of(name, args)
-        make = partial(sample_clips, weights, make_pyramid(weights), 9, "euler", args.batch)
-        metrics = partial(scored, reference=args.reference, fast=quick)
-        found = stored(f"{name}, by speed", name, make, metrics, args)
+    for title, quick, seed in product(("vanilla", "time"), (False, True), training_seeds(args)):
+        name = SYSTEMS[title] + "-fast" * quick + seed
+        metrics = partial(digit_metrics, reference=args.reference, data=real_data(16, quick))
+        found = stored(f"{name}, by speed", name, partial(clips_of, Cell(name, 9), args), metrics, args)
         rows.append([name, *(spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit"))])
         bars.setdefault(f"{title}, {'fast' if quick else 'usual'}", []).append(mean(found["judge_distance"]))
     make = partial(other_clips, args.reference, data=real_data(16, True))
@@ -209,11 +173,8 @@ def overlaps(clips: Tensor, reference: int) -> dict[str, float]:
 
 def unlabelled(weights: Weights, batch: int, seed: int, number: int) -> Tensor:
     """Clips sampled without a label, nine Euler steps."""
-    clips, pyramid = [], make_pyramid(weights)
-    for first in range(0, number, batch):
-        labels = torch.full((min(batch, number - first),), weights.model.null_label)
-        clips.append(sample.generate(weights, pyramid, labels, len(labels), 9, seed=seed, first=first).cpu())
-    return torch.cat(clips)
+    labels = torch.full((number,), weights.model.null_label)
+    return sample_clips(weights, make_pyramid(weights), 9, "euler", batch, seed, number, labels)
 
 
 def diversity(args: argparse.Namespace) -> list:
@@ -228,9 +189,8 @@ def diversity(args: argparse.Namespace) -> list:
         run += seed
         free = asked = partial(other_clips, args.reference, in_turn=False)
         if run != "real":
-            weights = weights_of(run, args)
-            free = partial(unlabelled, weights, args.batch)
-            asked = partial(sample_clips, weights, make_pyramid(weights), 9, "euler", args.batch)
+            free = partial(unlabelled, weights_of(run, args), args.batch)
+            asked = partial(clips_of, Cell(run, 9), args)
         without = stored(f"{run}, diversity", run, free, metrics, args)
         labelled = stored(f"{run}, diversity, labelled", run, asked, metrics, args)
         shares = [labelled["places"], labelled["directions"]]
@@ -274,23 +234,21 @@ def coarse_to_fine(weights: Weights, shift: float, steps: int, batch: int, seed:
 def rival(args: argparse.Namespace) -> list:
     """The training-free rival: vanilla's own weights sampled from coarse to fine, beside vanilla and the time pyramid
     that was trained, over the cost of sampling."""
-    rows, curves, metrics = [], {}, partial(scored, reference=args.reference)
-    shape, pyramid = (1, 1, 16, 32, 32), Pyramid("flow", 3)
+    rows, curves, metrics = [], {}, partial(digit_metrics, reference=args.reference)
     for seed, steps in product(training_seeds(args), (6, 9, 15, 30)):
         makes = {}
         for name, run in (("vanilla", "flow-1"), ("trained on the pyramid", "flow-3")):
-            weights = weights_of(run + seed, args)
-            makes[name, run] = partial(sample_clips, weights, make_pyramid(weights), steps, "euler", args.batch)
+            makes[name, run] = partial(clips_of, Cell(run + seed, steps), args)
         for shift in (1, 3, 6):
             name = f"vanilla's weights, coarse to fine, shift {shift}"
             makes[name, "flow-1"] = partial(coarse_to_fine, weights_of("flow-1" + seed, args), shift, steps, args.batch)
         for (name, run), make in makes.items():
             found = stored(f"{run + seed}, {name}, {steps} steps", run + seed, make, metrics, args)
-            cost = steps if name == "vanilla" else sample.full_rate_steps(split_steps(steps, 3), pyramid, shape)
+            _, calls = cost(Cell("flow-1" if name == "vanilla" else "flow-3", steps), args)  # all others are pyramids
             scores = spread(found["judge_distance"]), spread(found["one_digit"])
-            rows.append([name, SEEDS[seed], steps, f"{cost:.4g}", *scores])
+            rows.append([name, SEEDS[seed], steps, f"{calls:.4g}", *scores])
             if not seed:
-                curves.setdefault(name, []).append((cost, found["judge_distance"]))
+                curves.setdefault(name, []).append((calls, found["judge_distance"]))
     found = stored("draws, digits in turn", "real", partial(other_clips, args.reference), metrics, args)
     rows.append(["real", "", "", "", spread(found["judge_distance"]), spread(found["one_digit"])])
     labels = "Coarse to fine, training seed 1", "full-rate network calls", "judge's distance"
@@ -303,7 +261,7 @@ def draws(args: argparse.Namespace) -> list:
     quarter of them, drawn anew for each of --seeds. With random digits; and with all digits in turn, as samples and the
     rows `real` of most tables have them. The same of samples of shipped weights, and of the difference between vanilla
     and the pyramid in time with the same seeds."""
-    tables, curves, metrics = [], {}, partial(scored, reference=args.reference)
+    tables, curves, metrics = [], {}, partial(digit_metrics, reference=args.reference)
 
     def row(first: int | str, distances: list[float], path: str) -> list:
         shown = mean(distances), min(distances), max(distances)

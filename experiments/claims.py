@@ -23,12 +23,12 @@ import torch
 import sample
 from checkpoint import FACTORS, Weights, make_pyramid
 from cli import Parser, choose_device, generator_for, keep_memory, one_sentence, positive_int, use_bf16
-from data import height_width
 from experiments.asked import QUESTIONS, draw_cells
 from experiments.figures import draw_clips, draw_curves, figure_class
 from experiments.metrics import add_scoring, real_clips
 from experiments.report import NO_MEMORY, provenance, publish, spread
 from experiments.runs import (
+    CLIP,
     FRONT,
     IN_TURN,
     RANDOM,
@@ -36,8 +36,8 @@ from experiments.runs import (
     SCORES,
     Cell,
     clips_of,
+    cost,
     front_row,
-    full_rate_calls,
     measured,
     scores_row,
     seconds_a_step,
@@ -51,7 +51,7 @@ from model import DiT, DiTConfig
 from tpdiff import Pyramid, align, split_steps
 
 SMOKE = {"number": 8, "reference": 50, "seeds": [0, 1], "batch": 8, "repeats": 1}
-SMOKE |= {"width": 16, "depth": 1, "runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
+SMOKE |= {"runs": Path("runs/smoke"), "out": Path("runs/smoke/results")}
 SYSTEMS = {"1": "vanilla", "3": "time", "3-space": "space", "3-space-time": "space and time"}  # by the name of a run
 
 
@@ -63,13 +63,14 @@ def latency(args: argparse.Namespace) -> list:
     for mode, batch in itertools.product(("flow", "ddim"), (1, 8) if args.smoke else (1, 2, 4, 8)):
         functions, calls = {}, {}
         for name, (stages, pyramid) in kinds.items():
-            config = DiTConfig(width=args.width, depth=args.depth, stages=stages, factor=FACTORS[pyramid])
+            width, depth = (16, 1) if args.smoke else (96, 4)
+            config = DiTConfig(width=width, depth=depth, stages=stages, factor=FACTORS[pyramid])
             model = DiT(config).to(device).eval()
             if use_bf16("auto", device):
                 sample.with_products_in_bf16(model)
             weights = Weights(model, mode, stages, 16, 32, (), 0, pyramid=pyramid)
             p = make_pyramid(weights)
-            calls[name] = sample.full_rate_steps(split_steps(30, stages), p, (1, 1, 16, 32, 32))
+            calls[name] = sample.full_rate_steps(split_steps(30, stages), p, CLIP)
             functions[name] = partial(sample.generate, weights, p, None, batch)
         seconds = alternate(functions, args.repeats)
         full = statistics.median(seconds["vanilla"])
@@ -192,18 +193,17 @@ def work_of_a_step(run: str, args: argparse.Namespace) -> float:
     options = train_options(run, args)
     odds = options.stage_odds or [1] * options.stages
     batches = [options.batch] * options.stages if isinstance(options.batch, int) else options.batch
-    shape = 1, 1, options.frames, *height_width(options.size or 32)
     clips = [often * batch for often, batch in zip(odds, batches, strict=True)]
-    return sample.full_rate_steps(clips, make_pyramid(options), shape) / sum(odds)
+    return sample.full_rate_steps(clips, make_pyramid(options), CLIP) / sum(odds)
 
 
 def alignment(args: argparse.Namespace) -> list:
     """Table 3: training with alignment, with the nearest of eight noises, and without, nine Euler steps. And how much
     of the target's variance alignment removes."""
-    runs = [f"flow-3{kind}{seed}" for seed in training_seeds(args) for kind in ("", "-nearest", "-none")]
-    rows = [[run, *scores_row(Cell(run, 9), args)] for run in runs] + [["real", *scores_row(IN_TURN, args)]]
-    names = {"by assignment": "", "nearest of eight noises": "-nearest", "at random": "-none"}
-    cells = {name: [Cell(f"flow-3{kind}{seed}", 9) for seed in training_seeds(args)] for name, kind in names.items()}
+    names = {"by assignment": "flow-3", "nearest of eight noises": "flow-3-nearest", "at random": "flow-3-none"}
+    cells = {name: [Cell(run + seed, 9) for seed in training_seeds(args)] for name, run in names.items()}
+    rows = [[cell.run, *scores_row(cell, args)] for of_seed in zip(*cells.values(), strict=True) for cell in of_seed]
+    rows.append(["real", *scores_row(IN_TURN, args)])
     metric = "judge_distance", "judge's distance, both training seeds"
     draw_cells(cells, "How noises are paired with clips", metric, "alignment-clips", args)
     figure, batches = {}, (4, 16) if args.smoke else (4, 16, 64, 256)
@@ -279,7 +279,7 @@ def sampling(args: argparse.Namespace) -> list:
     for system, solver in itertools.product(("1", "3", "3-space-time"), ("euler", "ab2")):
         cells[f"{SYSTEMS[system]}, {solver}"] = [Cell(f"shipped-flow-{system}", count, solver) for count in counts]
     curves = {
-        name: [(full_rate_calls(cell, args), measured(cell, args)["judge_distance"]) for cell in each]
+        name: [(cost(cell, args)[1], measured(cell, args)["judge_distance"]) for cell in each]
         for name, each in cells.items()
     }
     labels = "Quality against cost, flow", "full-rate network calls", "judge's distance"
@@ -288,7 +288,7 @@ def sampling(args: argparse.Namespace) -> list:
     splits = {}
     for system, solver, split in itertools.product(("3", "3-space-time"), ("euler", "ab2"), (9, (5, 3, 1), (1, 3, 5))):
         cell = Cell(f"shipped-flow-{system}", split, solver)
-        splits[f"{SYSTEMS[system]}, {solver}, {front_row(cell, args)[1]}"] = [cell]
+        splits[f"{SYSTEMS[system]}, {solver}, {cost(cell, args)[0]}"] = [cell]
     metric = "judge_distance", "judge's distance"
     draw_cells(splits, "How nine steps are shared out over the stages, noisiest first", metric, "sampling-splits", args)
     tables = (itertools.chain.from_iterable(each.values()) for each in (cells, splits))
@@ -301,8 +301,8 @@ CLAIMS = {
 }
 
 
-def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and those of its sub-commands by name."""
+def make_parser(smoke: bool = False) -> Parser:
+    """With `smoke` the defaults are those of --smoke."""
     parser = Parser(prog="experiments.claims", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     purposes = {name: " ".join(function.__doc__.split()) for name, function in CLAIMS.items()}
@@ -314,21 +314,18 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
             add("--runs", type=Path, default=Path("runs/evaluate"), help="where the runs are that it trains")
         if whole or name in ("latency", "training", "twice", "twice-ddim"):
             add("--repeats", type=positive_int, default=9, help="timings of each kind")
-        if whole or name == "latency":
-            add("--width", type=positive_int, default=96, help="channels of a token")
-            add("--depth", type=positive_int, default=4, help="blocks")
         add("--out", type=Path, default=Path("experiments/results"), help="where its numbers and figures go")
         add("--smoke", action="store_true", help="few clips of tiny runs; in runs/smoke, and results in there")
-    return parser, commands.choices
+        if smoke:
+            commands.choices[name].set_defaults(**SMOKE)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    (parser, commands), words = make_parser(), sys.argv[1:] if argv is None else argv
+    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
+    args = make_parser(smoke=True).parse_args(words) if args.smoke else args
     with one_sentence(parser, NO_MEMORY):
-        if args.smoke:
-            commands[args.command].set_defaults(**{name: SMOKE[name] for name in SMOKE.keys() & vars(args).keys()})
-            args = parser.parse_args(words)
         made_by = provenance("experiments.claims", words)
         made_by |= {name: getattr(args, name) for name in ("number", "seeds") if name in args}
         figure_class()  # says what to install, if anything

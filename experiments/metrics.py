@@ -152,17 +152,17 @@ def scores_of(make: Callable, metrics: Callable, args: argparse.Namespace) -> di
     return {metric: [row[metric] for row in rows] for metric in rows[0]}
 
 
-def digit_metrics(clips: Tensor, reference: int) -> dict[str, float]:
-    """Of moving digits (B, 1, T, 32, 32), beside a number of real ones."""
+def digit_metrics(clips: Tensor, reference: int, data: MovingDigits = REAL) -> dict[str, float]:
+    """Of moving digits (B, 1, T, 32, 32), beside a number of real ones of `data`."""
     judge = load_judge()
-    distance = frechet_distance(judge.features(clips), reference_features(reference))
+    distance = frechet_distance(judge.features(clips), reference_features(reference, data))
     return {"judge_distance": distance, **digit_scores(judge, clips), "flicker": flicker(clips)}
 
 
 @cache
-def reference_features(count: int) -> Tensor:
+def reference_features(count: int, data: MovingDigits) -> Tensor:
     """Of the first `count` real clips."""
-    return load_judge().features(real_clips(0, count))
+    return load_judge().features(real_clips(0, count, data))
 
 
 def picture_features(network: nn.Module, clip: Tensor, blocks: int = 11) -> Tensor:
@@ -262,14 +262,15 @@ def naming(known: FolderClips, feature: Callable, device: torch.device) -> Calla
 
 
 def sample_clips(
-    weights: Weights, pyramid: Pyramid, steps: int | tuple[int, ...], solver: str, batch: int, seed: int, number: int
-) -> Tensor:
-    """`number` clips (B, C, T, H, W) of all classes in turn, `batch` at once; clip i's noise depends on the seed and i
-    alone."""
-    labels, clips = sample.choose_labels(weights.classes, number), []
+    weights: Weights, pyramid: Pyramid, steps: int | tuple[int, ...], solver: str, batch: int, seed: int, number: int,
+    labels: Tensor | None = None, guidance: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """`number` clips (B, C, T, H, W) with these labels, or of all classes in turn, `batch` at once; clip i's noise
+    depends on the seed and i alone."""
+    labels, clips = sample.choose_labels(weights.classes, number) if labels is None else labels, []
     for clip in tqdm(torch.arange(number).split(batch), desc=f"sampling, seed {seed}", unit="batch", leave=False):
-        part, first = labels if labels is None else labels[clip], clip[0].item()
-        clips.append(sample.generate(weights, pyramid, part, len(clip), steps, solver, seed=seed, first=first).cpu())
+        part, options = labels if labels is None else labels[clip], (steps, solver, guidance, seed)
+        clips.append(sample.generate(weights, pyramid, part, len(clip), *options, first=clip[0].item()).cpu())
     return torch.cat(clips)
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 
 import sample
 import train
-from checkpoint import SHIPPED, load_weights, make_pyramid
+from checkpoint import SHIPPED, Weights, load_weights, make_pyramid
 from cli import choose_device
-from data import height_width
 from experiments.metrics import JUDGE, digest, digit_metrics, other_clips, sample_clips, scores_of
 from experiments.report import commit, processor, spread, write_json
 from experiments.variants import ALONE, VARIANTS, varied
@@ -49,6 +48,7 @@ OPTIONS |= {"flow-3-first-wide": f"{OPTIONS['flow-3-first']} --width 144 --heads
 RUNS = {run + seed: f"{words} --seed {1 if not seed else 2}" for run, words in OPTIONS.items() for seed in SEEDS}
 RUNS |= {f"shipped-{mode}-{n}": f"--mode {mode} --stages {n} --seed 1" for mode in ("flow", "ddim") for n in (3, 1)}
 RUNS |= {"shipped-flow-3-space-time": "--mode flow --stages 3 --pyramid space-time --batch 32 16 4 --seed 1"}
+CLIP = 1, 1, 16, 32, 32  # of all runs: B, C, T, H, W
 TINY = "--steps 20 --width 16 --depth 1 --heads 2 --batch 2 --sample-interval 1000"  # of --smoke
 
 
@@ -116,7 +116,7 @@ def trained(run: str, percent: int, args: argparse.Namespace) -> Path:
     if run.startswith("shipped") and not args.smoke:
         return SHIPPED / f"{run.removeprefix('shipped-')}.pt"
     folder, steps = args.runs / run, train_options(run, args).steps
-    words = [*train_words(run, args), "--keep-interval", str(steps if steps % 20 else steps // 20)]
+    words = [*train_words(run, args), "--keep-interval", str(steps // 20)]
     path, note = folder / f"weights-{steps * percent // 100}.pt", folder / "options.txt"
     begun, parse = (folder / "checkpoint.pt").exists(), train.make_parser().parse_args
     if begun and (not note.exists() or parse(note.read_text().split()) != parse(words)):
@@ -162,13 +162,19 @@ def run_train(words: list[str], out: Path, variant: str | None = None) -> None:
         raise SystemExit(f"train.py ended with {code}{again}")
 
 
+def weights_of(run: str, args: argparse.Namespace, percent: int = 100) -> Weights:
+    """A run's weights after a share of its steps; those of most variants have a format of their own."""
+    with varied(variant_of(run)):
+        return load_weights(trained(run, percent, args), choose_device())
+
+
 def clips_of(cell: Cell, args: argparse.Namespace, seed: int, number: int) -> Tensor:
     """`number` clips of a cell, of all classes in turn; or real ones that no reference holds."""
     if cell in (IN_TURN, RANDOM):
         return other_clips(args.reference, seed, number, in_turn=cell == IN_TURN)
+    weights = weights_of(cell.run, args, cell.percent)
+    pyramid = make_pyramid(weights, RENOISING[cell.renoising])
     with varied(variant_of(cell.run)):
-        weights = load_weights(trained(cell.run, cell.percent, args), choose_device())
-        pyramid = make_pyramid(weights, RENOISING[cell.renoising])
         return sample_clips(weights, pyramid, cell.steps, cell.solver, args.batch, seed, number)
 
 
@@ -204,28 +210,17 @@ def kept(path: Path, name: str, depends: dict, make: Callable[[], dict]) -> dict
     return {key: value for key, value in found.items() if key not in (*depends, "date", "commit", "machine")}
 
 
-def pyramid_of(run: str, args: argparse.Namespace) -> Pyramid:
-    """The pyramid that a run is trained on."""
-    return make_pyramid(train_options(run, args))
-
-
-def step_counts(cell: Cell, args: argparse.Namespace) -> list[int]:
-    """Solver steps by stage, noisiest first."""
-    pyramid = pyramid_of(cell.run, args)
-    return split_steps(cell.steps, len(pyramid), pyramid.lengths)
-
-
-def full_rate_calls(cell: Cell, args: argparse.Namespace) -> float:
-    """What a clip costs, in network calls at the full frame rate."""
-    options = train_options(cell.run, args)
-    shape = (1, 1, options.frames, *height_width(options.size or 32))
-    return sample.full_rate_steps(step_counts(cell, args), pyramid_of(cell.run, args), shape)
+def cost(cell: Cell, args: argparse.Namespace) -> tuple[str, float]:
+    """Solver steps by stage, noisiest first, and what a clip costs: network calls at the full frame rate."""
+    pyramid = make_pyramid(train_options(cell.run, args))
+    counts = split_steps(cell.steps, len(pyramid), pyramid.lengths)
+    return "-".join(map(str, counts)), sample.full_rate_steps(counts, pyramid, CLIP)
 
 
 def front_row(cell: Cell, args: argparse.Namespace) -> list:
     """A row under FRONT: quality and cost."""
-    counts, calls = "-".join(map(str, step_counts(cell, args))), f"{full_rate_calls(cell, args):.4g}"
-    return [cell.run, counts, cell.solver, calls, *scores_row(cell, args)]
+    counts, calls = cost(cell, args)
+    return [cell.run, counts, cell.solver, f"{calls:.4g}", *scores_row(cell, args)]
 
 
 def scores_row(cell: Cell, args: argparse.Namespace) -> list[str]:

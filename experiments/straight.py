@@ -16,25 +16,19 @@ import torch
 from torch import Tensor
 
 import sample
-from checkpoint import Weights, make_pyramid
+from checkpoint import make_pyramid
 from cli import SAMPLING, choose_device, generator_for, use_bf16
 from data import bounce, draw_digit
-from experiments.asked import scored, weights_of
 from experiments.figures import draw_bars, draw_curves
-from experiments.metrics import REAL, other_clips
+from experiments.metrics import REAL, digit_metrics, other_clips
 from experiments.report import spread
-from experiments.runs import LATER, stored, variant_of
-from experiments.variants import ALONE, varied
+from experiments.runs import LATER, stored, variant_of, weights_of
+from experiments.variants import ALONE
 from tpdiff import Pyramid, randn
 
 PATHS, BEST, NEAR = 10**6, 200, 10**5  # random paths; the most probable of them; new ones near those
 FEW = 20  # where the random paths count for fewer, there are new ones
-CELL = (
-    0.6,
-    0.6,
-    0.3,
-    0.3,
-)  # the size of a cell of paths: start in pixels and velocity in pixels a frame, down and across
+CELL = 0.6, 0.6, 0.3, 0.3  # of paths, its size: start in pixels and velocity in pixels a frame, down and across
 APART = 0.25  # pixels between the places at which a digit is drawn; divides 1
 TIMES = 0.95, 0.9, 0.85, 0.8, 0.75, 0.7  # at which losses are compared
 EXACT = "exact"
@@ -119,19 +113,13 @@ def exact_velocity(pyramid: Pyramid, labels: Tensor, x: Tensor, t: Tensor, k: in
     return (stage.t_start - stage.t_end) / time * (x - x0.to(x))
 
 
-def run_weights(run: str, args: argparse.Namespace) -> Weights:
-    """A run's weights at its end; those of the noisiest stage alone have a format of their own."""
-    with varied(variant_of(run)):
-        return weights_of(run, args)
-
-
 @torch.inference_mode()
 def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, seed: int, number: int) -> Tensor:
     """Clips (B, C, T, H, W) sampled from stage `first` on, which starts where real clips take it (Eq. 7) and not where
     the stages before have led. `steps` at each stage. The noisiest stage starts from noise, as always. A run of that
     stage alone, and EXACT, leave the later ones to the weights of LATER."""
-    later = run_weights(LATER if run == EXACT or variant_of(run) in ALONE else run, args)
-    own = None if run == EXACT else run_weights(run, args).model
+    later = weights_of(LATER if run == EXACT or variant_of(run) in ALONE else run, args)
+    own = None if run == EXACT else weights_of(run, args).model
     pyramid, clips, device = make_pyramid(later), [], choose_device()
     for numbers in torch.arange(args.reference + seed * number, args.reference + (seed + 1) * number).split(args.batch):
         x0, labels = zip(*(REAL[index] for index in numbers.tolist()), strict=True)
@@ -151,8 +139,8 @@ def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, 
 def losses(run: str, args: argparse.Namespace) -> list[float]:
     """A run's loss at the noisiest stage at each of TIMES, on real clips and noise that is not aligned. On average
     no network's is lower than that of EXACT."""
-    network = None if run == EXACT else run_weights(run, args).model
-    pyramid, found, device = make_pyramid(run_weights(LATER, args)), [], choose_device()
+    network = None if run == EXACT else weights_of(run, args).model
+    pyramid, found, device = make_pyramid(weights_of(LATER, args)), [], choose_device()
     clips, labels = zip(*(REAL[args.reference + index] for index in range(args.number)), strict=True)
     clips, labels = torch.stack(clips).to(device), torch.tensor(labels).to(device)
     stage = pyramid[len(pyramid) - 1]
@@ -188,7 +176,7 @@ def straight(args: argparse.Namespace) -> list:
             name = f"{run}, stage {first} from its true start, {steps} steps a stage"
             make = partial(from_true_start, run, first, steps, args)
         of = LATER if run == EXACT else run
-        found = stored(name, of, make, partial(scored, reference=args.reference), args)
+        found = stored(name, of, make, partial(digit_metrics, reference=args.reference), args)
         names = ("judge_distance", "legible", "one_digit", "straight", "off_track")
         begin = "noise" if first == 2 or run == "shipped-flow-1" else f"true start of stage {first}" * (title != "real")
         shown = "real, the same digits" if run == "real" else run

@@ -25,6 +25,7 @@ from experiments.metrics import (
     picture_features,
     placed_features,
     real_clips,
+    sample_clips,
 )
 from experiments.report import publish
 from experiments.runs import METRICS, kept
@@ -34,12 +35,8 @@ def sampled(
     weights: Weights, labels: Tensor, args, steps: int | tuple[int, ...], solver: str = "euler", guidance: float = 1.0
 ) -> Tensor:
     """A clip (C, T, H, W) for each of the labels; its noise depends on its number alone."""
-    clips, pyramid = [], make_pyramid(weights)
-    for numbers in torch.arange(len(labels)).split(args.batch):
-        part, first = labels[numbers], numbers[0].item()
-        options = steps, solver, guidance, args.seed
-        clips.append(sample.generate(weights, pyramid, part, len(part), *options, first=first))
-    return torch.cat(clips)
+    options = steps, solver, args.batch, args.seed, len(labels), labels, guidance
+    return sample_clips(weights, make_pyramid(weights), *options).to(choose_device())
 
 
 class Scored:

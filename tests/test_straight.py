@@ -43,7 +43,7 @@ def test_clips_from_a_true_start_begin_where_real_clips_do_and_go_on_through_the
     assert pairs.diff(dim=3).std() > 0.1
 
     drawn, both = [], {run: load_weights(SHIPPED / "flow-3.pt") for run in ("flow-3-first", "shipped-flow-3")}
-    monkeypatch.setattr(straight, "run_weights", lambda run, _: both[run])
+    monkeypatch.setattr(straight, "weights_of", lambda run, _: both[run])
     monkeypatch.setattr(sample, "make_predict", lambda network, *_: lambda x, t, k: drawn.append((k, network)) or x)
     straight.from_true_start("flow-3-first", 2, 1, args, 0, 1)
     networks = [both[run].model for run in ("flow-3-first", "shipped-flow-3", "shipped-flow-3")]
