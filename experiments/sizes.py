@@ -9,8 +9,7 @@ before them. What would need more than --limit GiB is left out.
 """
 
 import argparse
-import inspect
-import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 import model
 import train
 from cli import Parser, keep_memory, one_sentence, positive_int, real_number
-from experiments.report import ROOT, Table, json_to_write, provenance, publish
+from experiments.report import Table, add_command, json_to_write, provenance, publish
 from experiments.speed import Run
 from experiments.timing import alternate, synchronize
 
@@ -78,12 +77,8 @@ def training(args: argparse.Namespace) -> Iterator[Table]:
 def measured_apart(options: list[str], limit: float) -> tuple[float, float] | None:
     """(GiB at most, seconds of a step, the mean of the stages) of training in a process of its own, whose memory is
     bounded to `limit` GiB; None if that is too little."""
-    words = [sys.executable, "-m", "experiments.sizes", "one", *options]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    bounded = ["bash", "-c", f'ulimit -v {int((limit + 2) * 2**20)}; exec "$@"', "bash", *words]  # 2: before any step
-    done = subprocess.run(
-        words if torch.cuda.is_available() else bounded, capture_output=True, text=True, env=environment
-    )
+    words = [sys.executable, "-m", "experiments.sizes", "one", "--limit", str(limit), *options]
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode and train.NO_MEMORY not in done.stderr:
         raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
     return None if done.returncode else tuple(map(float, done.stdout.split()[-2:]))
@@ -91,6 +86,8 @@ def measured_apart(options: list[str], limit: float) -> tuple[float, float] | No
 
 def one(args: argparse.Namespace) -> None:
     """Prints what `measured_apart` asks for, of this process."""
+    if not torch.cuda.is_available():
+        resource.setrlimit(resource.RLIMIT_AS, (int((args.limit + 2) * 2**30),) * 2)  # 2: before any step
     run = Run(train.parse_args(["--out", tempfile.gettempdir() + "/nothing", *args.options])[0], captured=False)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -118,14 +115,13 @@ def peak_bytes() -> int:
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.sizes", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    for function in (attention, training, one):  # without a help, `one` is not listed
-        purpose = inspect.cleandoc(function.__doc__)
-        shown = {} if function == one else {"help": purpose.split(".")[0]}
-        add = commands.add_parser(function.__name__, description=purpose, **shown).add_argument
+    for function in (attention, training):
+        add = add_command(commands, function.__name__, function)
         add("--repeats", type=positive_int, default=9, help="times that each way is timed")
         add("--limit", type=real_number(1, 10_000), default=16, help="GiB that a process may hold")
         add("--smoke", action="store_true", help="a tiny size, to see that it runs")
         add("--json", type=json_to_write, help="file to write the tables to as well")
+    commands.add_parser("one").add_argument("--limit", type=float)  # without a help it is not listed
     return parser
 
 
@@ -138,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             return one(args)
         shown = [word for word in words if word != "--json" and word != str(args.json)]
         made_by = provenance("experiments.sizes", shown)
-        publish(list({"attention": attention, "training": training}[args.what](args)), made_by, args.json)
+        publish(list(args.function(args)), made_by, args.json)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train
-from checkpoint import make_pyramid, start_from_file
+from checkpoint import make_pyramid
 from cli import Parser, choose_device, generator_for, keep_memory, one_sentence, positive_int, use_bf16
 from data import open_data
 from experiments.peers import count_parameters, make_peers
-from experiments.report import Table, json_to_write, processor, provenance, publish
+from experiments.report import Table, add_command, json_to_write, processor, provenance, publish
 from experiments.timing import alternate, in_milliseconds, synchronize
 from tpdiff import align
 
@@ -43,10 +43,7 @@ class Run:
         args.size = self.data.size
         if not isinstance(args.batch, int) or not isinstance(args.size, int):
             raise ValueError("speed is measured with one number for --batch and one for --size")
-        model = train.make_model(self.data, args)
-        if args.init:
-            start_from_file(model, self.data, args)
-        self.state = train.make_state(model, args, self.device, None)
+        self.state = train.make_state(train.make_model(self.data, args), args, self.device, None)
         self.model = train.fast_form(self.state.model, args, self.device) if captured else self.state.model
         self.pyramid = make_pyramid(args)
         self.x0 = torch.stack([self.data[number][0] for number in range(args.batch)]).to(self.device)
@@ -224,40 +221,35 @@ def wait_for_data(args: argparse.Namespace, steps: int = 100) -> Table:
     return ["clips a step", "ms that the loop waits for them, or draws them", "ms in all", "share"], [row]
 
 
-def compare_alignment(repeats: int) -> Table:
+def compare_alignment(get_map: Callable, repeats: int) -> Table:
     """`align` against torchcfm's exact plan: the same total squared distance, in less time."""
-    try:
-        from torchcfm.optimal_transport import OTPlanSampler
-
-        get_map = OTPlanSampler(method="exact").get_map
-    except ImportError:
-        print("torchcfm is not installed: align is timed alone (pip install torchcfm)")
-        get_map = None
     rows = []
     for batch in (16, 64, 256, 1024):
         generator = torch.Generator().manual_seed(batch)
         x, noise = torch.randn(2, batch, 1, 16, 32, 32, generator=generator)
-        functions, paired = {"ours": partial(align, x, noise)}, [align(x, noise)]
-        if get_map:
-            functions["torchcfm"] = partial(get_map, noise, x)
-            pairs = torch.as_tensor(get_map(noise, x)).argmax(dim=0)  # of every clip, its noise
-            assert len(set(pairs.tolist())) == batch
-            paired.append(noise[pairs])
-        seconds = list(alternate(functions, max(3, repeats // 5)).values())
+        pairs = torch.as_tensor(get_map(noise, x)).argmax(dim=0)  # of every clip, its noise
+        assert len(set(pairs.tolist())) == batch
+        functions = {"ours": partial(align, x, noise), "torchcfm": partial(get_map, noise, x)}
+        ours, theirs = alternate(functions, max(3, repeats // 5)).values()
+        paired = align(x, noise), noise[pairs]
         costs = [f"{(x - noise).double().square().sum().item():.9g}" for noise in paired]
-        faster = f"{median(seconds[-1]) / median(seconds[0]):.1f}" if get_map else ""
-        missing = [""] * (not get_map)
-        rows.append([batch, *map(in_milliseconds, seconds), *missing, *costs, *missing, faster])
+        faster = f"{median(theirs) / median(ours):.1f}"
+        rows.append([batch, in_milliseconds(ours), in_milliseconds(theirs), *costs, faster])
     header = "clips of 16x32x32, align (ms), torchcfm (ms), distance, torchcfm's, times as fast"
     return header.split(", "), rows
 
 
 def bench_parts(args: argparse.Namespace, repeats: int) -> Iterator[Table]:
-    """How a step's time splits, what the pyramid adds to it, and alignment beside torchcfm's."""
+    """How a step's time splits, what the pyramid adds to it, and alignment beside torchcfm's. Raises ValueError without
+    torchcfm."""
+    try:
+        from torchcfm.optimal_transport import OTPlanSampler
+    except ImportError:
+        raise ValueError("align is compared with torchcfm's: pip install torchcfm") from None
     yield split_step(args, repeats)
     yield split_sampling(args, repeats)
     yield wait_for_data(args)
-    yield compare_alignment(repeats)
+    yield compare_alignment(OTPlanSampler(method="exact").get_map, repeats)
 
 
 def bench_processes(args: argparse.Namespace, repeats: int, interval: int = 30) -> Iterator[Table]:
@@ -296,22 +288,14 @@ def trained_rate(commands: list[list[str]], threads: int) -> float:
         return sum(json.loads(rows[1])["clips_per_second"] for rows in metrics)
 
 
-MEASURES = {
-    "step": (bench_step, "training and sampling step by stage, as a share of the matrix-product rate"),
-    "peers": (bench_peers, "forward plus backward beside other video models"),
-    "parts": (bench_parts, "how a step's time splits, what the pyramid adds to it, alignment beside torchcfm's"),
-    "processes": (bench_processes, "one process on two threads against two on one each, joined and apart"),
-}
-
-
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.speed", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    for name, (_, purpose) in MEASURES.items():
-        about = f"{purpose.capitalize()}. Any option of train.py may follow."
-        add = commands.add_parser(name, help=purpose, description=about)
-        add.add_argument("--repeats", type=positive_int, default=25, help="times that each thing is timed")
-        add.add_argument("--json", type=json_to_write, help="file to write the tables to as well")
+    measures = {"step": bench_step, "peers": bench_peers, "parts": bench_parts, "processes": bench_processes}
+    for name, function in measures.items():
+        add = add_command(commands, name, function)
+        add("--repeats", type=positive_int, default=25, help="times that each thing is timed")
+        add("--json", type=json_to_write, help="file to write the tables to as well")
     return parser
 
 
@@ -326,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         words = [ours.what, "--repeats", str(ours.repeats), *options]
         made_by = provenance("experiments.speed", words) | {"precision": precision, "batch": args.batch}
         print(f"torch {torch.__version__} on {processor()}: {made_by['command']}\n{precision}, batch {args.batch}")
-        publish(list(MEASURES[ours.what][0](args, ours.repeats)), made_by, ours.json)
+        publish(list(ours.function(args, ours.repeats)), made_by, ours.json)
 
 
 if __name__ == "__main__":
