@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import SHIPPED, load_weights, make_pyramid
-from cli import SAMPLING, Parser, generator_for, non_negative_int, one_sentence
+from cli import SAMPLING, Parser, generator_for, one_sentence
 from data import height_width, tile, to_images
 from experiments.report import add_command, file_to_write
 from sample import make_predict
@@ -41,10 +41,18 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **options):
     return figure, figure.subplots(rows, columns, **options)
 
 
+def save(figure, title: str, path: Path, **legend) -> None:
+    """Writes a figure under its title, with a legend below it if that has options."""
+    figure.suptitle(title, fontsize=10)
+    if legend:
+        figure.legend(loc="outside lower center", frameon=False, fontsize=7, **legend)
+    figure.savefig(path, dpi=200)
+
+
 def in_words(name: str) -> str:
     """A legend's name, its parts as whoever does not know our names of systems and options would call them."""
-    system, *others = name.split(", ")
-    return ", ".join([PYRAMIDS.get(system, system), *(OPTIONS.get(other, other) for other in others)])
+    first, *others = name.split(", ")
+    return ", ".join([(PYRAMIDS | OPTIONS).get(first, first), *(OPTIONS.get(other, other) for other in others)])
 
 
 def draw_curves(
@@ -59,7 +67,7 @@ def draw_curves(
     kinds = list(dict.fromkeys(kind for kind in (name.partition(", ")[2] for name in curves) if kind))
     alone = sum(", " not in name for name in curves)
     table = (len(groups) - alone) * len(kinds) == len(curves) - alone > len(groups) - alone > 1  # names colours, dashes
-    entries = [*groups, *(f"any, {kind}" for kind in kinds)] if table else list(curves)
+    entries = [*groups, *kinds] if table else list(curves)
     columns = 2 if max(map(len, map(in_words, entries))) < 32 else 1
     height = 2.8 + 0.15 * math.ceil((len(entries) + 1) / columns)  # fits a column of a paper, with the legend below
     figure, axes = subplots(1, 1, (4.4, height))
@@ -74,12 +82,11 @@ def draw_curves(
     for group in groups if table else ():
         axes.plot([], [], color=colours[group], label=in_words(group))
     for kind in kinds if table else ():
-        axes.plot([], [], color="grey", linestyle=dash_of[kind], label=in_words(f"any, {kind}").partition(", ")[2])
+        axes.plot([], [], color="grey", linestyle=dash_of[kind], label=in_words(kind))
     for label, goal in zip(("vanilla at its end, each seed", *[None] * len(goals)), goals, strict=False):
         axes.axhline(goal, color=COLOURS["vanilla"], linewidth=1, linestyle=(0, (1, 3)), label=label)
     if real is not None:
         axes.axhline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
-    figure.suptitle(title, fontsize=10)
     axes.set_xlabel(x_label, fontsize=8)
     axes.set_ylabel(y_label, fontsize=8)
     axes.set(xscale="log", yscale="linear" if from_zero else "log")
@@ -91,8 +98,7 @@ def draw_curves(
     axes.set_ylim(bottom=0 if from_zero else None)
     axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7, handlelength=3)
-    figure.savefig(path, dpi=200)
+    save(figure, title, path, ncols=columns, handlelength=3)
 
 
 def draw_panels(panels: dict[str, dict[str, list]], title: str, x_label: str, y_label: str, path: Path) -> None:
@@ -114,10 +120,8 @@ def draw_panels(panels: dict[str, dict[str, list]], title: str, x_label: str, y_
         axes.set_xlabel(x_label, fontsize=6)
     for name, dash in dashes.items():
         grid[0, 0].plot([], [], dash, color="grey", label=name)
-    figure.suptitle(title, fontsize=10)
     figure.supylabel(y_label, fontsize=8)
-    figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=7, handlelength=3)
-    figure.savefig(path, dpi=200)
+    save(figure, title, path, ncols=len(names), handlelength=3)
 
 
 def draw_curve(axes, points: list, centre: Callable, colour: str, dash: str, label: str | None) -> None:
@@ -153,9 +157,7 @@ def draw_bars(
     axes.invert_yaxis()
     axes.tick_params(labelsize=7)
     axes.set_xlabel(label, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
-    figure.savefig(path, dpi=200)
+    save(figure, title, path, ncols=2)
 
 
 def draw_clips(pictures: dict[str, Tensor], title: str, path: Path) -> None:
@@ -171,8 +173,7 @@ def draw_clips(pictures: dict[str, Tensor], title: str, path: Path) -> None:
     for axes, (name, frames) in zip(grid.flat, images.items(), strict=False):
         axes.imshow(tile(frames.reshape(-1, *frame), shown, scale=1))
         axes.set_title(in_words(name), fontsize=7, pad=2)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=200)
+    save(figure, title, path)
 
 
 def draw_losses(args: argparse.Namespace) -> None:
@@ -230,9 +231,9 @@ def draw_windows(args: argparse.Namespace) -> None:
 
 
 def draw_stages(args: argparse.Namespace) -> None:
-    """A clip of the model on its way through the stages: each at its start, halfway and at its end. Frames stand at
-    the time at which they are shown."""
-    weights = load_weights(args.checkpoint)
+    """A clip of the shipped model on its way through the stages: each at its start, halfway and at its end. Frames
+    stand at the time at which they are shown."""
+    weights = load_weights(SHIPPED / "flow-3.pt")
     pyramid, shown = make_pyramid(weights), []
 
     def keep(x, t, k):
@@ -240,7 +241,7 @@ def draw_stages(args: argparse.Namespace) -> None:
 
     shape, steps = (1, weights.model.config.channels, weights.frames, *height_width(weights.size)), 10
     noise = randn(pyramid.shape(shape, len(pyramid) - 1), [generator_for(0, SAMPLING, 3)])
-    predict = make_predict(weights.model, torch.tensor([args.label]), 2.0, bf16=False)
+    predict = make_predict(weights.model, torch.tensor([3]), 2.0, bf16=False)
     keep(noise, torch.ones(1), len(pyramid) - 1)
     pyramid.sample(predict, shape, [steps] * len(pyramid), "ab2", [generator_for(0, SAMPLING, 3)], callback=keep)
     moments = [shown[k * (steps + 1) + step] for k in range(len(pyramid)) for step in (0, steps // 2, steps)]
@@ -259,8 +260,6 @@ def make_parser() -> Parser:
     parser = Parser(prog="experiments.figures", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     adds = {"stages": add_command(commands, "stages", draw_stages)}
-    adds["stages"]("--checkpoint", type=Path, default=SHIPPED / "flow-3.pt", help="of three stages [weights/flow-3.pt]")
-    adds["stages"]("--label", type=non_negative_int, default=3, help="number of the class to sample")
     adds["windows"] = add_command(commands, "windows", draw_windows)
     example = "example: python -m experiments.figures losses runs/flow-3 runs/flow-1"
     adds["losses"] = add_command(commands, "losses", draw_losses, epilog=example)

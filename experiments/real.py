@@ -67,26 +67,25 @@ def train_words(system: str, seed: int, args: argparse.Namespace) -> list[str]:
 def train_systems(args: argparse.Namespace) -> None:
     """Train every system of --systems with every seed of --training-seeds for --seconds. All seeds of a system have as
     many steps as its first. What a run took is said where it is 5% off."""
+    parse = train.make_parser().parse_args
     for seed, system in itertools.product(args.training_seeds, args.systems):
         folder, words = args.runs / f"{system}-seed-{seed}", train_words(system, seed, args)
         begun = {run: old for run, old in begun_runs(args.runs).items() if run.name.startswith(f"{system}-seed-")}
         for run, old in begun.items():
-            parse = train.make_parser().parse_args
             if parse(old) != parse([*train_words(*system_and_seed(run), args), *old[-4:]]):  # --steps, --keep-interval
                 raise ValueError(f"{run} was begun with other options: move it away")
         if folder in begun:
             words = begun[folder]
         else:
-            others = list(begun.values())
-            steps = train.make_parser().parse_args(others[0]).steps if others else 0
-            if not steps:
+            if begun:
+                steps = parse(next(iter(begun.values()))).steps
+            else:
                 planned = args.seconds / seconds_a_step(train_words(system, 0, args), args.trial)
-                steps = max(len(SHARES), int(planned))
-            steps -= steps % len(SHARES)
+                steps = max(1, int(planned) // len(SHARES)) * len(SHARES)
             words += ["--steps", str(steps), "--keep-interval", str(steps // len(SHARES))]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "options.txt").write_text(shlex.join(words) + "\n")
-        if not (folder / f"weights-{train.make_parser().parse_args(words).steps}.pt").exists():
+        if not (folder / f"weights-{parse(words).steps}.pt").exists():
             run_train(words, folder)
         took = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
         if abs(took / args.seconds - 1) > 0.05:
