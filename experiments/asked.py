@@ -48,10 +48,10 @@ def draw_cells(
 
 def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: str, percent: int = 100) -> list:
     """All scores of runs with nine Euler steps, by what they are called in the figure, and of each training seed."""
-    cells = {
-        title: [Cell(run + seed, 9, percent=percent) for seed in training_seeds(args)] for title, run in runs.items()
-    }
-    cells = {f"{title}, {cost(each[0], args)[1]:.4g} calls": each for title, each in cells.items()}
+    cells = {}
+    for called, run in runs.items():
+        each = [Cell(run + seed, 9, percent=percent) for seed in training_seeds(args)]
+        cells[f"{called}, {cost(each[0], args)[1]:.4g} calls"] = each
     draw_cells(cells, title, ("judge_distance", "judge's distance, both training seeds"), name, args)
     return [(FRONT, [front_row(cell, args) for each in cells.values() for cell in each])]
 
@@ -163,9 +163,8 @@ def overlaps(clips: Tensor, reference: int) -> dict[str, float]:
         own, theirs = (torch.bincount(each, minlength=16) / len(each) for each in (found[name], wanted))
         shares[name] = torch.minimum(own, theirs).sum().item()
     features = load_judge().features(real[: len(clips)])
-    radius = (
-        torch.cdist(features, features).kthvalue(min(6, len(features)), dim=1).values
-    )  # the nearest is the clip itself
+    sixth = min(6, len(features))  # the nearest is the clip itself
+    radius = torch.cdist(features, features).kthvalue(sixth, dim=1).values
     nearest = torch.cdist(features, load_judge().features(clips)).amin(1)
     shares["coverage"] = (nearest < radius).double().mean().item()
     return shares | {"legible": digit_scores(load_judge(), clips)["legible"]}
@@ -277,14 +276,14 @@ def draws(args: argparse.Namespace) -> list:
             curve.append((number, found["judge_distance"]))
             rows.append(row(number, found["judge_distance"], spread(found["off_track"])))
         tables.append(([f"clips, {name}", *names], rows))
-    kinds = {"pyramid, 9": ("3", 9), "vanilla, 9": ("1", 9), "pyramid, 3": ("3", 3), "vanilla, 3": ("1", 3)}
-    found = {name: measured(Cell(f"shipped-flow-{n}", steps), args) for name, (n, steps) in kinds.items()}
-    rows = [row(f"{name} steps", each["judge_distance"], spread(each["off_track"])) for name, each in found.items()]
+    rows, differences = [], []
     for steps in (9, 3):
-        both = (found[f"{name}, {steps}"]["judge_distance"] for name in ("vanilla", "pyramid"))
-        less = [one - other for one, other in zip(*both, strict=True)]
-        rows.append(row(f"vanilla minus pyramid, {steps} steps", less, ""))
-    tables.append((["sampled clips", *names], rows))
+        ours, vanilla = (measured(Cell(f"shipped-flow-{n}", steps), args) for n in (3, 1))
+        for name, found in (("pyramid", ours), ("vanilla", vanilla)):
+            rows.append(row(f"{name}, {steps} steps", found["judge_distance"], spread(found["off_track"])))
+        less = [one - other for one, other in zip(vanilla["judge_distance"], ours["judge_distance"], strict=True)]
+        differences.append(row(f"vanilla minus pyramid, {steps} steps", less, ""))
+    tables.append((["sampled clips", *names], rows + differences))
     labels = "Draws of real clips", "clips", "judge's distance"
     draw_curves(curves, *labels, args.out / "draws.png", from_zero=True)
     return tables

@@ -22,11 +22,11 @@ import torch
 
 import sample
 from checkpoint import FACTORS, Weights, make_pyramid
-from cli import Parser, choose_device, generator_for, keep_memory, one_sentence, positive_int, use_bf16
+from cli import Parser, choose_device, generator_for, positive_int, use_bf16
 from experiments.asked import QUESTIONS, draw_cells
 from experiments.figures import draw_clips, draw_curves, figure_class
 from experiments.metrics import add_scoring, real_clips
-from experiments.report import NO_MEMORY, provenance, publish, spread
+from experiments.report import publish, run_command, spread
 from experiments.runs import (
     CLIP,
     FRONT,
@@ -301,9 +301,18 @@ CLAIMS = {
 }
 
 
+def measure(args: argparse.Namespace) -> None:
+    """One claim or all."""
+    figure_class()  # says what to install, if anything
+    made_by = args.made_by | {name: getattr(args, name) for name in ("number", "seeds") if name in args}
+    for name in CLAIMS if args.command == "all" else [args.command]:
+        publish(CLAIMS[name](args), made_by, args.out / f"{name}.json")
+
+
 def make_parser(smoke: bool = False) -> Parser:
     """With `smoke` the defaults are those of --smoke."""
     parser = Parser(prog="experiments.claims", description=__doc__)
+    parser.set_defaults(function=measure)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     purposes = {name: " ".join(function.__doc__.split()) for name, function in CLAIMS.items()}
     for name, purpose in (purposes | {"all": "Every one of them, one after the other."}).items():
@@ -322,18 +331,9 @@ def make_parser(smoke: bool = False) -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, words = make_parser(), sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(words)
-    args = make_parser(smoke=True).parse_args(words) if args.smoke else args
-    with one_sentence(parser, NO_MEMORY):
-        made_by = provenance("experiments.claims", words)
-        made_by |= {name: getattr(args, name) for name in ("number", "seeds") if name in args}
-        figure_class()  # says what to install, if anything
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name in CLAIMS if args.command == "all" else [args.command]:
-            publish(CLAIMS[name](args), made_by, args.out / f"{name}.json")
+    words = sys.argv[1:] if argv is None else argv
+    run_command(make_parser(smoke="--smoke" in words), words)
 
 
 if __name__ == "__main__":
-    keep_memory()
     main()

@@ -89,15 +89,12 @@ def draw_curves(
         axes.axhline(real, color="black", linewidth=1, linestyle="-.", label="real clips")
     axes.set_xlabel(x_label, fontsize=8)
     axes.set_ylabel(y_label, fontsize=8)
-    axes.set(xscale="log", yscale="linear" if from_zero else "log")
-    name_ticks(*(axes.xaxis,) if from_zero else (axes.xaxis, axes.yaxis))
+    scale_axes(axes, 8, from_zero)
     places = sorted({x for points in curves.values() for x, _ in points})
     if len(places) <= 4:  # room to name just these
         axes.set_xticks(places)
         axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0 if from_zero else None)
-    axes.tick_params(labelsize=8, which="both")
-    axes.grid(alpha=0.3, which="both")
     save(figure, title, path, ncols=columns, handlelength=3)
 
 
@@ -113,10 +110,7 @@ def draw_panels(panels: dict[str, dict[str, list]], title: str, x_label: str, y_
         for name, points in curves.items():
             draw_curve(axes, points, statistics.mean, COLOURS.get(system, "grey"), dashes[name], None)
         axes.set_title(in_words(system), fontsize=8)
-        axes.set(xscale="log", yscale="log")
-        name_ticks(axes.xaxis, axes.yaxis)
-        axes.tick_params(labelsize=7, which="both")
-        axes.grid(alpha=0.3, which="both")
+        scale_axes(axes, 7)
         axes.set_xlabel(x_label, fontsize=6)
     for name, dash in dashes.items():
         grid[0, 0].plot([], [], dash, color="grey", label=name)
@@ -131,14 +125,17 @@ def draw_curve(axes, points: list, centre: Callable, colour: str, dash: str, lab
     axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2)
 
 
-def name_ticks(*logarithmic) -> None:
-    """0.6 and 200 on these axes, in place of powers of ten."""
+def scale_axes(axes, size: int, from_zero: bool = False) -> None:
+    """Logarithmic axes, or y linear, a grid, and numbers of this size: 0.6 and 200 in place of powers of ten."""
     from matplotlib.ticker import LogLocator
 
-    for axis in logarithmic:
+    axes.set(xscale="log", yscale="linear" if from_zero else "log")
+    for axis in (axes.xaxis,) if from_zero else (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
+    axes.tick_params(labelsize=size, which="both")
+    axes.grid(alpha=0.3, which="both")
 
 
 def draw_bars(
