@@ -4,6 +4,7 @@ whether samples repeat training clips. Most are commands of experiments.real."""
 import argparse
 from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -108,15 +109,13 @@ def damages(generator: torch.Generator) -> dict[str, tuple[Callable, tuple]]:
 
     def scattered(clips: Tensor, share: float) -> Tensor:  # patches of 4x4 swap with others up to two away
         clips, patches = clips.clone(), clips.shape[-1] // 4
-        for clip in clips:
-            for y in range(patches):
-                for x in range(patches):
-                    if torch.rand((), generator=generator) < share:
-                        step = torch.randint(-2, 3, (2,), generator=generator)
-                        row, column = (torch.tensor([y, x]) + step).clamp(0, patches - 1).tolist()
-                        one, other = clip[..., 4 * y :, 4 * x :], clip[..., 4 * row :, 4 * column :]
-                        one, other = one[..., :4, :4], other[..., :4, :4]
-                        one[:], other[:] = other.clone(), one.clone()
+        for clip, y, x in product(clips, range(patches), range(patches)):
+            if torch.rand((), generator=generator) < share:
+                step = torch.randint(-2, 3, (2,), generator=generator)
+                row, column = (torch.tensor([y, x]) + step).clamp(0, patches - 1).tolist()
+                one, other = clip[..., 4 * y :, 4 * x :], clip[..., 4 * row :, 4 * column :]
+                one, other = one[..., :4, :4], other[..., :4, :4]
+                one[:], other[:] = other.clone(), one.clone()
         return clips
 
     def noisy(clips: Tensor, deviation: float) -> Tensor:
