@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sample
 from checkpoint import SHIPPED, Weights, find_weights, load_weights, make_pyramid, weight_file
-from cli import Parser, choose_device, positive_int, real_number, whole_number
+from cli import OneOrMore, Parser, choose_device, positive_int, real_number, whole_number
 from data import FolderClips, MovingDigits, bounce, draw_digit
 from experiments.report import add_command, json_to_write, publish, run_command, spread
 from tpdiff import Pyramid, split_steps
@@ -277,7 +277,6 @@ def digest(file: Path) -> str:
 
 def quality(args: argparse.Namespace) -> None:
     """How good the samples of runs are, on moving digits or beside real clips of --data."""
-    steps = args.steps[0] if len(args.steps) == 1 else tuple(args.steps)
     paths, made = args.checkpoint or [find_weights(args.mode, args.stages)], {}
     runs = {path: load_weights(weight_file(path), choose_device()) for path in paths}
     shape = shape_of(runs[paths[0]])
@@ -286,18 +285,18 @@ def quality(args: argparse.Namespace) -> None:
         if shape_of(weights) != shape:
             raise ValueError(f"the clips of {path} have another shape than those of {paths[0]}: ask one by one")
         try:
-            split_steps(steps, weights.stages)
+            split_steps(args.steps, weights.stages)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     real, metrics, references = REAL, partial(digit_metrics, reference=args.reference), args.reference
     if args.data:
         real, metrics, references = held_out(*shape, runs, args)
     for path, weights in runs.items():
-        make = partial(sample_clips, weights, make_pyramid(weights), steps, args.solver, args.batch)
+        make = partial(sample_clips, weights, make_pyramid(weights), args.steps, args.solver, args.batch)
         made[f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"] = scores_of(make, metrics, args)
     made["real"] = scores_of(partial(other_clips, references, data=real, in_turn=not args.data), metrics, args)
     table = ["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()]
-    more = {"number": args.number, "seeds": args.seeds, "real": references, "steps": steps, "solver": args.solver}
+    more = {"number": args.number, "seeds": args.seeds, "real": references, "steps": args.steps, "solver": args.solver}
     more["files"] = [digest(weight_file(path)) for path in paths]
     publish([table], args.made_by | more, args.json)
 
@@ -349,7 +348,7 @@ def make_parser() -> Parser:
     add("--checkpoint", type=Path, nargs="+", help="weights.pt, or folders of runs [newest in runs/, else shipped]")
     add("--mode", choices=["flow", "ddim"], default="flow", help="without --checkpoint: mode of the run to look for")
     add("--stages", type=positive_int, default=3, help="without --checkpoint: its number of stages")
-    add("--steps", type=positive_int, nargs="+", default=[30], help="solver steps, as in sample.py")
+    add("--steps", type=positive_int, nargs="+", action=OneOrMore, default=30, help="solver steps, as in sample.py")
     add("--solver", choices=["euler", "ab2"], default="euler", help="as in sample.py")
     data = "folder of real clips, best held out from training; at most four windows of each are used [moving digits]"
     add("--data", help=data)

@@ -25,11 +25,11 @@ from checkpoint import SHIPPED, Weights, load_weights, make_pyramid
 from cli import choose_device
 from experiments.metrics import JUDGE, digest, digit_metrics, other_clips, sample_clips, scores_of
 from experiments.report import commit, processor, spread, write_json
-from experiments.variants import ALONE, VARIANTS, varied
+from experiments.variants import VARIANTS, varied
 from tpdiff import Generators, Pyramid, randn, split_steps, upsample
 
-# Every run that a claim needs: options of train.py. Planned for equal time within a mode, but for those of ALONE,
-# as if a step of three stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
+# Every run that a claim needs: options of train.py. Planned for equal time within a mode, but for those of one stage
+# alone, as if a step of three stages took 0.63 times as long as one of vanilla; `training` measures what it takes.
 SPACE = "--stages 3 --batch 32 16 4 --pyramid"  # small clips take as long as a large one, so more
 KINDS = {"1": ("--stages 1", 1900), "3": ("--stages 3", 3000)}
 KINDS |= {"3-space": (f"{SPACE} space", 2300), "3-space-time": (f"{SPACE} space-time", 3300)}
@@ -43,7 +43,7 @@ OPTIONS |= {"flow-1-fast": OPTIONS["flow-1"]}
 OPTIONS |= {f"flow-3-{kind}": f"{OPTIONS['flow-3']} --align {kind}" for kind in ("nearest", "none")}
 OPTIONS |= {"flow-3-1-1-2": f"{OPTIONS['flow-3']} --ends 0.75 0.5 0"}
 OPTIONS |= {"flow-3-2-1-1": f"{OPTIONS['flow-3']} --ends 0.5 0.25 0"}
-OPTIONS |= {f"flow-3-{kind}": "--mode flow --stages 3 --steps 4000 --batch 16" for kind in ALONE}
+OPTIONS |= {"flow-3-first": "--mode flow --stages 3 --steps 4000 --batch 16"}
 OPTIONS |= {"flow-3-first-wide": f"{OPTIONS['flow-3-first']} --width 144 --heads 6"}
 RUNS = {run + seed: f"{words} --seed {1 if not seed else 2}" for run, words in OPTIONS.items() for seed in SEEDS}
 RUNS |= {f"shipped-{mode}-{n}": f"--mode {mode} --stages {n} --seed 1" for mode in ("flow", "ddim") for n in (3, 1)}
@@ -190,7 +190,7 @@ def stored(
     """`scores_of` clips of a run, from cells.json in --out or now. They depend on the weights and the judge."""
     name = f"{name}: {args.number} clips, seeds {args.seeds}, {args.reference} real ones"
     files = [JUDGE] if run in ("real", IN_TURN.run, RANDOM.run) else [JUDGE, trained(run, percent, args)]
-    files += [trained(LATER, 100, args)] if variant_of(run) in ALONE else []
+    files += [trained(LATER, 100, args)] if variant_of(run) == "first" else []
     depends = {"files": [digest(file) for file in files], "metrics": METRICS}
     return kept(args.out / "cells.json", name, depends, partial(scores_of, make, metrics, args))
 

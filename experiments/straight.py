@@ -23,7 +23,6 @@ from experiments.figures import draw_bars, draw_curves
 from experiments.metrics import REAL, digit_metrics, other_clips
 from experiments.report import spread
 from experiments.runs import LATER, stored, variant_of, weights_of
-from experiments.variants import ALONE
 from tpdiff import Pyramid, randn
 
 PATHS, BEST, NEAR = 10**6, 200, 10**5  # random paths; the most probable of them; new ones near those
@@ -118,7 +117,7 @@ def from_true_start(run: str, first: int, steps: int, args: argparse.Namespace, 
     """Clips (B, C, T, H, W) sampled from stage `first` on, which starts where real clips take it (Eq. 7) and not where
     the stages before have led. `steps` at each stage. The noisiest stage starts from noise, as always. A run of that
     stage alone, and EXACT, leave the later ones to the weights of LATER."""
-    later = weights_of(LATER if run == EXACT or variant_of(run) in ALONE else run, args)
+    later = weights_of(LATER if run == EXACT or variant_of(run) == "first" else run, args)
     own = None if run == EXACT else weights_of(run, args).model
     pyramid, clips, device = make_pyramid(later), [], choose_device()
     for numbers in torch.arange(args.reference + seed * number, args.reference + (seed + 1) * number).split(args.batch):

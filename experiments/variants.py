@@ -24,8 +24,7 @@ import train
 from cli import Parser
 from data import MovingDigits, open_data
 
-ALONE = ("first",)  # of one stage alone
-VARIANTS = "plain", "fast", *ALONE
+VARIANTS = "plain", "fast", "first"
 FAST = tuple(3 * speed for speed in MovingDigits.speeds)
 
 
@@ -50,20 +49,16 @@ def fast_data(*args, **options) -> Dataset:
 def varied(name: str | None) -> Iterator[None]:
     """In this context `name` is the case: one of VARIANTS, or None for nothing."""
     changes = {
-        None: [],
         "fast": [(train, "open_data", fast_data)],
-        "plain": [(model, "temporal_positions", plain_index)],
-        "first": [(train, "draw_stage", noisiest)],
+        "plain": [(model, "temporal_positions", plain_index), (checkpoint, "FORMAT", "plain")],
+        "first": [(train, "draw_stage", noisiest), (checkpoint, "FORMAT", "first")],
     }
-    changes |= {case: [*changes[case], (checkpoint, "FORMAT", case)] for case in ("plain", *ALONE)}
     model.positions_of.cache_clear()
-    try:
-        with ExitStack() as stack:
-            for change in changes[name]:
-                stack.enter_context(mock.patch.object(*change))
-            yield
-    finally:
-        model.positions_of.cache_clear()
+    with ExitStack() as stack:
+        stack.callback(model.positions_of.cache_clear)
+        for change in changes.get(name, []):
+            stack.enter_context(mock.patch.object(*change))
+        yield
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("variant", choices=VARIANTS, help="what is changed; options of train.py follow")
     parser.epilog = "example: python -m experiments.variants fast --steps 3000"
     args, options = parser.parse_known_args(words)
-    alone = ["--workers", "0"] if args.variant in ALONE else []  # a worker might draw the usual stages
+    alone = ["--workers", "0"] if args.variant == "first" else []  # a worker might draw the usual stages
     with varied(args.variant):
         train.main([*options, *alone])
 
