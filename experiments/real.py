@@ -177,8 +177,7 @@ def scores(args: argparse.Namespace) -> None:
     figure_class()  # says what to install, if anything
     runs = finished_runs(args.runs)
     paces = paces_of(args.paces, args.runs, runs) if args.paces else {}
-    shape = next((options.frames, options.size) for options in runs.values())
-    scored = Scored("held-out", shape, args)
+    scored = Scored("held-out", runs, args)
     rows, front, trained, pictures = [], {}, {}, {}
     for folder, options in runs.items():
         system, points = system_and_seed(folder)[0], []
@@ -218,7 +217,7 @@ def settings(args: argparse.Namespace) -> None:
     holds a folder for each choice, with runs of the systems in it. Give all systems equally many choices. The split has
     other clips, and fewer, so compare these distances with no others. Their last weights are measured."""
     runs, rows = finished_runs(args.runs, "*/"), []
-    scored = Scored("settings", next((options.frames, options.size) for options in runs.values()), args)
+    scored = Scored("settings", runs, args)
     for folder, options in runs.items():
         file = folder / f"weights-{options.steps}.pt"
         weights = load_weights(file, scored.device)

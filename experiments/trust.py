@@ -41,12 +41,13 @@ def sampled(
 
 
 class Scored:
-    """What weights score on the clips of one split of --data, of `shape` frames and size: taken from real-cells.json of
-    --out, or measured now. Clips are sampled with the labels of training clips. The loss is without labels, on at least
-    64 clips. Raises DataError if there is no such split."""
+    """What weights of some `runs` score on the clips of one split of --data: taken from real-cells.json of --out, or
+    measured now. Clips are sampled with the labels of training clips. The loss is without labels, on at least 64 clips.
+    Raises DataError if there is no such split."""
 
-    def __init__(self, split: str, shape: tuple[int, int | list[int]], args: argparse.Namespace):
+    def __init__(self, split: str, runs: dict[Path, argparse.Namespace], args: argparse.Namespace):
         self.args, self.device = args, choose_device()
+        shape = next((options.frames, options.size) for options in runs.values())
         self.clips = FolderClips(args.data / split, *shape)
         self.seen = FolderClips(args.data / "train", *shape, labels=True)
         clips, labels = zip(*(self.seen[number] for number in range(args.number)), strict=True)
