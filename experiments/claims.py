@@ -108,9 +108,8 @@ def times_less(vanilla: list[float], goal: float, curve: list) -> str:
 def training(args: argparse.Namespace) -> list:
     """Fig. 5: the judge's distance against training time, nine Euler steps: vanilla, and the pyramid in time, in space,
     and in both. And all scores at the end, with thirty steps and with nine."""
-    return against_time(
-        "training", "", list(itertools.product(("flow", "ddim"), SYSTEMS)), {30: "euler", 9: "euler"}, args
-    )
+    systems = list(itertools.product(("flow", "ddim"), SYSTEMS))
+    return against_time("training", "", systems, {30: "euler", 9: "euler"}, args)
 
 
 def twice(args: argparse.Namespace, mode: str = "flow") -> list:
@@ -275,13 +274,11 @@ def early(args: argparse.Namespace) -> list:
 def sampling(args: argparse.Namespace) -> list:
     """Quality against cost: solver and steps, of the shipped weights of flow. And how nine steps are shared out over
     the stages."""
-    counts, cells = (30, 3) if args.smoke else (30, 9, 6, 3), {}
+    counts, cells, curves = (30, 3) if args.smoke else (30, 9, 6, 3), {}, {}
     for system, solver in itertools.product(("1", "3", "3-space-time"), ("euler", "ab2")):
-        cells[f"{SYSTEMS[system]}, {solver}"] = [Cell(f"shipped-flow-{system}", count, solver) for count in counts]
-    curves = {
-        name: [(cost(cell, args)[1], measured(cell, args)["judge_distance"]) for cell in each]
-        for name, each in cells.items()
-    }
+        name, each = f"{SYSTEMS[system]}, {solver}", [Cell(f"shipped-flow-{system}", n, solver) for n in counts]
+        curves[name] = [(cost(cell, args)[1], measured(cell, args)["judge_distance"]) for cell in each]
+        cells[name] = each
     labels = "Quality against cost, flow", "full-rate network calls", "judge's distance"
     real = statistics.mean(measured(IN_TURN, args)["judge_distance"])
     draw_curves(curves, *labels, args.out / "sampling.png", real=real)

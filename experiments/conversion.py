@@ -140,10 +140,8 @@ def measure(args: argparse.Namespace) -> None:
     args.train = FolderClips(args.data / "train", FRAMES, SIZE, SEED, labels=True)
     args.held_out = FolderClips(args.data / "held-out", FRAMES, SIZE, labels=True)
     network, rows, pictures = new_network(args).to(args.device).eval(), [], {}
-    distance = distances_to(
-        real_clips(0, min(400, 4 * len(args.held_out.sources)), args.held_out),
-        {"distance": partial(picture_features, load_efficientnet())},
-    )
+    reference = real_clips(0, min(400, 4 * len(args.held_out.sources)), args.held_out)
+    distance = distances_to(reference, {"distance": partial(picture_features, load_efficientnet())})
 
     def add(name: str, path: Path, stages: int, steps: int, seconds: float) -> None:
         network.load_state_dict(torch.load(path, map_location=args.device, weights_only=True)["weights"])

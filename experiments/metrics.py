@@ -61,10 +61,10 @@ class Judge(nn.Module):
         return self.label(seen).argmax(-1), self.place(seen) * 16 + 11
 
 
-def train_judge(args: argparse.Namespace) -> None:
+def train_judge(_args: argparse.Namespace) -> None:
     """Train the judge on digit, place and velocity in every frame, and write it over the shipped one."""
     torch.manual_seed(0)
-    judge, data, steps, batch = Judge(), MovingDigits(seed=JUDGE_SEED), args.steps, 32
+    judge, data, steps, batch = Judge(), MovingDigits(seed=JUDGE_SEED), 1500, 32
     optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
     for step in tqdm(range(steps), desc="training the judge", unit="step"):
         tracks = [data.tracks(number)[0] for number in range(step * batch, (step + 1) * batch)]
@@ -80,7 +80,7 @@ def train_judge(args: argparse.Namespace) -> None:
         loss.backward()
         optimizer.step()
     torch.save(judge.state_dict(), JUDGE)
-    print(f"wrote {JUDGE}; real clips score {digit_metrics(real_clips(args.reference, 1000), args.reference)}")
+    print(f"wrote {JUDGE}; real clips score {digit_metrics(real_clips(4000, 1000), 4000)}")
 
 
 @cache
@@ -357,9 +357,7 @@ def make_parser() -> Parser:
     add("--i3d", type=Path, help="of --data: TorchScript file of I3D, for FVD itself")
     add("--json", type=json_to_write, help="file to write the table to as well")
     add_scoring(add)
-    add = add_command(commands, "judge", train_judge)
-    add("--steps", type=positive_int, default=1500, help="training steps of 32 clips")
-    add("--reference", type=whole_number(2), default=4000, help="real clips that it is then tried on")
+    add_command(commands, "judge", train_judge)
     return parser
 
 
