@@ -2,7 +2,6 @@
 
 import math
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,6 +179,7 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
 
 @pytest.mark.parametrize("call, message", [
     (lambda: align(CLIPS / 0, CLIPS), "invalid numeric|infeasible"),
+    (lambda: align(CLIPS, CLIPS[:, :, :4]), r"\(2, 1, 8, 2, 2\).*\(2, 1, 4, 2, 2\)"),
     (lambda: FLOW.endpoints(CLIPS[:, :, :6], CLIPS[:, :, :6], 1), "3, 2, 2.*6, 2, 2"),
     (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.ones(3)), r"u must be 2 numbers .*, one per clip, not \[1.0, 1"),
     (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, 1.5])), r"in \[0, 1\].* not \[0.5, 1.5\]"),
@@ -188,21 +188,17 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_end), "stage 1 needs at least one step"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_start + 1e-5), "stage 1 needs .* t <= 0.7"),
     (lambda: SPACE.shape((1, 1, 0, 4, 4), 0), "frame.*1, 1, 0, 4, 4"),
-    (lambda: SPACE.down(CLIPS, 0), r"divisible by \[4, 1\]"),
     (lambda: FLOW.down(CLIPS[0], 1), r"not \(B, C, T, H, W\) = \(1, 8, 2, 2\)"),
-    (lambda: FLOW.sample(same, (1, 8, 2, 2)), r"not \(B, C, T, H, W\) = \(1, 8, 2, 2\)"),
     (lambda: FLOW.sample(same, (1, 1, 8, 2, 2, 2)), r"not \(B, C, T, H, W\) = "),
     (lambda: FLOW.gamma_sigma(500.0), r"times must be in \[0, 1\], not \[500.0\]"),
     (lambda: Pyramid("ddim").gamma_sigma([0.5, -0.1]), r"times must be in \[0, 1\], not \[0.5, -0.1\]"),
     (lambda: FLOW.gamma_sigma(math.nan), "not .*nan"),
     (lambda: SPACE.sample(same, (1, 1, 3, 6, 4)), r"3 stages.*\(2, 2, 1\).*divisible by \[4, 1\].*1, 1, 3, 6, 4"),
-    (lambda: FLOW.sample(same, CLIPS.shape, 2), "3 stages.*2"),
     (lambda: FLOW.sample(same, CLIPS.shape, solver="heun"), "heun"),
     (lambda: FLOW.sample(same, CLIPS.shape, callback=lambda x, t, k: x[:, :, :1]), "^callback returned.*stage 2"),
     (lambda: FLOW.sample(same, CLIPS.shape, generator=[seeded()]), "1 generators.*2"),
     (lambda: FLOW.sample(lambda x, t, k: x / (k != 1 or t[0] > 0.5), CLIPS.shape), "NaN .* stage 1, step 7 of 10"),
     (lambda: FLOW.sample(lambda x, t, k: (x,), CLIPS.shape), TOLD),
-    (lambda: FLOW.sample(lambda x, t, k: SimpleNamespace(sample=x), CLIPS.shape), TOLD),
     (lambda: FLOW.sample(lambda x, t, k: x[:, :, :1], CLIPS.shape), TOLD),
 ])  # fmt: skip
 def test_bad_input_raises_value_error_that_names_the_numbers(call, message):
