@@ -32,7 +32,6 @@ import train
 from checkpoint import load_checkpoint, make_pyramid
 from cli import TRAINING, choose_device, generator_for, start_processes
 from data import MovingDigits, open_data
-from experiments import metrics
 from model import Block, Captured, DiT, DiTConfig
 from tpdiff import Pyramid, align, draw_nearest, randn
 
@@ -58,10 +57,10 @@ def test_loss_falls_on_one_batch_of_clips_or_pictures_at_every_stage(mode, frame
     p = make_pyramid(args)
     model = small_model(10, live=False, factor=p.factor)
     x0, labels = torch.stack([data[n][0] for n in range(4)]), torch.tensor([data[n][1] for n in range(4)])
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for k in range(3):
         losses = []
-        for _ in range(60):
+        for _ in range(20):
             batch = train.draw(x0, labels, 10, p, k, range(4), args)
             losses.append(train.training_loss(model, p, *batch, k, args))
             losses[-1].backward()
@@ -175,8 +174,8 @@ def test_compile_makes_one_graph_a_stage(tmp_path, monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(Block, "compile", lambda block, **o: torch.nn.Module.compile(block, backend=counter, **o))
     torch._dynamo.reset()
-    run_training(tmp_path, "--compile", "--depth", "3", "--steps", "12")
-    assert counter.frame_count == len({train.draw_stage(step, arguments()) for step in range(12)}) == 3
+    run_training(tmp_path, "--compile", "--depth", "2", "--steps", "6")
+    assert counter.frame_count == len({train.draw_stage(step, arguments()) for step in range(6)}) == 3
 
 
 SPACE = "--pyramid space-time --shift 2 --batch 8 4 2 --patch 4 --size 16 32 --frames 13"
@@ -245,15 +244,6 @@ def start_two(*words) -> list:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
     ranks = [os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in "01"]
     return [command(train.__file__, *TINY, *words, env=rank) for rank in ranks]
-
-
-def test_two_processes_train_the_weights_of_one_with_the_doubled_batch(tmp_path):
-    words = ["--steps", "4", "--align", "none", "--device", "cpu", "--batch"]
-    for process in start_two(*words, 4, 2, 1, "--out", tmp_path / "two"):
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    two = load_checkpoint(tmp_path / "two" / "checkpoint.pt")
-    assert_same_weights(two, run_training(tmp_path / "one", *words, *BY_STAGE), atol=2e-5)
 
 
 def test_one_process_with_two_micro_batches_goes_on_with_what_two_processes_began(tmp_path):
@@ -405,11 +395,9 @@ def test_train_refuses_bad_input_in_one_sentence(words, message, folder, tmp_pat
     assert (folder / "file").read_text() == "precious"
 
 
-def test_an_empty_value_is_refused_wherever_a_variable_of_the_shell_was_not_set(capsys):
-    for main, option in ((train.main, "--data"), (train.main, "--init"), (sample.main, "--checkpoint")):
-        assert f"the value of {option} is empty" in fails_with_one_line(capsys, main, option, "", "--steps", 3)
-    said = fails_with_one_line(capsys, metrics.main, "quality", "--data", "")
-    assert "the value of --data is empty" in said
+def test_an_empty_value_is_refused_as_where_a_variable_of_the_shell_was_not_set(capsys):
+    for option in ("--data", "--init"):
+        assert f"the value of {option} is empty" in fails_with_one_line(capsys, train.main, option, "", "--steps", 3)
 
 
 def test_as_many_stages_are_taken_as_halve_something():
@@ -451,7 +439,7 @@ def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_be
 
 @pytest.mark.parametrize("batch", ["1", "2 2 1", "2"])
 def test_whoever_trains_with_batches_of_one_is_told_that_no_noise_is_exchanged(tmp_path, capsys, batch):
-    run_training(tmp_path, "--steps", "1", "--batch", *batch.split())
+    train.set_up(arguments("--out", str(tmp_path), "--batch", *batch.split()), None)
     assert ("--align nearest draws several" in capsys.readouterr().out) == ("1" in batch)
 
 
