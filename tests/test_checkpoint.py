@@ -19,7 +19,6 @@ from conftest import (
     TINY,
     animation,
     assert_same_weights,
-    command,
     fails_with_one_line,
     run_training,
     save_hostile,
@@ -171,19 +170,21 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(links, tmp_path, monke
     assert {path.name for path in tmp_path.glob("checkpoint*")} == set(names)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run):
-    """As on a full disk: no file of the process can grow past half a checkpoint."""
-    before = (run / "checkpoint.pt").read_bytes()
-    room = (len(before) // 2,) * 2
-    words = [train.__file__, "--resume", "--out", run, "--steps", 8]
-    process = command(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, room))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "Traceback" not in err
-    assert f"{run / 'checkpoint.pt'} could not be written" in err and "continue with --resume" in err
-    words[1:-2] = *TINY, "--out", run.parent / "first"  # no save comes before
-    process = command(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000,) * 2))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "start a new run with another --out" in err and "--resume" not in err
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, capsys):
+    """As on a full disk: no file of the process can grow past half a checkpoint, or past 1000 bytes."""
+    before, limits = (run / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fails(room: int, *words: str) -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*words, "--steps", "8"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return capsys.readouterr().err
+
+    error = fails(len(before) // 2, "--resume", "--out", str(run))
+    assert f"{run / 'checkpoint.pt'} could not be written" in error and "continue with --resume" in error
+    error = fails(1000, *TINY, "--out", str(run.parent / "first"))  # no save comes before
+    assert "start a new run with another --out" in error and "--resume" not in error
     assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob("*.tmp"))
     assert run_training(run, "--resume", "--steps", "8")["step"] == 8
 
