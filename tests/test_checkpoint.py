@@ -6,23 +6,12 @@ import os
 import resource
 import shutil
 import signal
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import (
-    ROOT,
-    TINY,
-    animation,
-    assert_same_weights,
-    fails_with_one_line,
-    run_training,
-    save_hostile,
-)
+from conftest import TINY, animation, assert_same_weights, fails_with_one_line, run_training, save_hostile
 from PIL import Image
 
 import cli
@@ -216,61 +205,6 @@ def test_a_run_that_fails_in_a_step_or_is_killed_in_a_save_goes_on_as_if_it_had_
     assert_same_weights(run_training(tmp_path, "--resume"), load_checkpoint(whole / "checkpoint.pt"))
     one, other = ([(row["step"], row["loss_by_stage"]) for row in rows_of(run)] for run in (tmp_path, whole))
     assert one == other and [step for step, _ in one] == [2, 3, 4, 6]
-
-
-def start_in_child(words: list[str], log: Path) -> None:
-    torch.set_num_threads(1)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    train.main(words)
-
-
-@pytest.mark.trial
-@pytest.mark.filterwarnings("ignore")
-def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    """At least 200 kills of short runs that save after every step; each finished run has the weights of one that no
-    one killed, and after each kill the checkpoint is whole and no older than before."""
-    words = ["--steps", "60", "--save-interval", "1", "--sample-interval", "25"]
-    whole = run_training(tmp_path / "whole", *words)
-    processes, random = mp.get_context("forkserver"), np.random.default_rng(0)
-    processes.set_forkserver_preload(["test_checkpoint"])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # where the server finds them
-    for name in ("first", "second"):  # the first one waits for the server too
-        start, options = time.perf_counter(), [*TINY, *words, "--out", str(tmp_path / name)]
-        undisturbed = processes.Process(target=start_in_child, args=(options, tmp_path / "log"))
-        undisturbed.start()
-        undisturbed.join()
-    usual, kills, writing, finished = time.perf_counter() - start, 0, 0, 0
-    while kills < 200:
-        run, step = tmp_path / f"run-{finished}", 0
-        while True:
-            resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
-            if not resume:
-                (run / "weights.pt").unlink(missing_ok=True)  # written just before it
-            options = [*(resume or [*TINY, *words]), "--out", str(run)]
-            process = processes.Process(target=start_in_child, args=(options, tmp_path / "log"))
-            process.start()
-            process.join(random.uniform(0, 0.8 * usual))
-            process.kill()
-            process.join()
-            assert process.exitcode in (0, -signal.SIGKILL), (process.exitcode, (tmp_path / "log").read_text())
-            if process.exitcode == 0:
-                break
-            kills += 1
-            writing += bool(list(run.glob("*.tmp")))
-            if (run / "checkpoint.pt").exists():
-                now = load_checkpoint(run / "checkpoint.pt")["step"]
-                assert now >= step
-                step = now
-        assert_same_weights(torch.load(run / "checkpoint.pt", weights_only=True), whole)
-        for gif in run.glob("step-*.gif"):  # one is missing if the kill came after the save and before the preview
-            assert gif.read_bytes() == (tmp_path / "whole" / gif.name).read_bytes()
-        kept = {path.name: load_checkpoint(path)["step"] for path in run.glob("*-*.pt")}
-        assert kept["checkpoint-previous.pt"] < 60 and 0 < kept.get("checkpoint-best.pt", 60) <= 60
-        finished += 1
-    print(f"{kills} kills, {writing} of them during the writing of a checkpoint, {finished} runs finished")
-    assert writing >= 20 and finished >= 3
 
 
 def test_a_video_model_starts_from_an_image_model_whose_labels_go_by_name(tmp_path):

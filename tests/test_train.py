@@ -458,6 +458,16 @@ def test_a_preview_or_held_out_loss_that_fails_is_said_and_does_not_cost_the_run
         assert "--number" in fails_with_one_line(capsys, sample.main, "--out", tmp_path / "clips")
 
 
+def test_a_preview_that_breaks_off_leaves_no_file_of_its_name(tmp_path, monkeypatch):
+    def break_off(clips, path, *_, **__):
+        path.write_bytes(b"GIF89a")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(sample, "save_gif", break_off)
+    run_training(tmp_path, "--steps", "1", "--sample-number", "1")
+    assert not list(tmp_path.glob("step-*"))
+
+
 def test_a_preview_is_bounded_in_pixels_and_can_be_turned_off(tmp_path, monkeypatch):
     sizes, generate = [], sample.generate
     monkeypatch.setattr(sample, "generate", lambda *a, **o: sizes.append(a[3]) or generate(*a, **o))
