@@ -733,7 +733,7 @@ math.sqrt(math.prod(self.factor)) * sigma -> math.prod(self.factor) * sigma -> m
 tuple(n**k for n in self.factor) -> tuple(n * k for n in self.factor)
 return 1 - t, t -> return t, 1 - t
 .where(angle < math.pi / 2, 0.0) -> .abs()
-return r / (1 + r) -> return r
+return r / (1 + r) -> return r / (2 + r)
 self.shift * v / (1 + (self.shift - 1) * v) -> v / (self.shift + (1 - self.shift) * v) -> self.shift * v
 t / (self.shift - (self.shift - 1) * t) -> t / (self.shift + (self.shift - 1) * t)
 (-(-size // n) for -> (size // n for
