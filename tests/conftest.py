@@ -1,6 +1,7 @@
 """What several files of tests share: small runs, small models, clips on disk, and how a command fails."""
 
 import argparse
+import json
 import re
 import struct
 import subprocess
@@ -94,6 +95,11 @@ def page_code(word: str) -> str:
 
 
 # ---- Files
+
+
+def tables_of(path: Path) -> list:
+    """Of a file that a command of experiments/ wrote: (header, rows) each."""
+    return json.loads(path.read_text())["tables"]
 
 
 def animation(path: Path, frames: int, size: tuple[int, int] = (20, 30), mode: str = "RGB", green=100, **options):

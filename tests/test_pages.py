@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from conftest import ROOT, pages
+from conftest import ROOT, pages, tables_of
 
 import tpdiff
 import train
@@ -20,6 +20,7 @@ from experiments import emoji
 from experiments.claims import time_to
 from test_tpdiff import KNOWN_ERRORS, covariance_error
 
+RESULTS = ROOT / "experiments/results"
 # From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
 CORE = ["tpdiff", "model", "video", "data", "cli", "checkpoint", "sample", "train"]
 ALLOWED = {"model": set(), "video": set(), "data": {"video"}, "cli": set(), "checkpoint": {"tpdiff", "model", "data"}}
@@ -152,78 +153,67 @@ def test_every_link_to_a_heading_finds_one_and_the_front_page_is_short():
     assert len(re.findall(r"^\| ---", front, re.MULTILINE)) <= 3
 
 
+def in_one_line(page: str) -> str:
+    return " ".join((ROOT / page).read_text().split())
+
+
 def test_the_front_page_s_numbers_of_the_shipped_emoji_model_are_those_of_its_weights_and_its_log():
-    weights, front = load_weights(SHIPPED / "emoji.pt"), " ".join(pages()["README.md"].split())
-    log = (ROOT / "experiments/results/emoji/metrics.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["step"] == weights.step and 210 < json.loads(log[-1])["seconds"] < 270
+    weights, front = load_weights(SHIPPED / "emoji.pt"), in_one_line("README.md")
+    last = json.loads((RESULTS / "emoji/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == weights.step and 210 < last["seconds"] < 270
     size = sum(each.numel() for each in weights.model.parameters()) / 1e6
     assert f"a model of {size:.1f} million parameters, trained for four minutes on one GPU" in front
     assert f"knows {len(weights.classes)} labels" in front and f"--steps {weights.step} " in front
 
 
-def test_the_front_page_s_minutes_of_the_default_training_are_those_of_its_measured_steps():
-    steps, minutes = train.make_parser().parse_args([]).steps, []
-    for name in ("step", "fp32-step"):
-        path = ROOT / f"experiments/results/speed/{name}.json"
-        header, rows = json.loads(path.read_text())["tables"][0]
-        minutes.append(steps * float(rows[-1][header.index("ms [quartiles]")]) / 60e3)
-    assert "Two CPU cores take [{:.0f} to {:.0f} minutes]".format(*minutes) in " ".join(pages()["README.md"].split())
-
-
 def test_the_front_page_s_other_numbers_by_hand_are_those_of_the_code_and_of_the_measured_steps():
-    front = " ".join(pages()["README.md"].split())
+    front, steps, minutes = in_one_line("README.md"), train.make_parser().parse_args([]).steps, []
+    for name in ("step", "fp32-step"):
+        header, rows = tables_of(RESULTS / f"speed/{name}.json")[0]
+        minutes.append(steps * float(rows[-1][header.index("ms [quartiles]")]) / 60e3)
+    assert "Two CPU cores take [{:.0f} to {:.0f} minutes]".format(*minutes) in front
     assert "downloads 550 MB" in front and "Some 550 MB are downloaded" in emoji.__doc__
     assert "for Wan over five seconds" in front and 5 < WAN.frames / WAN.fps < 5.1
-    assert "each gain may be wrong by more than a fifth" in front
-    header, rows = json.loads((ROOT / "experiments/results/training.json").read_text())["tables"][1]
+    header, rows = tables_of(RESULTS / "training.json")[1]
     pace = {row[0]: float(row[header.index("ms a step")]) for row in rows}
     same = [pace[name] / pace[name.replace("flow", "ddim")] for name in ("flow-1", "flow-3", "flow-3-space-time")]
-    assert 1.15 < max(max(ratio, 1 / ratio) for ratio in same) < 1.25  # the same work, measured twice
+    most = max(max(ratio, 1 / ratio) for ratio in same)  # the same work, measured twice
+    assert "each gain may be wrong by more than a fifth" in front and 1.15 < most < 1.25
 
 
 def test_what_the_pages_say_by_hand_of_two_hours_of_training_is_in_their_tables():
-    path, words = ROOT / "experiments/results/two-hours/real.json", {}
-    (_, runs), (_, ways), (_, ends_of_all) = json.loads(path.read_text())["tables"]
-    for name in ("README.md", "experiments/README.md"):
-        words[name] = " ".join((ROOT / name).read_text().split())
-    assert "(one training seed, a tenth longer)" in words["README.md"]
+    front, page = in_one_line("README.md"), in_one_line("experiments/README.md")
+    (_, runs), (_, ways), (_, ends) = tables_of(RESULTS / "two-hours/real.json")
+    seconds = {row[0]: float(row[1]) for row in ends}
+    assert "(one training seed, a tenth longer)" in front and round(seconds["space"] / seconds["vanilla"], 1) == 1.1
     assert sum(row[0].startswith("space-seed") for row in runs) == 4
-    seconds = {row[0]: float(row[1]) for row in ends_of_all}
-    assert round(seconds["space"] / seconds["vanilla"], 1) == 1.1
-    assert "(no lead with thirty sampling steps)" in words["README.md"]
     thirty = {row[0]: row[4] for row in ways if row[1] in ("30", "10-10-10") and row[2] == "euler"}
-    vanilla, least, most = map(int, re.findall(r"\d+", thirty["vanilla"]))
-    assert vanilla - int(thirty["time"].split()[0]) < most - least  # of two training seeds
-    assert "two seeds of the pyramid differ by ninety" in words["experiments/README.md"]
+    vanilla, least, most = map(int, re.findall(r"\d+", thirty["vanilla"]))  # of two training seeds
+    assert "(no lead with thirty sampling steps)" in front and vanilla - int(thirty["time"].split()[0]) < most - least
     one, other = (int(row[3]) for row in runs if row[0].startswith("space-time") and row[1] == 1691)
-    assert one - other == 90
-    (_, runs), (_, ways), (_, ends) = json.loads((ROOT / "experiments/results/tuned/real.json").read_text())["tables"]
-    assert "but so does vanilla with [batch and rate tuned]" in words["README.md"]
-    tuned = [(float(row[2]), [float(row[3])]) for row in runs if row[0] == "vanilla-seed-1"]
-    untuned = next(row for row in ends_of_all if row[0] == "vanilla")
-    share = time_to(float(untuned[2].split()[0]), tuned) / float(untuned[1])
-    assert abs(share - 0.75) < 0.02 and all(row[4] == "0.75" for row in ends_of_all if row[0] in ("time", "space"))
-    said = "With nine Euler steps its distance is two thirds of vanilla's, with thirty four fifths"
-    assert said in words["experiments/README.md"]
-    assert (
-        "a little more than half of vanilla's time. With 2-2-2 Euler steps, for a thir"
-        in words["experiments/README.md"]
-    )
-    ours, vanilla = ends
-    assert (
-        (ours[0], vanilla[3]) == ("space-time", "1.00") and 0.64 < float(ours[3]) < 0.69 and 0.5 < float(ours[4]) < 0.6
-    )
-    cheap, dear = (
-        next(row for row in ways if row[:3] == [*way, "euler"]) for way in (("space-time", "2-2-2"), ("vanilla", "30"))
-    )
-    (long,) = (row for row in ways if row[:3] == ["space-time", "10-10-10", "euler"])
-    assert (
-        0.77 < int(long[4]) / int(dear[4]) < 0.83 and int(cheap[4]) < int(dear[4]) and round(30 / float(cheap[3])) == 13
-    )
+    assert "two seeds of the pyramid differ by ninety" in page and one - other == 90
+
+
+def test_what_the_results_say_by_hand_of_chosen_batch_and_rate_is_in_their_tables():
+    page, (runs, (_, ways), (_, ends)) = in_one_line("experiments/README.md"), tables_of(RESULTS / "tuned/real.json")
+    calls, far = ({" ".join(row[:3]): float(row[number]) for row in ways} for number in (3, 4))
+    ours, cheap, vanilla = "space-time 10-10-10 euler", "space-time 2-2-2 euler", "vanilla 30 euler"
+    with_nine, time = (float(ends[0][number]) for number in (3, 4))
+    assert ends[0][0] == "space-time" and ends[1][3] == "1.00"
+    assert "With nine Euler steps its distance is two thirds of vanilla's, with thirty four fifths" in page
+    assert 0.64 < with_nine < 0.69 and 0.77 < far[ours] / far[vanilla] < 0.83
+    assert "a little more than half of vanilla's time. With 2-2-2 Euler steps, for a thirteenth" in page
+    assert 0.5 < time < 0.6 and far[cheap] < far[vanilla] and round(calls[vanilla] / calls[cheap]) == 13
+    *_, (_, untuned) = tables_of(RESULTS / "two-hours/real.json")
+    shares = {row[0]: row[4] for row in untuned}
+    (distance, seconds) = next((float(row[2].split()[0]), float(row[1])) for row in untuned if row[0] == "vanilla")
+    tuned = [(float(row[2]), [float(row[3])]) for row in runs[1] if row[0] == "vanilla-seed-1"]
+    assert "but so does vanilla with [batch and rate tuned]" in in_one_line("README.md")
+    assert shares["time"] == shares["space"] == "0.75" and abs(time_to(distance, tuned) / seconds - 0.75) < 0.02
 
 
 def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
-    text = " ".join((ROOT / "COMPANION.md").read_text().split())
+    text = in_one_line("COMPANION.md")
     *errors, last = (100 * KNOWN_ERRORS[mode, solver][20] for mode in ("flow", "ddim") for solver in ("euler", "ab2"))
     euler, ab2, ddim_euler = (f"{error:.2g}%" for error in errors)
     assert f"is {euler} with Euler and {ab2} with `ab2` in flow mode. In ddim" in text
@@ -238,9 +228,8 @@ def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
     zero = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)  # what an error of 1 in all predicted noises becomes
     grown = [-p.integrate(lambda x, t, k: torch.ones_like(x), zero, 2, 9).item() for p in both]
     assert "an error of the clip that is {:.1f} and {:.1f} times as large".format(*grown) in text
-    size = (
-        16 * 60 * 104 * torch.tensor([21, 6])
-    )  # of a latent at stages 0 and 2; of mean square 1, the nearest of eight
+    # Of a latent of mean square 1 at stages 0 and 2, the nearest of eight
+    size = 16 * 60 * 104 * torch.tensor([21, 6])
     first, last = (100 * 1.4236 * (6 / size) ** 0.5 / 2).tolist()  # draw_nearest: 2 c s / (2 D), s = sqrt(6 D)
     assert f"smaller by {first:.2f}% at stage 0 and by {last:.2f}% at stage 2" in text
     for a, ends, said in ((3, None, "`shift=3`, 30 steps become"), (5, None, "`shift=5` they become"), (3, ..., "")):
