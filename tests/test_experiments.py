@@ -9,12 +9,13 @@ import json
 import re
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, animation, both_modes, fails_with_one_line, run_training, seeded, small_model
+from conftest import TINY, animation, both_modes, fails_with_one_line, run_training, seeded, small_model, tables_of
 from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -26,10 +27,6 @@ from data import FolderClips, bounce
 from experiments import asked, claims, emoji, figures, metrics, real, report, runs, sizes, speed, trust, variants
 from experiments.timing import in_milliseconds
 from model import Block
-
-
-def tables_of(path: Path) -> list:
-    return json.loads(path.read_text())["tables"]
 
 
 @pytest.fixture(scope="module")
@@ -477,145 +474,159 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
     assert 0.8 < parts.count("train") / 1024 < 0.9 and 0.07 < parts.count("held-out") / 1024 < 0.13
 
 
-def test_systems_train_in_equal_time_and_are_scored_on_clips_held_out(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
+TRAIN = "train --seconds 24 --systems vanilla space-time --options".split()
+OPTIONS = "--width 8 --depth 1 --heads 2 --batch 2 --warmup 1 --workers 0 --frames 8 --size 16"
+SCORES = "scores --number 2 --steps 3 --reference 4".split()
+RUNS, RESULTS = Path("runs/real"), Path("experiments/results")
+
+
+@pytest.fixture(scope="module")
+def scored_runs(tmp_path_factory) -> Iterator[Path]:
+    """A folder with clips, tiny runs of two systems with two seeds and their scores, all where experiments.real looks
+    for them and puts them."""
+    folder = tmp_path_factory.mktemp("real")
     for name in ("train/0", "train/250", "held-out/100", "held-out/150", "settings/50"):
         for file in ("clip.webp", "twin.webp"):
-            animation(tmp_path / name / file, 18, (16, 16), green=int(name.split("/")[1]))
-    monkeypatch.setattr(trust, "load_efficientnet", few_channels)
-    measured = []
+            animation(folder / "data/emoji64" / name / file, 18, (16, 16), green=int(name.split("/")[1]))
 
-    def seconds_a_step(words, _):
-        measured.append("space-time" if "space-time" in words else "vanilla")
-        assert len({"--steps", "--keep-interval"} & {*words}) == 0
-        return (2 if "space-time" in words else 3) + (len(measured) > 4)  # the first two are of train
+    def train_here(words: list[str], out: Path) -> None:  # not in a process of its own
+        with pytest.raises(SystemExit, match="0"):
+            train.main([*words, "--out", str(out)])
 
-    monkeypatch.setattr(real, "seconds_a_step", seconds_a_step)
-    there, weights = f"--data {tmp_path} --runs {tmp_path}/runs", f"{tmp_path}/runs/vanilla-seed-1/weights.pt"
-    words = f"train {there} --seconds 24 --systems vanilla space-time --options".split()
-    tiny = "--width 8 --depth 1 --heads 2 --batch 2 --workers 0 --warmup 1"
-    real.main([*words, tiny])
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/weights-*.pt")}
-    assert len(files) == 4 * 2 * 2  # weights, systems, seeds
-    notes = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/options.txt")}
-    assert all(f"--steps {12 if 'space-time' in name else 8} " in note for name, note in notes.items())  # what fits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real, "run_train", train_here)
+        patch.setattr(real, "seconds_a_step", lambda words, _: 2 if "space-time" in words else 3)
+        patch.setattr(real, "STEPS", (3, 6))
+        patch.setattr(train, "HELD_OUT", 2)
+        patch.setattr(trust, "load_efficientnet", few_channels)
+        with pytest.MonkeyPatch.context() as inside:
+            inside.chdir(folder)
+            real.main([*TRAIN, OPTIONS])
+            real.main(SCORES)
+        yield folder
+
+
+@pytest.fixture
+def scored(scored_runs, tmp_path, monkeypatch, capsys) -> None:
+    """The test is in a folder of its own with all of that."""
+    shutil.copytree(scored_runs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    said = fails_with_one_line(capsys, real.main, *words, "--width 8 --depth 1 --heads 1")
+
+
+def test_systems_train_in_equal_time_and_go_on_with_the_options_they_began_with_alone(scored, monkeypatch, capsys):
+    assert len(list(RUNS.glob("*/weights-*.pt"))) == 4 * 2 * 2  # weights, systems, seeds
+    for note in RUNS.glob("*/options.txt"):  # what fits into 24 seconds
+        assert f"--steps {12 if 'space-time' in note.parent.name else 8} " in note.read_text()
+    monkeypatch.setattr(real, "run_train", lambda *_: pytest.fail("trained again"))
+    real.main([*TRAIN, OPTIONS])
+    capsys.readouterr()
+    said = fails_with_one_line(capsys, real.main, *TRAIN, OPTIONS.replace("--width 8", "--width 9"))
     assert "was begun with other options: move it away" in said
-    real.main([*words, tiny])  # nothing is left to do
-    assert files == {path: path.stat().st_mtime_ns for path in files}
-    few = f"--number 2 --steps 3 --out {tmp_path}"
-    scored, drawn, publish_scores = {}, {}, real.publish_scores
 
-    def keep_scores(rows, trained, front, *others):
-        scored.update({way[:3]: distances for way, distances in front.items()}, trained=trained)
-        publish_scores(rows, trained, front, *others)
 
-    def keep_curves(draw, curves, *others, **options):
-        drawn[others[-1].stem] = curves
-        draw(curves, *others, **options)
-
-    monkeypatch.setattr(real, "publish_scores", keep_scores)
+def test_systems_are_scored_once_on_clips_held_out_and_drawn(scored, monkeypatch, capsys):
+    assert len(list(RESULTS.glob("real-*.png"))) == 4
+    before, drawn = json.loads((RESULTS / "real.json").read_text()), {}
     for name in ("draw_curves", "draw_panels"):
-        monkeypatch.setattr(real, name, functools.partial(keep_curves, getattr(figures, name)))
-    real.main(f"scores {there} {few} --reference 4".split())
-    (_, trained), (_, cost), (_, gains) = tables_of(tmp_path / "real.json")
+        monkeypatch.setattr(real, name, lambda curves, *others, **_: drawn.update({others[-1].stem: curves}))
+    real.main(SCORES)
+    assert " steps of " not in capsys.readouterr().out and tables_of(RESULTS / "real.json") == before["tables"]
+    (_, trained), (_, cost), (_, gains) = before["tables"]
     assert [row[:2] for row in trained[:5:4]] == [["space-time-seed-1", 3], ["space-time-seed-2", 3]]
     assert len(trained) == 4 * 4 + 1 and all(0 <= float(row[4]) <= 1 and "." in row[6] for row in trained[:-1])
-    assert (
-        len(cost) == 2 * (2 * len(real.STEPS) + 1)
-        and all("[" in row[4] for row in cost)
-        and [row[3] for row in gains][1] == "1.00"
-    )
-    calls = [float(row[3]) for row in cost[:6]]
-    assert [row[1] for row in cost if row[3] == "1.45"] == ["5-3-1"] * 2 and calls == sorted(calls)
-    assert len(json.loads((tmp_path / "real-cells.json").read_text())) == 4 * 4 + 2 * len(cost) - 4  # one is known
-    assert len(list(tmp_path.glob("real-*.png"))) == 4
-    ends = {system: [points[-1][1] for points in runs] for system, runs in scored["trained"].items()}
-    ways = [scored[("vanilla", *way)] for way in (("3", "euler"), ("3", "ab2"), ("6", "euler"))]
-    assert ways[0] == [found["distance"] for found in ends["vanilla"]] and len({*itertools.chain(*ways)}) == 6
-    assert [values for _, values in drawn["real-sampling"]["vanilla, euler"]][:2] == ways[::2]
-    assert drawn["real-training"]["vanilla"][-1][1] == ways[0] and list(drawn["real-losses"]) == [*ends]
-    for k in range(3):
-        losses = [found["losses"][k] for found in ends["space-time"]]
-        assert drawn["real-losses"]["space-time"][f"stage {k}"][-1][1] == losses
-    before, written = tables_of(tmp_path / "real.json"), {name: note.strip() for name, note in notes.items()}
-    assert json.loads((tmp_path / "real.json").read_text())["options"] == written
-    assert capsys.readouterr().out.count("weights-2.pt, 3 steps of euler") == 2
-    real.main(f"scores {there} {few} --reference 4".split())  # nothing is scored again
-    assert " steps of " not in capsys.readouterr().out and tables_of(tmp_path / "real.json") == before
-    real.main(f"pace --runs {tmp_path}/runs --repeats 2 --out {tmp_path}".split())
-    ((_, paces),) = tables_of(tmp_path / "real-pace.json")
-    assert paces == [["space-time", "2.5", "2", "3"], ["vanilla", "3.5", "3", "4"]]
-    assert measured[2:] == ["space-time", "vanilla"] * 2  # in turn
-    made = (tmp_path / "real-pace.json").read_text()
-    others = made.replace("vanilla", "space"), made.replace("seconds", "hours"), made.replace("3.5", "x"), "[]", "?"
-    others += (made.replace("--width 8", "--width 9"),)
-    for other in others:
-        (tmp_path / "other.json").write_text(other)
-        said = fails_with_one_line(capsys, real.main, *f"scores {there} {few} --paces {tmp_path}/other.json".split())
-        assert "other.json has no pace of" in said
-    said = fails_with_one_line(capsys, real.main, *f"pace --runs {tmp_path}/train --out {tmp_path}".split())
-    assert "holds no runs" in said
-    for name, change, complaint in (
-        ("vanilla-seed-3", ("--width 8", "--width 9"), "another run of vanilla have other options"),
-        ("vanilla-seed-1-old", ("", ""), "is not named SYSTEM-seed-NUMBER"),
-    ):
-        (tmp_path / "runs" / name).mkdir()
-        (tmp_path / "runs" / name / "options.txt").write_text(notes["vanilla-seed-1"].replace(*change))
-        assert complaint in fails_with_one_line(
-            capsys, real.main, *f"pace --runs {tmp_path}/runs --out {tmp_path}".split()
-        )
-        shutil.rmtree(tmp_path / "runs" / name)
-    assert (tmp_path / "real-pace.json").read_text() == made
-    real.main(f"scores {there} {few} --reference 4 --paces {tmp_path}/real-pace.json".split())
-    (_, trained), _, (_, gains) = tables_of(tmp_path / "real.json")
-    assert [float(row[2]) for row in trained[:9:4]] == [8, 8, 7] and [row[1] for row in gains] == ["30", "28"]
-    assert " steps of " not in capsys.readouterr().out  # what was scored counts
-    shutil.copy(tmp_path / "runs/vanilla-seed-1/weights-2.pt", tmp_path / "runs/vanilla-seed-2/weights-4.pt")
-    real.main(f"scores {there} {few} --reference 4".split())
+    assert [row[1:4:2] for row in cost[:3]] == [["1-1-1", "1.14"], ["5-3-1", "1.45"], ["2-2-2", "2.28"]]
+    assert len(cost) == 2 * (3 + 2) and all("[" in row[4] for row in cost) and gains[1][3] == "1.00"
+    assert before["options"] == {note.parent.name: note.read_text().strip() for note in RUNS.glob("*/options.txt")}
+    cells = json.loads((RESULTS / "real-cells.json").read_text())
+    assert len(cells) == 4 * 4 + 2 * len(cost) - 4  # one is known
+
+    def of_both(system: str, way: str) -> list[dict]:
+        return [cells[f"{system}-seed-{seed}, weights-{way}: 2 clips, seed 0, 4 real ones"] for seed in (1, 2)]
+
+    ways = "3 steps of euler, names, loss", "6 steps of euler", "3 steps of ab2"
+    three, six, ab2 = ([found["distance"] for found in of_both("vanilla", f"8.pt, {way}")] for way in ways)
+    assert len({*three, *six, *ab2}) == 6
+    assert [values for _, values in drawn["real-sampling"]["vanilla, euler"]] == [three, six]
+    assert drawn["real-training"]["vanilla"][-1][1] == three and list(drawn["real-losses"]) == ["space-time", "vanilla"]
+    losses = [found["losses"] for found in of_both("space-time", f"12.pt, {ways[0]}")]
+    shown = drawn["real-losses"]["space-time"]
+    assert [shown[f"stage {k}"][-1][1] for k in range(3)] == [list(each) for each in zip(*losses, strict=True)]
+
+
+def test_a_score_is_kept_with_its_loss_alone_and_as_long_as_weights_and_clips_are_the_same(scored, monkeypatch, capsys):
+    shutil.copy(RUNS / "vanilla-seed-1/weights-2.pt", RUNS / "vanilla-seed-2/weights-4.pt")
+    real.main(SCORES)
     (again,) = (line for line in capsys.readouterr().out.splitlines() if " steps of " in line)
     assert "vanilla-seed-2/weights-4.pt" in again
-    with monkeypatch.context() as patched:  # of other clips all are scored again, and no score is kept without its loss
-        patched.setattr(train, "held_out_loss", lambda *_: None)
-        cells = (tmp_path / "real-cells.json").read_text()
-        for other in ("--seed 1", "--number 3", "--reference 3"):
-            with pytest.raises(SystemExit):
-                real.main(f"scores {there} {few} --reference 4 {other}".split())
-            assert "a held-out loss cannot be measured" in capsys.readouterr().err
-        patched.setattr(trust, "METRICS", 0)
-        with pytest.raises(SystemExit):
-            real.main(f"scores {there} {few} --reference 4".split())
-        assert (tmp_path / "real-cells.json").read_text() == cells
-    for choice in ("b", "a"):
-        shutil.copytree(tmp_path / "runs", tmp_path / "choices" / choice)
-    shutil.copy(tmp_path / "choices/b/vanilla-seed-1/weights-2.pt", tmp_path / "choices/b/vanilla-seed-1/weights-8.pt")
-    (tmp_path / "choices/b/space-time-seed-2/weights-12.pt").unlink()
-    choose = f"settings --data {tmp_path} --runs {tmp_path}/choices {few}".split()
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: None)
+    cells = (RESULTS / "real-cells.json").read_text()
+    anew = "a held-out loss cannot be measured"
+    for other in ("--seed 1", "--number 3", "--reference 3"):
+        assert anew in fails_with_one_line(capsys, real.main, *SCORES, *other.split())
+    monkeypatch.setattr(trust, "METRICS", 0)
+    assert anew in fails_with_one_line(capsys, real.main, *SCORES)
+    assert (RESULTS / "real-cells.json").read_text() == cells
+
+
+def test_the_pace_of_systems_is_measured_in_turn_and_counts_in_place_of_their_seconds(scored, monkeypatch, capsys):
+    paces, found = RESULTS / "real-pace.json", iter([2, 4, 3, 5])
+    monkeypatch.setattr(real, "seconds_a_step", lambda *_: next(found))
+    real.main("pace --repeats 2".split())
+    assert tables_of(paces)[0][1] == [["space-time", "2.5", "2", "3"], ["vanilla", "4.5", "4", "5"]]
+    made, options = paces.read_text(), (RUNS / "vanilla-seed-1/options.txt").read_text()
+    changes = ("vanilla", "space"), ("seconds", "hours"), ("4.5", "x"), ("--width 8", "--width 9")
+    for old, new in (*changes, (made, "[]"), (made, "?")):
+        Path("other.json").write_text(made.replace(old, new))
+        said = fails_with_one_line(capsys, real.main, *SCORES, "--paces", "other.json")
+        assert "other.json has no pace of" in said
+    for name, new, complaint in (
+        ("vanilla-seed-3", options.replace("--width 8", "--width 9"), "another run of vanilla have other options"),
+        ("vanilla-seed-1-old", options, "is not named SYSTEM-seed-NUMBER"),
+    ):
+        (RUNS / name).mkdir()
+        (RUNS / name / "options.txt").write_text(new)
+        assert complaint in fails_with_one_line(capsys, real.main, "pace")
+        shutil.rmtree(RUNS / name)
+    assert "holds no runs" in fails_with_one_line(capsys, real.main, *"pace --runs data".split())
+    assert paces.read_text() == made
+    real.main([*SCORES, "--paces", str(paces)])
+    (_, trained), _, (_, gains) = tables_of(RESULTS / "real.json")
+    assert [row[2] for row in trained[:9:4]] == ["8", "8", "9"] and [row[1] for row in gains] == ["30", "36"]
+
+
+def test_choices_of_options_are_compared_on_clips_of_their_own(scored, capsys):
+    a, b = (shutil.copytree(RUNS, f"runs/settings/{choice}") for choice in "ab")
+    shutil.copy(f"{b}/vanilla-seed-1/weights-2.pt", f"{b}/vanilla-seed-1/weights-8.pt")
+    Path(b, "space-time-seed-2/weights-12.pt").unlink()
     for _ in range(2):
-        real.main(choose)
-        ((_, chosen),) = tables_of(tmp_path / "real-settings.json")
-        runs = ["space-time-seed-1"] * 2 + ["space-time-seed-2"] + ["vanilla-seed-1"] * 2 + ["vanilla-seed-2"] * 2
-        assert [row[0] for row in chosen] == [*runs, "real training clips"]
-        assert [row[1] for row in chosen] == [*"abaabab", ""]
-        options = json.loads((tmp_path / "real-settings.json").read_text())["options"]
-        assert len(options) == 7 and options["b/vanilla-seed-1"] == written["vanilla-seed-1"]
+        real.main("settings --number 2 --steps 3".split())
         said = capsys.readouterr()
     assert " steps of " not in said.out and "b/space-time-seed-2 is passed over" in said.err
-    distances = json.loads((tmp_path / "real-cells.json").read_text())
-    of_choices = [distances[name]["distance"] for name in distances if name.startswith(("a, van", "b, van"))]
-    assert len(set(of_choices)) == 3  # of the second seed both are the same
-    (ours,) = (distances[name]["distance"] for name in distances if name.startswith("a, vanilla-seed-1"))
-    assert ours not in scored[("vanilla", "3", "euler")]  # other clips
-    said = fails_with_one_line(capsys, real.main, *f"settings --data {tmp_path} --runs {tmp_path}/runs {few}".split())
+    made, cells = (json.loads((RESULTS / f"real-{name}.json").read_text()) for name in ("settings", "cells"))
+    ((_, rows),) = made["tables"]
+    runs = ["space-time-seed-1"] * 2 + ["space-time-seed-2"] + ["vanilla-seed-1"] * 2 + ["vanilla-seed-2"] * 2
+    assert [row[0] for row in rows] == [*runs, "real training clips"]
+    assert [row[1] for row in rows] == [*"abaabab", ""]
+    options = Path(a, "vanilla-seed-1/options.txt").read_text().strip()
+    assert len(made["options"]) == 7 and made["options"]["b/vanilla-seed-1"] == options
+    last = {name: cell["distance"] for name, cell in cells.items() if "weights-8.pt, 3 steps of euler" in name}
+    found = {name.partition(", weights")[0]: distance for name, distance in last.items()}
+    assert len({found[f"{choice}, vanilla-seed-{seed}"] for choice in "ab" for seed in (1, 2)}) == 3  # two are the same
+    assert found["a, vanilla-seed-1"] != found["vanilla-seed-1"]  # of other clips
+    said = fails_with_one_line(capsys, real.main, *f"settings --number 2 --runs {RUNS}".split())
     assert "CHOICE holds no finished runs" in said
-    real.main(f"distance --data {tmp_path} {few} --checkpoint {weights}".split())
-    ((_, rows),) = tables_of(tmp_path / "distance.json")
+
+
+def test_damaged_clips_and_samples_have_a_row_each_by_their_distance_and_by_their_names(scored):
+    weights = RUNS / "vanilla-seed-1/weights.pt"
+    real.main(f"distance --number 2 --steps 3 --checkpoint {weights}".split())
+    ((_, rows),) = tables_of(RESULTS / "distance.json")
     assert rows[0][0] == "none" and rows[-1][0] == f"samples of {weights}" and len(rows) == 15
-    assert (tmp_path / "distance.png").exists()
-    real.main(f"names --data {tmp_path} --number 4 --batch 4 --out {tmp_path} --checkpoint {weights}".split())
-    ((_, rows),) = tables_of(tmp_path / "names.json")
-    assert rows[0][0] == "real training clips" and len(rows) == 17 and (tmp_path / "names.png").exists()
+    real.main(f"names --number 4 --batch 4 --checkpoint {weights}".split())
+    ((_, rows),) = tables_of(RESULTS / "names.json")
+    assert rows[0][0] == "real training clips" and len(rows) == 17
+    assert (RESULTS / "distance.png").exists() and (RESULTS / "names.png").exists()
 
 
 def test_a_clip_is_named_after_the_nearest_file_but_its_own(tmp_path):
