@@ -326,52 +326,44 @@ def test_gains_in_training_work_count_clips_by_their_share_of_a_full_clip(monkey
     assert claims.work_of_a_step("flow-3-space-time", args) == pytest.approx((32 / 64 + 16 / 8 + 4) / 3)
 
 
-def test_every_claim_has_its_table_and_its_figure_and_the_pages_are_up_to_date():
+def test_every_claim_has_its_table_and_its_figure_and_the_pages_are_up_to_date(tmp_path, monkeypatch):
     report.main(["--check"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="out of date"):
+        patch.setattr(report, "PAGE", tmp_path / "README.md")
+        report.PAGE.write_text("as it was")
+        report.main(["--check"])
     prose = re.sub(r"```.*?```|`[^`]*`|\]\(.*?\)|\{\{.*?\}\}", "", report.TEXTS.read_text(), flags=re.DOTALL)
     assert not re.findall(r"\d+\.\d+|\d+%", prose)  # such numbers stand in the tables
     for claim in (*claims.CLAIMS, "real", "conversion"):
         assert (report.RESULTS / f"{claim}.json").exists() and list(report.RESULTS.glob(f"{claim}*.png")), claim
 
 
-def test_a_page_has_every_table_and_the_front_page_the_numbers_that_it_asks_for(tmp_path, monkeypatch):
-    table = [["mode", "clips", "gain"], [["flow", 1, "1.5 [1.4, 1.6]"], ["flow", 10, "1.7"]]]
-    report.write_json(tmp_path / "a.json", {"command": "python bench.py step", "tables": [table, [["y"], [[2]]]]})
-    first = "| mode | clips | gain |\n| --- | --- | --- |\n| flow | 1 | 1.5 [1.4, 1.6] |\n| flow | 10 | 1.7 |\n"
-    page = f"`python -m experiments.speed step`:\n\n{first}\n| y |\n| --- |\n| 2 |\n"
-    assert report.make_page("{{a.json}}\n", tmp_path) == page
-    begin, end = report.MARKS
-    made = report.make_front_page(f"x\n{begin}{end}x\n", '{{a.json 0 "flow 1" gain}}!\n', tmp_path)
-    assert made == f"x\n{begin}1.5!\n{end}x\n"
-    (tmp_path / "b.json").write_text(json.dumps({"tables": [[["run", "gain"], [["a", "10 [9, 11]"], ["b", "9.5"]]]]}))
-    assert report.make_front_page(made, '{{b.json 0 "a | b" gain}}', tmp_path) == f"x\n{begin}9.5 to 10{end}x\n"
-    (tmp_path / "c.json").write_text(json.dumps({"tables": [[["run", "gain"], [["c", "8"]]]]}))
-    assert f"{begin}8 to 10{end}" in report.make_front_page(made, '{{"b.json | c.json" 0 "a | c" gain}}', tmp_path)
-    (tmp_path / "c.json").write_text(json.dumps({"tables": [[["gain", "run"], [["not reached", "c"]]]]}))
-    with pytest.raises(ValueError, match="asks for a range of b.json | c.json, and one of its rows says 'not reached'"):
-        report.make_front_page(made, '{{"b.json | c.json" 0 "a | not" gain}}', tmp_path)
-    rows = [["a", "0.876"], ["b", "0.913"], ["c", "0.911"], ["d", "not seen"]]
-    (tmp_path / "c.json").write_text(json.dumps({"tables": [[["run", "legible"], rows]]}))
-    wanted = '{{c.json 0 a legible %}}, {{c.json 0 "b | a" legible %}}, {{c.json 0 "b | c" legible %}}'
-    assert f"{begin}88%, 88% to 91%, 91%{end}" in report.make_front_page(made, wanted, tmp_path)
-    with pytest.raises(ValueError, match="asks for percent of c.json, and one of its rows says 'not seen'"):
-        report.make_front_page(made, "{{c.json 0 d legible %}}", tmp_path)
-    (tmp_path / "b.json").unlink()
-    (tmp_path / "c.json").unlink()
-    with pytest.raises(ValueError, match="begins with 'flow 2': there are 0"):
-        report.make_front_page(made, '{{a.json 0 "flow 2" gain}}', tmp_path)
-    wrong = {"{{a.json 0}}": "leaves out table 1", "{{a.json 2}}": "which has 2", "{{b.json}}": "no such file"}
-    for texts, problem in wrong.items():
+def test_a_range_on_the_front_page_is_in_order_and_what_no_table_has_or_a_page_leaves_out_is_refused(tmp_path):
+    rows, (begin, end) = [["a", "10 [9, 11]"], ["b", "not reached"], ["d", "9.5"], ["e", "9.503"]], report.MARKS
+    report.write_json(tmp_path / "a.json", {"tables": [[["run", "gain"], rows], [["y"], [[2]]]]})
+    for texts, problem in (
+        ("{{a.json 0}}", "leaves out table 1"),
+        ("{{a.json 2}}", "which has 2"),
+        ("{{b.json}}", "no such file"),
+    ):
         with pytest.raises(ValueError, match=problem):
             report.make_page(texts, tmp_path)
-    report.write_json(tmp_path / "a.json", {"tables": [[["n"], [[n] for n in range(17)]]]})
-    page = report.make_page("![one](a.png)\n![two](b.png)\n\n{{a.json}}\n", tmp_path)
-    images = [f'<img src="{name}.png" alt="{alt}" width="440">\n' for name, alt in {"a": "one", "b": "two"}.items()]
-    assert page.startswith(f"<p>\n{''.join(images)}</p>\n")
-    assert "<details><summary>Table of 17 rows</summary>\n\n| n |\n" in page and page.endswith("| 16 |\n\n</details>\n")
-    monkeypatch.setattr(report.os, "replace", lambda *_: None)  # stopped just before: the file is the one before
+    made = report.make_front_page(begin + end, '{{a.json 0 "a | d" gain}}, {{a.json 0 "d | e" gain %}}', tmp_path)
+    assert made == f"{begin}9.5 to 10, 950%{end}"
+    for number, problem in (
+        ("{{a.json 0 c gain}}", "asks for a row of a.json that begins with 'c': there are 0"),
+        ('{{a.json 0 "a | b" gain}}', "asks for a range of a.json, and one of its rows says 'not reached'"),
+        ("{{a.json 0 b gain %}}", "asks for percent of a.json, and one of its rows says 'not reached'"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            report.make_front_page(begin + end, number, tmp_path)
+
+
+def test_a_table_that_is_stopped_while_it_is_written_is_the_one_before(tmp_path, monkeypatch):
+    report.write_json(tmp_path / "a.json", {"tables": []})
+    monkeypatch.setattr(report.os, "replace", lambda *_: None)
     report.write_json(tmp_path / "a.json", {})
-    assert len(tables_of(tmp_path / "a.json")) == 1
+    assert tables_of(tmp_path / "a.json") == []
 
 
 @pytest.mark.parametrize(
