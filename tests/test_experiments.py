@@ -219,28 +219,23 @@ def test_alignment_removes_more_variance_in_a_larger_batch_and_none_without_a_ch
 
 def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    tiny = {name: f"{' '.join(words.split()[:4])} --steps 20" for name, words in runs.RUNS.items()}
-    monkeypatch.setattr(runs, "RUNS", tiny)
-    words = f"renoising --runs {tmp_path}/runs --out {tmp_path} --number 3 --reference 20 --smoke --seeds 0 5 --batch 2"
+    trained = runs.trained  # of the short runs in place of shipped weights
+    monkeypatch.setattr(runs, "trained", lambda run, *others: trained(run.removeprefix("shipped-"), *others))
+    words = f"renoising --runs {tmp_path}/runs --out {tmp_path} --number 3 --reference 20 --smoke --seeds 0 5"
     claims.main(words.split())
     content, cells = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("renoising", "cells"))
     ((header, rows),) = content["tables"]
     assert content["command"] == f"python -m experiments.claims {words}" and content["torch"] == torch.__version__
     assert len(rows) == 17 and all(len(row) == len(header) for row in rows)
-    assert len({tuple(row[1:]) for row in rows}) == 9  # each way its own clips; here shipped weights are of short runs
-    assert report.markdown(header, rows) in capsys.readouterr().out and all(
-        (tmp_path / f"{name}.png").exists() for name in ("renoising", "renoising-digits")
-    )
+    assert len({tuple(row[1:]) for row in rows}) == 9  # each way its own clips
+    assert report.markdown(header, rows) in capsys.readouterr().out
+    assert all((tmp_path / f"{name}.png").exists() for name in ("renoising", "renoising-digits"))
     monkeypatch.setattr(runs.subprocess, "Popen", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(runs, "scores_of", lambda *_: pytest.fail("measured again"))
     claims.main(words.split())
     assert json.loads((tmp_path / "cells.json").read_text()) == cells
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         claims.main([*words.split(), "--number", "2"])
-    with open(tmp_path / "runs" / "ddim-3" / "weights-20.pt", "ab") as file:
-        file.write(b" ")  # other weights: their numbers no longer count
-    with pytest.raises(pytest.fail.Exception, match="measured again"):
-        claims.main(words.split())
 
 
 def test_a_score_counts_as_long_as_all_weights_that_made_it_are_the_same(tmp_path, monkeypatch):
@@ -425,13 +420,20 @@ def test_figures_are_drawn(line, run, tmp_path, capsys):
     assert "it is not the folder of a run" in fails_with_one_line(capsys, figures.main, "losses", tmp_path)
 
 
-def test_attention_and_training_are_measured_by_size(tmp_path):
-    for words in ("attention", "training --width 16 --depth 1 --heads 2"):
-        sizes.main([*words.split(), "--smoke", "--repeats", "1", "--json", str(tmp_path / f"{words.split()[0]}.json")])
+def test_attention_and_training_are_measured_by_size(tmp_path, monkeypatch):
+    gigabytes, seconds = sizes.measured_apart("--width 16 --depth 1 --heads 2 --batch 1 --size 16".split(), limit=16)
+    assert 0 <= gigabytes < 2 and seconds > 0
+    asked = []
+    monkeypatch.setattr(sizes, "measured_apart", lambda options, _: asked.append(options) or (0.5, 4.0))
+    for what in ("attention", "training"):
+        sizes.main([what, "--smoke", "--repeats", "1", "--json", str(tmp_path / f"{what}.json")])
     assert len(tables_of(tmp_path / "attention.json")) == 2
-    ((header, rows),) = tables_of(tmp_path / "training.json")
-    assert [row[2] for row in rows] == ["vanilla", "time", "space-time"] and len(header) == len(rows[0]) == 7
-    assert all(0 <= float(row[3]) < 2 and float(row[4]) > 0 for row in rows)
+    ((_, rows),) = tables_of(tmp_path / "training.json")
+    assert [row[2:] for row in rows] == [[name, *["0.50", "0.25"] * 2] for name in ("vanilla", "time", "space-time")]
+    found = map(train.make_parser().parse_args, asked)
+    kinds = (1, "time"), (3, "time"), (3, "space-time")
+    asked_for = [(each.stages, each.pyramid, each.gradient_checkpointing) for each in found]
+    assert asked_for == [(*kind, checkpointed) for kind in kinds for checkpointed in (False, True)]
 
 
 def test_emoji_of_another_package_than_the_one_that_was_measured_are_refused(tmp_path, monkeypatch, capsys):
