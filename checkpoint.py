@@ -7,6 +7,7 @@ A run's folder holds
   weights.pt              the weights' moving average (EMA) in bf16, to sample from
   metrics.jsonl           a row of losses every few steps
   held-out.txt            the clips that --held-out keeps out of training
+  lock                    empty; held by the process that trains
   index.json              what the files of --data say of themselves, so that the next start is quick
 
 Checkpoints and weights are written aside and then renamed, so that a crash while saving leaves the previous file
@@ -17,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -87,12 +89,13 @@ class Weights:
     label_dropout: float = 0.1
     digest: str = ""  # of the clips it was trained on; "" of digits, and in older files
     held_out: float = 0.0
+    fps: float | None = None  # frames a second of what it was trained on, where its clips say it
 
 
 def weights_of(state, dataset: Dataset, args: Namespace) -> Weights:
     """The EMA weights of a run's `state` (train.State), as sampling takes them."""
     about = {name: getattr(args, name) for name in (*SETTINGS, "label_dropout", "held_out")}
-    about |= {"classes": tuple(dataset.classes), "step": state.step, "digest": dataset.digests[0]}
+    about |= {"classes": tuple(dataset.classes), "step": state.step, "digest": dataset.digests[0], "fps": dataset.rate}
     return Weights(state.ema, latent_scale=args.latent_scale if dataset.latent else None, **about)
 
 
@@ -144,13 +147,41 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
     args = parser.parse_args(argv)
     for name in vars(args).keys() - free:
         was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
-        if was != now:
+        moved = name == "data" and was and now  # whether it holds the same clips is seen when they are read
+        if was != now and not moved:
             was, now = as_typed(was), as_typed(now)
             raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     if os.environ.get("RANK", "0") == "0":
         note = "; a larger --steps trains it on" if checkpoint["step"] >= args.steps else ""
         print(f"resuming {out}, which has {checkpoint['step']} of {args.steps} steps{note}")
     return args, checkpoint
+
+
+def make_folder(folder: Path, out: Path) -> None:
+    """Makes the folder that --out needs, and writes a file into it that is gone at once. Raises ValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out {out}: {folder} is no folder to write in ({error.strerror})") from None
+
+
+def claim(out: Path, rank: int = 0) -> None:
+    """Makes a run's folder. In rank 0 it keeps other runs out of it until this process ends, however it ends. Raises
+    ValueError if another is there. Where the system or the file system has no such locks, none is kept out."""
+    make_folder(out, out)
+    if rank > 0:
+        return
+    with suppress(ImportError):
+        import fcntl
+
+        descriptor = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # stays open: to close it would unlock
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process trains in {out}: wait for its end or choose another --out") from None
+        except OSError:
+            pass
 
 
 def weight_file(path: Path) -> Path:
@@ -269,8 +300,13 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
         keep_as(newest, "checkpoint-best.pt")
 
 
-def check_new(out: Path) -> None:
-    """Raises ValueError if a run, also one of examples/finetune.py, has left weights or checkpoints in the folder."""
+def check_new(out: Path, data: str | None) -> None:
+    """Raises ValueError if the folder holds the clips to train on, or weights or checkpoints of a run, also of one of
+    examples/finetune.py."""
+    if data and Path(data).resolve() == out.resolve():
+        raise ValueError(f"--out {out} is --data: the run's own GIFs would be trained on; choose another --out")
+    if data and not Path(data).is_dir():
+        return  # that is told first
     patterns = "checkpoint*.pt", "weights*.pt", "lora.safetensors", "network"
     if held := sorted(path for pattern in patterns for path in out.glob(pattern)):
         raise ValueError(f"{held[0]} is there already: {how_to_go_on(out)}")

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -178,7 +179,11 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
-    """Bad input and a lack of memory end the command with one sentence on stderr and exit code 2; Ctrl-C with 130."""
+    """Bad input and a lack of memory end the command with one sentence on stderr and exit code 2; Ctrl-C with 130.
+    What a terminal or file of another encoding than UTF-8 cannot show is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:

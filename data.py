@@ -68,7 +68,7 @@ class MovingDigits(Dataset):
     A digit is 5/8 of the frame's shorter side high, its start uniform, its speed uniform in `speeds`.
     Raises DataError if that side is under 16 pixels or there is no frame or digit."""
 
-    channels, latent, digests = 1, False, ("",)
+    channels, latent, digests, rate = 1, False, ("",), None
     speeds = 1 / 40, 1 / 16  # least and most, in shorter sides a frame
     classes = tuple("0123456789")
 
@@ -148,7 +148,6 @@ class FolderClips(Dataset):
         if self.held_out:
             self.sources = self._part(self.held_out, self.validation)
         whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
-        whys = [why.replace("as each", "as it", 1) if why.startswith("1 ") else why for why in whys]
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         self.classes = tuple(sorted({self.class_name(source) for source in self.sources})) if self.labels else ()
@@ -164,14 +163,16 @@ class FolderClips(Dataset):
         self._settle_channels()
         self.summary += self._described(why)
         self.digests = self.digests_without(0)
+        rates = sorted(float(1 / (source.period * source.unit)) for source in self.sources if source.unit)
+        self.rate = min(50, max(1, rates[len(rates) // 2] / self.frame_stride)) if rates else None  # frames a second
 
     def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
         """Why a clip cannot be used, the first reason of several; "" if it can."""
         (height, width), stills = height_width(self.size or 1), source.kind == "stills" and self.span > 1
         too_small, rate = source.height < height or source.width < width, f" at --fps {self.fps:g}" if self.fps else ""
         reasons = {
-            f"unusable, as each {source.note}": source.kind == "broken",
-            "without motion, which --frames 1 takes": stills and source.frames == 1,
+            f"unusable: {source.note}": source.kind == "broken",
+            "of one picture, with no next number beside it (--frames 1 takes it)": stills and source.frames == 1,
             "beside videos or animations": stills and source.files[0].parent in moving,
             "without times, which --fps needs": self.fps and not source.unit,
             f"shorter than {self.span} frames{rate}": source.frames < self.span,
@@ -255,7 +256,9 @@ class FolderClips(Dataset):
         rgba = image.convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         (height, width), mode = height_width(self.size), "L" if self.grayscale else "RGB"
-        fitted = ImageOps.fit(flat.convert(mode), (width, height), Image.Resampling.BOX)
+        larger = flat.width >= width and flat.height >= height  # of a smaller one BOX would repeat pixels
+        way = Image.Resampling.BOX if larger else Image.Resampling.BICUBIC
+        fitted = ImageOps.fit(flat.convert(mode), (width, height), way)
         return np.asarray(fitted).reshape(height, width, self.channels)
 
     def _pictures(self, source: Source, wanted: list[int]) -> np.ndarray:
@@ -310,7 +313,7 @@ class FolderClips(Dataset):
         self.passed_over[file] += 1
         if (times := self.passed_over[file]) in (1, 10, 100, 1000):
             reason = str(error) if isinstance(error, DataError) else f"cannot be decoded: {error}"
-            warnings.warn(f"{file} is skipped ({times} times so far): it {reason}", stacklevel=3)
+            warnings.warn(f"{file} is skipped ({times} time{'s' * (times > 1)} so far): it {reason}", stacklevel=3)
 
 
 def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
@@ -328,6 +331,8 @@ def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:
         held_out = FolderClips(args.data, args.frames, args.size, 0, **options | {"flip": False}, validation=True)
         dataset.classes = held_out.classes = tuple(sorted({*dataset.classes, *held_out.classes}))
     dataset.summary += f"\nlabels: {len(dataset.classes)}" if args.labels else ""
+    if never := sorted({*dataset.classes} - {dataset.class_name(source) for source in dataset.sources}):
+        dataset.summary += f"\nwarning: all clips of {len(never)} of them are held out ({', '.join(never[:3])})"
     dataset.judged_on = held_out
     return dataset
 
@@ -346,9 +351,9 @@ def to_images(clips: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 4, 1).expand(-1, -1, -1, -1, 3).numpy()
 
 
-def tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.Image:
-    """(N, H, W, 3) -> one picture, row by row, with grey gaps, enlarged."""
-    missing = -len(images) % columns
+def tile(images: np.ndarray, columns: int, scale: int) -> Image.Image:
+    """(N, H, W, 3) -> one picture, row by row, enlarged, with grey gaps unless there is one image alone."""
+    missing, gap = -len(images) % columns, 2 if len(images) > 1 else 0
     cells = np.pad(images, [(0, missing), (gap, 0), (gap, 0), (0, 0)], constant_values=128)
     rows = cells.reshape(-1, columns, *cells.shape[1:]).swapaxes(1, 2)
     picture = np.pad(rows.reshape(-1, columns * cells.shape[2], 3), [(0, gap), (0, gap), (0, 0)], constant_values=128)

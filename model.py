@@ -305,6 +305,13 @@ class Captured(nn.Module):
         return self.at_stage[k](x, t) if y is None else self.at_stage[k](x, t, y)
 
 
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Moves a model's moving average towards it, at first in large steps, while the weights move fast."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
 def make_optimizers(model: DiT, kind: str, lr: float, weight_decay: float, dtype: torch.dtype) -> list[Optimizer]:
     """AdamW for everything; or, if `kind` is "muon", at the same learning rate, Muon (in `dtype`) for the matrices of
     the attentions and MLPs and AdamW for the rest."""

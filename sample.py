@@ -5,7 +5,6 @@ import itertools
 import math
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from checkpoint import FACTORS, Weights, find_weights, load_weights, make_pyramid, weight_file
+from checkpoint import FACTORS, Weights, find_weights, load_weights, make_folder, make_pyramid, weight_file
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
 from data import height_width, save_gif, save_latents, save_strip, save_video
 from tpdiff import Pyramid, split_steps
@@ -25,6 +24,7 @@ from video import SUFFIXES, import_av
 MOST_PIXELS = 2**24  # of a preview
 CODE_POINT = re.compile("1f[0-9a-f]{3}")  # the labels of weights/emoji.pt
 PICTURES, LATENTS = (".gif", ".png", ".mp4"), (".npy",)  # suffixes of what is written
+FPS = 12  # of what was trained on clips that do not say theirs, as digits
 FEW = 500  # training steps: before, samples may still look like noise, as those of digits do
 
 
@@ -131,7 +131,7 @@ def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None
             options = {"precision": args.precision, "first": first}
             clips.append(generate(weights, pyramid, part, min(batch, number - first), **options).cpu())
         if weights.latent_scale is None:
-            save_gif(torch.cat(clips), aside, min(5, number), scale=3 if width <= 64 else 1)
+            save_gif(torch.cat(clips), aside, min(5, number), 3 if width <= 64 else 1, weights.fps or FPS)
         else:
             save_latents(torch.cat(clips), aside, weights.latent_scale)
         aside.replace(path)
@@ -181,7 +181,7 @@ def make_parser() -> cli.Parser:
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     cli.add_device(add)
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
-    add("--fps", type=real_number(1, 50), default=12, help="frames a second of the GIF or MP4")
+    add("--fps", type=real_number(1, 50), help=f"frames a second of the GIF or MP4 [the training clips', else {FPS}]")
     out = "file: .gif, .png (frames in a row), .mp4 (needs PyAV) or, of latents, .npy; without a suffix .gif and .png"
     add("--out", type=Path, help=f"{out}; an existing folder: RUN-NNN in it [samples]")
     return parser
@@ -224,14 +224,13 @@ def run(args: argparse.Namespace) -> None:
         import_av(out)  # says what to install
     if there := [file for file in files if file.exists()]:
         raise ValueError(f"{there[0]} exists already: choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()  # what cannot be written shall not be found out after sampling
+    make_folder(out.parent, out)  # what cannot be written shall not be found out after sampling
     stages = f"{cli.count(weights.stages, 'stage')} in {weights.pyramid}" if weights.stages > 1 else "1 stage"
     print(f"weights: {path} ({weights.mode}, {stages}, step {weights.step})")
     if weights.step < FEW:
         print("note: after so few training steps samples may still look like noise")
     start = time.perf_counter()
-    options = counts, args.solver, args.guidance, args.seed, args.precision
+    options, fps = (counts, args.solver, args.guidance, args.seed, args.precision), args.fps or weights.fps or FPS
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
     said = f"{cli.count(args.number, 'clip')} of {cli.count(weights.frames, 'frame')}"
     print(f"{said}, {(time.perf_counter() - start) / args.number:.2f} s a clip")
@@ -244,8 +243,8 @@ def run(args: argparse.Namespace) -> None:
             save_strip(clips, file)
         else:
             save = save_video if kind == ".mp4" else save_gif
-            save(clips, file, min(5, args.number), fps=args.fps)
-    rate = f", {args.fps:g} frames a second" * (files[0].suffix.lower() in (".gif", ".mp4"))
+            save(clips, file, min(5, args.number), fps=fps)
+    rate = f", {fps:g} frames a second" * (files[0].suffix.lower() in (".gif", ".mp4"))
     print(f"wrote {' and '.join(map(str, files))}{rate}")
 
 

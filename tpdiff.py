@@ -187,8 +187,8 @@ class Pyramid:
         if self.mode == "flow":
             return r / (1 + r)
         if math.atan(r) > self._angle_at(1.0):
-            last = f"alphas_cumprod ends at {math.tan(self._angle_at(1.0)):.4g}: use fewer stages or a noisier schedule"
-            raise ValueError(f"a stage would start at sigma / gamma = {r:.4g}, but {last}")
+            last = f"alphas_cumprod ends at {math.tan(self._angle_at(1.0)):.4g}: use fewer stages, lower end times"
+            raise ValueError(f"a stage would start at sigma / gamma = {r:.4g}, but {last} or a noisier schedule")
         return float(self._time_at(math.atan(r)))
 
     def _shifted(self, v):

@@ -33,11 +33,11 @@ import cli
 from checkpoint import FACTORS, make_pyramid, run_name
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
 from data import DATA_ONLY, DataError, height_width, list_held_out, open_data
-from model import Captured, DiT, DiTConfig, make_optimizers
+from model import Captured, DiT, DiTConfig, make_optimizers, update_ema
 from sample import save_preview
 from tpdiff import Generators, Pyramid, align, draw_nearest, randn
 
-# All other arguments make a run the run it is: --resume takes them from the checkpoint and refuses to change them.
+# --resume takes all other arguments from the checkpoint and refuses to change them; the clips of --data may have moved.
 FREE = "steps workers device accumulate compile gradient-checkpointing sample-number log-interval sample-interval "
 FREE += "save-interval keep-interval"
 HELD_OUT = 64  # clips that a loss is measured on
@@ -117,15 +117,13 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     out = args.out or Path("runs") / run_name(args.mode, args.stages, args.pyramid, args.data)
     if args.resume:
         args, checkpoint = disk.args_to_resume(parser, argv, out, {*FREE.replace("-", "_").split(), "out", "resume"})
-    elif not args.data or Path(args.data).is_dir():  # else that is told first
-        disk.check_new(out)
+    else:
+        disk.check_new(out, args.data)
     idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")
     idle |= {} if args.align == "nearest" else {"candidates": f"with --align {args.align}"}
     for name, where in idle.items():
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
-    if args.data and Path(args.data).resolve() == out.resolve():
-        raise ValueError(f"--out {out} is --data: the run's own GIFs would be trained on; choose another --out")
     args.out, stages, given = out, args.stages, disk.as_typed(args.batch)
     if len(batch_sizes(args)) != stages:
         raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {given}")
@@ -311,8 +309,7 @@ def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args: Nam
 
 
 def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, args: Namespace) -> None:
-    """One optimizer step at stage k, its losses added to the state's. If its gradient is NaN or infinite, the weights
-    stay as they are. Raises SystemExit after MOST_SKIPPED such steps in a row."""
+    """One optimizer step at stage k, its losses added to the state's. Raises what `end_step` does."""
     losses = torch.zeros((), device=state.losses.device)
     for micro in range(args.accumulate):
         x_start, x_end, u, y = next(batches)
@@ -321,16 +318,11 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
             (loss / args.accumulate).backward()
         losses += loss.detach()
     end_step(state, losses, k, learning_rate(state.step, args), args)
-    if state.skipped_in_a_row == MOST_SKIPPED:
-        path = args.out / "checkpoint.pt"
-        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        when = f"{MOST_SKIPPED} steps in a row, last at step {state.step}, stage {k}"
-        raise SystemExit(f"train.py: the gradient was NaN or infinite {when}: try a lower --lr in a new run; {last}")
 
 
 def end_step(state: State, losses: Tensor, k: int, lr: float, args: Namespace) -> None:
-    """Moves the weights by the gradient that is there, or leaves them as they are if it is NaN or infinite. `losses` is
-    the sum of those of the micro-batches."""
+    """Moves the weights by the gradient that is there, or leaves them as they are if it is NaN or infinite. Raises
+    SystemExit after MOST_SKIPPED such steps in a row. `losses` is the sum of those of the micro-batches."""
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
     if norm.isfinite():  # the same on all ranks, as the gradient is
         state.losses[0, k] += losses
@@ -341,18 +333,17 @@ def end_step(state: State, losses: Tensor, k: int, lr: float, args: Namespace) -
                 group["lr"] = lr
             optimizer.step()
         if state.ema is not None:
-            update_ema(state, args.ema)
+            update_ema(state.ema, state.model, args.ema, state.step)
     else:
         state.skipped += 1
         state.skipped_in_a_row += 1
     state.model.zero_grad()
     state.step += 1
-
-
-@torch.no_grad()
-def update_ema(state: State, decay: float) -> None:
-    decay = min(decay, (1 + state.step) / (10 + state.step))  # short at first, when the weights move fast
-    torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
+    if state.skipped_in_a_row == MOST_SKIPPED:
+        path = args.out / "checkpoint.pt"
+        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        when = f"{MOST_SKIPPED} steps in a row, last at step {state.step}, stage {k}"
+        raise SystemExit(f"the gradient was NaN or infinite {when}: try a lower --lr in a new run; {last}")
 
 
 def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
@@ -360,6 +351,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     rank, world, device = cli.start_processes(args.device)
     if checkpoint and (micros := checkpoint["world"] * checkpoint["args"]["accumulate"]) != world * args.accumulate:
         raise ValueError(f"{args.out} must keep processes x --accumulate = {micros}, not {world} x {args.accumulate}")
+    cli.in_turn(rank, lambda: disk.claim(args.out, rank))
     dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
     args.size = dataset.size
     disk.check_size(args, dataset.latent)

@@ -64,8 +64,10 @@ class Source:
         return max(1, math.ceil((self.end - self.times[0]) / self.period - Fraction(1, 2))) if self.times else 0
 
     def at_rate(self, fps: float) -> "Source":
-        """The same counted at `fps` frames a second."""
-        return replace(self, period=1 / (Fraction(fps).limit_denominator(10**6) * self.unit))
+        """The same counted at `fps` frames a second, with a note if that shows pictures twice."""
+        period = 1 / (Fraction(fps).limit_denominator(10**6) * self.unit)
+        slow = f"usually has fewer pictures a second than {fps:g}: frames repeat" if 1.01 * period < self.period else ""
+        return replace(self, period=period, note=self.note or slow)
 
     def pictures(self, numbers: range) -> list[int]:
         """Which picture is on the screen at each of these frames."""
@@ -155,9 +157,11 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
             else:
                 yield (path,)
         for members in numbered.values():
-            members.sort()  # and what runs on keeps its distance from the place in the list
-            for _, run in groupby(enumerate(members), key=lambda member: member[1][0] - member[0]):
-                yield tuple(path for _, (_, path) in run)
+            twice = len(dict(members)) < len(members)  # a_1.png and a_01.png: names of each length are a series
+            places = sorted((len(path.stem) * twice, number, path) for number, path in members)
+            # what runs on keeps its distance from the place in the list
+            for _, run in groupby(enumerate(places), key=lambda each: (each[1][0], each[1][1] - each[0])):
+                yield tuple(path for _, (_, _, path) in run)
 
 
 def _probe(files: tuple[Path, ...]) -> Source:

@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.nn.functional import pad
 
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "safetensors")
+MORE = "sentencepiece protobuf ftfy av"  # what tokenizers, prompts and videos need
 
 
 def library(name: str = "diffusers") -> ModuleType:
@@ -24,7 +25,7 @@ def library(name: str = "diffusers") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         packages = " ".join(PACKAGES).replace("diffusers", "diffusers==0.42.1")
-        raise ValueError(f"{error.name or name} is missing: pip install {packages} sentencepiece ftfy av") from None
+        raise ValueError(f"{error.name or name} is missing: pip install {packages} {MORE}") from None
 
 
 def check_packages() -> None:
@@ -38,8 +39,11 @@ def check_packages() -> None:
 
 
 def flow_schedule(model: str) -> dict:
-    """The time shift of UniPCMultistepScheduler (flow_shift: 3 or 5) or FlowMatchEulerDiscreteScheduler (shift)."""
+    """The time shift of UniPCMultistepScheduler (flow_shift: 3 or 5) or FlowMatchEulerDiscreteScheduler (shift).
+    Raises ValueError for a shift that depends on the clip's size, as LTX has it."""
     config = library().FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler")
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(f"{model} has a time shift that depends on the clip's size, which is not supported")
     return {"mode": "flow", "shift": config.get("flow_shift", config.get("shift", 1.0))}
 
 

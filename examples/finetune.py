@@ -36,7 +36,7 @@ from data import DataError, FolderClips, height_width
 from examples import generate as models
 from examples.families import Family, check_packages, library
 from tpdiff import Pyramid
-from train import MOST_SKIPPED, State, draw_noise, draw_stage, end_step
+from train import State, draw_noise, draw_stage, end_step
 
 ORDER = 3  # what a generator is for, beside cli.SAMPLING and so on
 UNSAVED = ("out", "resume", "device")
@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     args, was = parser.parse_args(argv), {}
     check_packages()
     if not args.resume:
-        disk.check_new(args.out)
+        disk.check_new(args.out, args.data)
     elif not (args.out / "checkpoint.pt").exists():
         raise ValueError(f"--out {args.out} holds no checkpoint.pt to resume from")
     else:
@@ -274,8 +274,7 @@ def save(state: State, args: Namespace, world: int) -> None:
 
 
 def optimize(state: State, called: Module, model: Callable, pyramid: Pyramid, batches: Iterator, accelerator, args):
-    """One optimizer step. If its gradient is NaN or infinite, the weights stay as they are. Raises SystemExit after
-    MOST_SKIPPED such steps in a row."""
+    """One optimizer step. Raises what `end_step` does."""
     k, bf16 = draw_stage(state.step, args), models.use_bf16(args.precision, accelerator.device)
     total = torch.zeros((), device=accelerator.device)
     for micro, batch in enumerate(batches):
@@ -287,11 +286,6 @@ def optimize(state: State, called: Module, model: Callable, pyramid: Pyramid, ba
             (loss / args.accumulate).backward()
         total += loss.detach()
     end_step(state, total, k, learning_rate(state.step, args), args)
-    if state.skipped_in_a_row == MOST_SKIPPED:
-        path = args.out / "checkpoint.pt"
-        saved = f"the last checkpoint is {path}" if path.exists() else "none is saved"
-        when = f"{MOST_SKIPPED} steps in a row"
-        raise SystemExit(f"finetune: the gradient was NaN or infinite {when}: try a lower --lr in a new run; {saved}")
 
 
 def learning_rate(step: int, args: Namespace) -> float:
@@ -344,9 +338,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with cli.one_sentence(parser, NO_MEMORY):
             args, family = parse_args(argv)
-            args.out.mkdir(parents=True, exist_ok=True)
             on_cpu = cli.choose_device(args.device).type == "cpu"
             accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision="no")
+            disk.claim(args.out, accelerator.process_index)
             raise SystemExit(train(args, family, accelerator))
     finally:
         if torch.distributed.is_initialized():

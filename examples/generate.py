@@ -7,8 +7,8 @@ never loaded here: the tests run this on small random models of the same classes
 """
 
 import json
-import tempfile
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 import cli
-from checkpoint import FACTORS
+from checkpoint import FACTORS, make_folder
 from data import height_width, save_gif, save_video
 from examples.families import FAMILIES, Family, check_packages, library
 from sample import said_cost
@@ -40,6 +40,8 @@ def family_of(model: str, motion_adapter: str | None = None) -> Family:
         raise ValueError(f"{model} is a {name}, which is not supported: {known}")
     if index.get("transformer_2", [None, None])[1]:
         raise ValueError(f"{model} has two networks, for early and late times: only models of one are known")
+    if index.get("expand_timesteps"):
+        raise ValueError(f"{model} is a Wan 2.2, whose sizes and rate are others: of Wan only 2.1 is known")
     if name == "StableDiffusionPipeline" and not motion_adapter:
         example = "guoyww/animatediff-motion-adapter-v1-5-2"
         raise ValueError(f"{model} makes images: give --motion-adapter, such as {example}")
@@ -77,7 +79,10 @@ def load_text_encoder(family: Family, model: str, dtype: torch.dtype):
 
 
 def encode_prompts(family: Family, pipeline, prompts: list[str], device: torch.device) -> Tensor:
-    """(B, tokens, channels), as the network takes them."""
+    """(B, tokens, channels), as the network takes them. Warns if the end of one is cut off."""
+    most = family.prompt.get("max_sequence_length", pipeline.tokenizer.model_max_length)
+    if any(len(pipeline.tokenizer(prompt, verbose=False).input_ids) > most for prompt in prompts):
+        warnings.warn(f"the end of a prompt is cut off: the model takes {most} tokens", stacklevel=2)
     options = {"device": device, "do_classifier_free_guidance": False} | family.prompt
     with torch.no_grad():
         return pipeline.encode_prompt(prompts, **options)[0].cpu()
@@ -107,9 +112,11 @@ def check_frames(family: Family, network: Module, frames: int) -> None:
 
 def latent_scale(vae: Module) -> tuple[Tensor, Tensor]:
     """Mean and deviation of a VAE's latents, which networks see as (latent - mean) / deviation."""
-    config = vae.config
-    mean, deviation = config.get("latents_mean") or [0.0], config.get("latents_std") or [1 / config.scaling_factor]
-    return tuple(torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1) for values in (mean, deviation))
+    config, buffers = vae.config, dict(vae.named_buffers())  # LTX's are buffers
+    mean = config.get("latents_mean") or buffers.get("latents_mean", [0.0])
+    deviation = config.get("latents_std") or buffers.get("latents_std")
+    deviation = [1 / config.scaling_factor] if deviation is None else deviation
+    return tuple(torch.as_tensor(values, device=vae.device).view(1, -1, 1, 1, 1) for values in (mean, deviation))
 
 
 @torch.no_grad()
@@ -244,8 +251,7 @@ def run(args: Namespace) -> None:
         raise ValueError(f"--out {args.out} must be a new file, .mp4 or .gif")
     if args.out.suffix == ".mp4":
         import_av(args.out)  # says what to install
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out.parent).close()  # what cannot be written shall not be found out after sampling
+    make_folder(args.out.parent, args.out)  # what cannot be written shall not be found out after sampling
     args, family = settle(args)
     device = cli.choose_device(args.device)
     dtype = torch.bfloat16 if use_bf16(args.precision, device) else torch.float32

@@ -179,7 +179,8 @@ def split_step(args: argparse.Namespace, repeats: int) -> Table:
         parts |= {"backward": lambda: losses.pop().backward()}
         parts["clip"] = lambda: nn.utils.clip_grad_norm_(run.state.model.parameters(), args.clip or math.inf)
         parts |= {type(optimizer).__name__: optimizer.step for optimizer in run.state.optimizers}
-        parts |= {"EMA": lambda: train.update_ema(run.state, args.ema), "zero_grad": run.state.model.zero_grad}
+        ema = partial(train.update_ema, run.state.ema, run.state.model, args.ema, run.state.step)
+        parts |= {"EMA": ema, "zero_grad": run.state.model.zero_grad}
         for name, values in alternate(parts, repeats).items():
             sums.setdefault(name, []).append(median(values))
     total = sum(sum(values) for name, values in sums.items() if not name.startswith(beside))

@@ -65,8 +65,8 @@ def numbered_stills(folder: Path, numbers, suffix: str = ".png") -> None:
 def test_folder_finds_animations_and_counts_what_it_skips(clip_folder):
     data = FolderClips(clip_folder, frames=6, size=8)
     found = "9 files found, 4 used, 4 clips of 33 frames in all (4 animations)"
-    assert data.summary.startswith(f"{clip_folder}: {found}; skipped: 1 shorter than 6 frames (short.gif); 2 un")
-    assert data.summary.endswith("; 2 without motion, which --frames 1 takes (still.gif, still.png)")
+    assert data.summary.startswith(f"{clip_folder}: {found}; skipped: 2 of one picture, with no next number b")
+    assert "takes it) (still.gif, still.png); 1 shorter than 6 frames (short.gif); 2 unusable: " in data.summary
     windows = [data[n][0] for n in range(40)]
     assert all(w.shape == (3, 6, 8, 8) and w.min() >= -1 and w.max() <= 1 for w in windows)
     white = [n for n, w in enumerate(windows) if w.min() == 1]  # the fully transparent clip is white
@@ -74,6 +74,39 @@ def test_folder_finds_animations_and_counts_what_it_skips(clip_folder):
     numbers = [reds(w) for n, w in enumerate(windows) if n not in white]
     assert all(seen == list(range(seen[0], seen[0] + 6)) for seen in numbers) and {0, 1, 2} <= {n for n, *_ in numbers}
     assert torch.equal(FolderClips(clip_folder, 6, 8, cache_bytes=0)[17][0], windows[17])
+
+
+def test_two_series_whose_names_differ_in_zeros_alone_are_not_joined(tmp_path):
+    numbered_stills(tmp_path / "data", range(1, 9))
+    numbered_stills(tmp_path / "other", range(11, 19))
+    for number in range(1, 9):
+        (tmp_path / f"other/frame{number + 10}.png").rename(tmp_path / f"data/frame0{number}.png")
+    data = FolderClips(tmp_path / "data", 8, 16)
+    assert [reds(data.window(source, 0)) for source in data.sources] == [list(range(1, 9)), list(range(11, 19))]
+
+
+def test_a_picture_that_is_too_small_is_enlarged_smoothly(tmp_path):
+    Image.fromarray(np.arange(0, 256, 16, dtype=np.uint8)[None].repeat(16, 0)).save(tmp_path / "a.png")
+    steps = FolderClips(tmp_path, 1, 64)[0][0][0, 0, 32].diff()
+    assert (steps[4:-4] > 0).all() and steps.max() < 2 * steps[4:-4].median()
+
+
+def test_a_clip_s_rate_is_known_and_frames_that_repeat_are_told(tmp_path):
+    animation(tmp_path / "a.gif", 20)
+    assert FolderClips(tmp_path, 8, 16).rate == 12.5 and FolderClips(tmp_path, 4, 16, frame_stride=4).rate == 3.125
+    slower, faster = (FolderClips(tmp_path, 8, 16, fps=fps) for fps in (10, 30))
+    assert slower.rate == 10 and "warning" not in slower.summary and faster.rate == 30
+    assert faster.summary.endswith("warning: a.gif usually has fewer pictures a second than 30: frames repeat")
+
+
+def test_a_label_whose_clips_are_all_held_out_is_named(tmp_path):
+    for name in "abc":
+        animation(tmp_path / "data" / name / "0.gif", 9)
+    words = [*TINY, "--data", str(tmp_path / "data"), "--labels", "folder", "--held-out"]
+    data = open_data(train.make_parser().parse_args([*words, "0.3"]))
+    (name,) = {"a", "b", "c"} - {data.class_name(source) for source in data.sources}
+    assert data.summary.endswith(f"labels: 3\nwarning: all clips of 1 of them are held out ({name})")
+    assert "held out (" not in open_data(train.make_parser().parse_args([*words, "0"])).summary
 
 
 def test_links_elsewhere_are_followed_once_and_broken_ones_are_counted(tmp_path):
@@ -85,7 +118,7 @@ def test_links_elsewhere_are_followed_once_and_broken_ones_are_counted(tmp_path)
         (tmp_path / link).symlink_to(tmp_path / target)
     data = FolderClips(tmp_path / "data", 8, 16, labels=True)
     assert data.classes == ("m", "n", "series") and "12 files found, 10 used, 3 clips of 26 frames" in data.summary
-    assert "2 unusable, as each cannot be decoded (d.gif, series/frame0.png)" in data.summary
+    assert "2 unusable: cannot be decoded (d.gif, series/frame0.png)" in data.summary
 
 
 def test_names_that_are_not_utf_8_are_used_and_told(tmp_path):
@@ -192,8 +225,8 @@ LATENT = torch.zeros(4, 9, 8, 8)
 
 
 @pytest.mark.parametrize("files, options, message", [
-    ({"a.pt": [1]}, {}, r"1 unusable, as it holds a list, and a latent is one tensor \(C, T, H, W\) \(a.pt\)"),
-    ({"a.pt": [1], "b.pt": [1]}, {}, r"2 unusable, as each holds a list, and a latent .*\(a.pt, b.pt\)"),
+    ({"a.pt": [1]}, {}, r"1 unusable: holds a list, and a latent is one tensor \(C, T, H, W\) \(a.pt\)"),
+    ({"a.pt": [1], "b.pt": [1]}, {}, r"2 unusable: holds a list, and a latent .*\(a.pt, b.pt\)"),
     ({"a.pt": LATENT.byte()}, {}, "holds uint8, and latents are dense floating"), ({}, {}, "clips is not a folder"),
     ({"a.pt": LATENT.to_sparse()}, {}, "holds sparse_coo, and latents are dense floating-point numbers"),
     ({"a.npy": LATENT.numpy().astype(">f4")}, {}, "holds >f4, and latents are float16, float32 or float64 in native"),
@@ -246,8 +279,8 @@ def test_clips_that_runs_have_made_are_no_data(tmp_path):
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
     data = FolderClips(tmp_path, 8, 16)
     assert [source.files[0].name for source in data.sources] == ["a.gif", "c.gif"]
-    assert "4 files found" not in data.summary and "1 unusable, as it belongs to a run, and so does all" in data.summary
-    with pytest.raises(DataError, match=r"1 file found, 0 used.*1 unusable, as it belongs to a run.*\(checkpoint.pt\)"):
+    assert "4 files found" not in data.summary and "1 unusable: belongs to a run, and so does all" in data.summary
+    with pytest.raises(DataError, match=r"1 file found, 0 used.*1 unusable: belongs to a run.*\(checkpoint.pt\)"):
         FolderClips(tmp_path / "run", 8, 16)
     with pytest.raises(DataError, match="1 shorter than 8 frames at --fps 6.25"):
         FolderClips(tmp_path / "run" / "clips", 8, 16, fps=6.25)

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from conftest import ROOT, animation, fails_with_one_line
 
 from cli import SAMPLING, generator_for
 from examples import finetune, generate
-from examples.families import FAMILIES
+from examples.families import FAMILIES, WAN
 from experiments import conversion
 from tpdiff import Pyramid
 
@@ -34,8 +35,9 @@ def places(tmp_path_factory):
     torch.set_num_threads(1)  # small tensors gain nothing by more, and lose much on a busy machine
     root = tmp_path_factory.mktemp("places")
     found = {name: " ".join(options) for name, options in small_models.save_all(root / "models").items()}
-    for name, pipeline in (("ltx", "LTXPipeline"), ("two", "WanPipeline")):
+    for name, pipeline in (("ltx", "LTXPipeline"), ("two", "WanPipeline"), ("new", "WanPipeline")):
         index = {"_class_name": pipeline, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+        index = {"_class_name": pipeline, "expand_timesteps": True} if name == "new" else index
         (root / name).mkdir()
         (root / name / "model_index.json").write_text(json.dumps(index))
     for name, frames, green in (("clips/a", 20, 30), ("clips/b", 9, 200), ("long/a", 45, 0), ("bare/a", 9, 0)):
@@ -64,7 +66,7 @@ def finetuned(words: list[str]) -> dict:
 
 def prepared(places: dict, name: str, pyramid: str = "time", lora: int = 0):
     """(family, network, pyramid, model, prompt): what the commands make of a small model."""
-    line = f"{places[name]} --pyramid {pyramid} --lora {lora} --data none --out none"
+    line = f"{places[name]} --pyramid {pyramid} --lora {lora} --data none --out run"
     args, family = finetune.parse_args(line.split())
     network = finetune.load_trainable(args, family, bf16=False)
     p = generate.make_pyramid(family, args.model, 3, pyramid, None)
@@ -308,6 +310,7 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do():
     [
         (finetune, f"--model {{ltx}} {RUN}", "is a LTXPipeline, which is not supported: known are WanPipeline"),
         (finetune, f"--model {{two}} {RUN}", "two networks"),
+        (finetune, f"--model {{new}} {RUN}", "is a Wan 2.2"),
         (finetune, f"--model {{models}}/animatediff {RUN}", "--motion-adapter"),
         (finetune, "--out {tmp}/run", "--model and --data"),
         (finetune, f"{{wan}} {RUN} --data {{bare}}", "a.txt"),
@@ -336,6 +339,26 @@ def test_clips_that_were_encoded_before_are_refused_by_a_pyramid_that_they_do_no
         finetune.main(words(f"{{wan}} {RUN} --steps 1 --size 64"))
     with pytest.raises(SystemExit, match="killed"):
         finetune.main(words(line))
+
+
+def test_what_another_family_s_row_would_need_is_read_or_refused(tmp_path):
+    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match="time shift that depends on the clip's size"):
+        WAN.schedule(str(tmp_path))
+    vae = torch.nn.Module()
+    vae.config, vae.device = {"latents_mean": None, "scaling_factor": 1.0}, "cpu"
+    vae.register_buffer("latents_mean", torch.tensor([3.0, 4.0]))
+    vae.register_buffer("latents_std", torch.tensor([2.0, 5.0]))
+    assert [each.flatten().tolist() for each in generate.latent_scale(vae)] == [[3, 4], [2, 5]]
+
+
+def test_a_prompt_whose_end_is_cut_off_is_told(places):
+    family, model = FAMILIES["StableDiffusionPipeline"], places["animatediff"].split()[1]
+    pipeline = generate.load_text_encoder(family, model, torch.float32)
+    with warnings.catch_warnings(action="error"):
+        generate.encode_prompts(family, pipeline, ["abc"], torch.device("cpu"))
+    with pytest.warns(UserWarning, match="the end of a prompt is cut off: the model takes 8 tokens"):
+        generate.encode_prompts(family, pipeline, ["abcdefgh"], torch.device("cpu"))
 
 
 def test_a_missing_package_says_what_to_install(words, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """The sample command: guidance, what a clip costs, what is written, and what is refused."""
 
+import io
 import math
+import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -71,7 +73,7 @@ def test_train_on_labels_then_sample_one_by_its_name_with_every_frame(tmp_path, 
     run_sample(*words, "--label", "cat", "--guidance", 2, "--solver", "ab2", "--steps", 4, 2, 1)
     out = capsys.readouterr().out
     assert f"{2 * (4 * 2 / 7 + 2 * 4 / 7 + 1):.4g} network calls on the full clip (twice as many as without" in out
-    assert str(tmp_path / "it.gif") in out
+    assert str(tmp_path / "it.gif") in out and "12.5 frames a second" in out  # as the clips have it
     with Image.open(tmp_path / "it.gif") as gif:
         assert gif.n_frames == 7
     assert "it.gif exists already" in fails_with_one_line(capsys, sample.main, *words)
@@ -200,6 +202,13 @@ def test_out_with_a_suffix_writes_that_file_alone(name, tmp_path, capsys):
     assert "like noise" not in out
     with Image.open(tmp_path / name) as picture:
         assert picture.format == name[2:].upper()
+
+
+def test_labels_that_a_terminal_cannot_show_are_escaped(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    run_sample("--checkpoint", SHIPPED / "emoji.pt", "--list-labels")
+    sys.stdout.flush()
+    assert b"1f3c4  \\U0001f3c4\n" in sys.stdout.buffer.getvalue()
 
 
 def test_ctrl_c_ends_with_a_sentence(tmp_path, monkeypatch, capsys):

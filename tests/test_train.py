@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -367,15 +368,17 @@ def folder(tmp_path_factory) -> Path:
         ("--labels folder", "--labels has no meaning without --data"),
         ("--width 30", "width 30 must be a multiple of 16, 4 times the number of heads"),
         ("--width 1099511627776", "not enough memory"),
-        ("--out {data}/file", "File exists"),
+        ("--mode ddim --ends 0.999 0.998 0", "use fewer stages, lower end times or a noisier schedule"),
+        ("--out {data}/file", "--out {data}/file: {data}/file is no folder to write in (File exists)"),
+        ("--out {data}/file/x", "file/x is no folder to write in (Not a directory)"),
         ("--resume", "checkpoint.pt does not exist: give the run's folder with --out"),
         ("--data {data}/gone", "gone is not a folder"),
         ("--data {data}/cl=", "cl= is not a folder"),
         ("--out= --data {data}/clips", "the value of --out is empty"),
         ("--data= --steps 1", "the value of --data is empty"),
         ("--label 7", "unrecognized arguments: --label 7; did you mean --labels?"),
-        ("--data {data}/empty", "skipped: 5 unusable, as each cannot be decoded"),
-        ("--data {data}/bomb", "skipped: 1 unusable, as it cannot be decoded"),
+        ("--data {data}/empty", "skipped: 5 unusable: cannot be decoded"),
+        ("--data {data}/bomb", "skipped: 1 unusable: cannot be decoded"),
         ("--data {out}", "is --data: the run's own GIFs would be trained on"),
         ("--init {data}/gone.pt", "gone.pt does not exist"),
         ("--init {weights} --depth 2", "a model of depth 2 cannot start from one of depth 4"),
@@ -386,9 +389,35 @@ def folder(tmp_path_factory) -> Path:
 def test_train_refuses_bad_input_in_one_sentence(words, message, folder, tmp_path, capsys):
     weights = ROOT / "weights" / "flow-3.pt"
     words = words.format(data=folder, weights=weights, out=tmp_path / "out").split()
+    message = message.replace("{data}", str(folder))
     assert message in fails_with_one_line(capsys, train.main, "--steps", 1, "--out", tmp_path / "out", *words)
-    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"index.json"}
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"index.json", "lock"}
     assert (folder / "file").read_text() == "precious"
+
+
+def test_a_folder_of_clips_may_have_moved_when_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    animation(tmp_path / "clips" / "a.gif", 9)
+    monkeypatch.chdir(tmp_path)
+    run_training(Path("run"), "--steps", "1", "--data", "clips")
+    Path("clips").rename("moved")
+    capsys.readouterr()
+    assert "clips is not a folder" in fails_with_one_line(capsys, train.main, "--resume", "--out", "run", "--steps", 2)
+    content = run_training(Path("run"), "--resume", "--steps", "2", "--data", f"{tmp_path}/moved/")
+    assert content["step"] == 2 and content["args"]["data"] == f"{tmp_path}/moved/"
+    run_training(Path("digits"), "--steps", "1")
+    capsys.readouterr()
+    resume = "--resume", "--out", "digits", "--steps", 2, "--data", "moved"
+    assert "was trained with --data left out" in fails_with_one_line(capsys, train.main, *resume)
+
+
+def test_a_second_process_in_a_run_s_folder_is_refused(tmp_path, capsys):
+    hold = "import sys, checkpoint; checkpoint.claim(checkpoint.Path(sys.argv[1])); print(flush=True); input()"
+    with command("-c", hold, tmp_path, cwd=ROOT, stdin=subprocess.PIPE) as other:
+        other.stdout.readline()
+        error = fails_with_one_line(capsys, train.main, *TINY, "--steps", 1, "--out", tmp_path)
+        assert f"another process trains in {tmp_path}" in error and not (tmp_path / "metrics.jsonl").exists()
+        other.kill()
+    assert run_training(tmp_path, "--steps", "1")["step"] == 1
 
 
 def test_an_empty_value_is_refused_as_where_a_variable_of_the_shell_was_not_set(capsys):

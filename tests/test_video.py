@@ -260,7 +260,7 @@ def test_videos_that_cannot_be_used_or_look_otherwise_than_they_should_are_named
     ffmpeg(*plain, "-c:v", "libx264", "-flags", "+ildct+ilme", "-x264opts", "tff=1", tmp_path / "fields.mp4")
     summary = FolderClips(tmp_path, frames=8, size=16).summary
     assert "6 files found, 3 used" in summary and "1 shorter than 8 frames (c.mp4)" in summary
-    assert "2 unusable, as each cannot be decoded (b.mp4, d.webm)" in summary and summary.count("warning") == 2
+    assert "2 unusable: cannot be decoded (b.mp4, d.webm)" in summary and summary.count("warning") == 2
     assert "warning: pq.mp4 is HDR" in summary and "warning: fields.mp4 is interlaced" in summary
 
 
@@ -285,7 +285,7 @@ def test_a_file_that_changes_while_it_is_trained_on_is_named_skipped_and_counted
     write("whole", 20)
     data = FolderClips(tmp_path, frames=8, size=8)
     write("a", 13)
-    with pytest.warns(UserWarning, match=rf"a{suffix} is skipped \(1 times so far\): it has changed since the start"):
+    with pytest.warns(UserWarning, match=rf"a{suffix} is skipped \(1 time so far\): it has changed since the start"):
         assert all(data[n][0].shape[1:] == (8, 8, 8) for n in range(8))
     assert data.passed_over[tmp_path / f"a{suffix}"] == 4
     with pytest.warns(UserWarning, match=r"\(10 times so far\)"):
