@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import sample
+import train
 from checkpoint import FACTORS, Weights, make_pyramid
 from cli import Parser, choose_device, generator_for, positive_int, use_bf16
 from experiments.asked import QUESTIONS, draw_cells
@@ -190,10 +191,8 @@ def work(args: argparse.Namespace) -> list:
 def work_of_a_step(run: str, args: argparse.Namespace) -> float:
     """Clips of an average training step; each counts by its share of the full clip's pixels."""
     options = train_options(run, args)
-    odds = options.stage_odds or [1] * options.stages
-    batches = [options.batch] * options.stages if isinstance(options.batch, int) else options.batch
-    clips = [often * batch for often, batch in zip(odds, batches, strict=True)]
-    return sample.full_rate_steps(clips, make_pyramid(options), CLIP) / sum(odds)
+    clips = train.batch_sizes(options)[::-1]  # noisiest stage first; all are trained equally often
+    return sample.full_rate_steps(clips, make_pyramid(options), CLIP) / options.stages
 
 
 def alignment(args: argparse.Namespace) -> list:
