@@ -312,8 +312,8 @@ def make_parser(smoke: bool = False) -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     purposes = {name: " ".join(function.__doc__.split()) for name, function in CLAIMS.items()}
     for name, purpose in (purposes | {"all": "Every one of them, one after the other."}).items():
-        text = purpose.replace("%", "%%")
-        add, whole = commands.add_parser(name, help=text, description=text).add_argument, name == "all"
+        command, whole = commands.add_parser(name, help=purpose.replace("%", "%%"), description=purpose), name == "all"
+        add = command.add_argument
         if name != "latency":
             add_scoring(add)
             add("--runs", type=Path, default=Path("runs/evaluate"), help="where the runs are that it trains")
@@ -322,7 +322,7 @@ def make_parser(smoke: bool = False) -> Parser:
         add("--out", type=Path, default=Path("experiments/results"), help="where its numbers and figures go")
         add("--smoke", action="store_true", help="few clips of tiny runs; in runs/smoke, and results in there")
         if smoke:
-            commands.choices[name].set_defaults(**SMOKE)
+            command.set_defaults(**SMOKE)
     return parser
 
 
