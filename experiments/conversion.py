@@ -31,14 +31,13 @@ from tpdiff import Pyramid, align, randn, split_steps
 
 FRAMES, SIZE, CHANNELS = 16, 16, 32  # of clips, and of the text
 FINETUNED = (200, 2000)  # steps
-SEED, RATE = 1, 5e-4  # of the weights and of all that training draws; the highest learning rate
 SHAPE = {"num_attention_heads": 4, "attention_head_dim": 48, "num_layers": 6, "ffn_dim": 768, "patch_size": (1, 4, 4)}
 SHAPE |= {"in_channels": 3, "out_channels": 3, "text_dim": CHANNELS, "freq_dim": 64, "rope_max_seq_len": 64}
 
 
 def new_network(args: argparse.Namespace) -> torch.nn.Module:
     """A Wan of random weights that heeds its `stride`."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(args.seed)
     network = library().WanTransformer3DModel(**SHAPE | ({"num_layers": 1} if args.smoke else {}))
     WAN.tell(network)
     return network
@@ -65,44 +64,51 @@ def draw(data: FolderClips, pyramid: Pyramid, k: int, numbers: range, seed: int,
     return x0, align(pyramid.down(x0, k), noise), u, text
 
 
-def train(
-    name: str, stages: int, ends: tuple[int, ...], start: Path | None, args: argparse.Namespace
-) -> list[tuple[Path, float]]:
-    """The weights after each of `ends` steps from `start`, trained now unless they are there, and the seconds that it
-    took. The rate of a new model falls to a tenth along a cosine; when finetuning it stays at a tenth. Finetuning goes
-    on with the samples that the vanilla model has not had. Raises ValueError if the folder holds a run of other
-    settings."""
+def train(name: str, stages: int, steps: int, start: Path | None, args: argparse.Namespace) -> tuple[Path, float]:
+    """The weights after `steps` steps from `start`, trained now unless they are there, and the seconds that took. The
+    rate of a new model falls to a tenth along a cosine; when finetuning it stays at a tenth. Finetuning goes on with
+    the samples that the vanilla model has not had. Raises ValueError if the folder holds a run of other settings."""
     folder, pyramid, before = args.runs / name, Pyramid("flow", stages), args.steps if start else 0
-    paths, made_of = [folder / f"{end}.pt" for end in ends], [args.batch, str(args.data), args.smoke, args.steps]
-    if not paths[-1].exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        network = new_network(args).to(args.device)
-        if start:
-            network.load_state_dict(torch.load(start, map_location=args.device, weights_only=True)["weights"])
-        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0)
-        model, began = models.make_model(WAN, network, pyramid), time.perf_counter()
-        for step in range(ends[-1]):
-            k = torch.randint(stages, (), generator=cli.generator_for(SEED, cli.STAGE, before + step)).item()
-            numbers = range((before + step) * args.batch, (before + step + 1) * args.batch)
-            batch = [each.to(args.device) for each in draw(args.train, pyramid, k, numbers, SEED, 0.1)]
-            with autocast(args):
-                loss = training_loss(model, pyramid, k, *batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            fall = 0.1 if start else 0.55 + 0.45 * math.cos(math.pi * step / ends[-1])
-            optimizer.param_groups[0]["lr"] = RATE * fall * min(1, (step + 1) / 100)
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            if (step + 1) % 200 == 0:
-                print(f"{name}, step {step + 1}, stage {k}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
-            if step + 1 in ends:
-                content = {"weights": network.state_dict(), "seconds": seconds, "made_of": made_of}
-                write_whole(content, folder / f"{step + 1}.pt")
-    found = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
-    if any(each["made_of"] != made_of for each in found):
-        raise ValueError(f"{folder} is of a run with other options: move {args.runs} away")
-    return [(path, each["seconds"]) for path, each in zip(paths, found, strict=True)]
+    path, saved = folder / f"{steps}.pt", folder / "checkpoint.pt"
+    made_of = [args.seed, args.lr, args.batch, str(args.data), args.smoke, args.steps]
+    for file in (path, saved):
+        if file.exists() and torch.load(file, map_location="cpu", weights_only=True)["made_of"] != made_of:
+            raise ValueError(f"{file} is of a run with other options: move {args.runs} away")
+    if path.exists():
+        return path, torch.load(path, map_location="cpu", weights_only=True)["seconds"]
+    folder.mkdir(parents=True, exist_ok=True)
+    network, step, seconds = new_network(args).to(args.device), 0, 0.0
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0)
+    if saved.exists():
+        content = torch.load(saved, map_location=args.device, weights_only=True)
+        network.load_state_dict(content["weights"])
+        optimizer.load_state_dict(content["optimizer"])
+        step, seconds = content["step"], content["seconds"]
+    elif start:
+        network.load_state_dict(torch.load(start, map_location=args.device, weights_only=True)["weights"])
+    model, mark = models.make_model(WAN, network, pyramid), time.perf_counter()
+    while step < steps:
+        k = torch.randint(stages, (), generator=cli.generator_for(args.seed, cli.STAGE, before + step)).item()
+        numbers = range((before + step) * args.batch, (before + step + 1) * args.batch)
+        batch = [each.to(args.device) for each in draw(args.train, pyramid, k, numbers, args.seed, 0.1)]
+        with autocast(args):
+            loss = training_loss(model, pyramid, k, *batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        fall = 0.1 if start else 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = args.lr * fall * min(1, (step + 1) / 100)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step % 200 == 0 or step == steps:
+            now = time.perf_counter()
+            seconds, mark = seconds + now - mark, now
+            print(f"{name}, step {step}, stage {k}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
+            content = {"weights": network.state_dict(), "step": step, "seconds": seconds, "made_of": made_of}
+            if step == steps or (start and step in FINETUNED):
+                write_whole(content, folder / f"{step}.pt")
+            write_whole(content | {"optimizer": optimizer.state_dict()}, saved)  # last: what a kill cost is made again
+    return path, seconds
 
 
 @torch.inference_mode()
@@ -137,7 +143,7 @@ def measure(args: argparse.Namespace) -> None:
     check_packages()
     figure_class()  # says what to install, if anything
     args.device = cli.choose_device()
-    args.train = FolderClips(args.data / "train", FRAMES, SIZE, SEED, labels=True)
+    args.train = FolderClips(args.data / "train", FRAMES, SIZE, args.seed, labels=True)
     args.held_out = FolderClips(args.data / "held-out", FRAMES, SIZE, labels=True)
     network, rows, pictures = new_network(args).to(args.device).eval(), [], {}
     reference = real_clips(0, min(400, 4 * len(args.held_out.sources)), args.held_out)
@@ -156,12 +162,12 @@ def measure(args: argparse.Namespace) -> None:
         rows.append(row)
         print(row, flush=True)
 
-    ((base, seconds),) = train("vanilla", 1, (args.steps,), None, args)
+    base, seconds = train("vanilla", 1, args.steps, None, args)
     add("vanilla", base, 1, args.steps, seconds)
     add("converted", base, 3, 0, 0.0)
     for name, stages in (("converted", 3), ("vanilla, continued", 1)):
-        finetuned = train(name.replace(", ", "-"), stages, FINETUNED, base, args)
-        for steps, (path, seconds) in zip(FINETUNED, finetuned, strict=True):
+        for steps in FINETUNED:
+            path, seconds = train(name.replace(", ", "-").replace(" ", "-"), stages, steps, base, args)
             add(name, path, stages, steps, seconds)
     seen = torch.stack([args.train[number][0] for number in range(args.number)])
     rows.append(["real training clips", "", "", "", f"{distance(seen)['distance']:.0f}", ""])
@@ -178,7 +184,9 @@ def make_parser() -> cli.Parser:
     add("--data", type=Path, default=Path("data/emoji64"), help="folder that experiments.emoji made")
     add("--steps", type=cli.positive_int, default=4000, help="of the vanilla model")
     add("--batch", type=cli.positive_int, default=8, help="clips a step")
+    add("--lr", type=cli.real_number(0, 1), default=5e-4, help="highest learning rate")
     add("--number", type=cli.whole_number(2), default=192, help="clips that are sampled, and held-out ones of the loss")
+    add("--seed", type=cli.non_negative_int, default=1, help="of the weights and of all that training draws")
     add("--runs", type=Path, default=Path("runs/conversion"), help="folder of the runs")
     add("--out", type=Path, default=Path("experiments/results"), help="folder of the table and the picture")
     add("--smoke", action="store_true", help="one block instead of six")

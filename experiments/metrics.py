@@ -206,7 +206,11 @@ def i3d_features(network: Callable, clip: Tensor) -> Tensor:
     """Of I3D on Kinetics-400 (400,), before its softmax, from a clip brought to 224x224: what FVD is made of."""
     clip = clip.expand(3, -1, -1, -1)
     frames = F.interpolate(clip.transpose(0, 1), (224, 224), mode="bilinear", align_corners=False)
-    return network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True)[0]
+    try:
+        return network(frames.transpose(0, 1)[None], rescale=False, resize=False, return_features=True)[0]
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"the network of --i3d does not take {tuple(clip.shape)} as I3D does ({reason})") from None
 
 
 def load_i3d(path: Path) -> Callable:
