@@ -582,7 +582,7 @@ def test_choices_of_options_are_compared_on_clips_of_their_own(scored, capsys):
     shutil.copy(f"{b}/vanilla-seed-1/weights-2.pt", f"{b}/vanilla-seed-1/weights-8.pt")
     Path(b, "space-time-seed-2/weights-12.pt").unlink()
     for _ in range(2):
-        real.main("settings --number 2 --steps 3".split())
+        real.main("settings --number 2 --steps 3 --reference 4".split())
         said = capsys.readouterr()
     assert " steps of " not in said.out and "b/space-time-seed-2 is passed over" in said.err
     made, cells = (json.loads((RESULTS / f"real-{name}.json").read_text()) for name in ("settings", "cells"))
