@@ -53,13 +53,13 @@ def save_animatediff(folder: Path) -> None:
     letters = [*string.ascii_lowercase, *(letter + "</w>" for letter in string.ascii_lowercase)]
     vocabulary = {word: number for number, word in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
     text = transformers.CLIPTextConfig(vocab_size=64, **config, max_position_embeddings=8, eos_token_id=1)
-    vae = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     blocks = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
     blocks |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "attention_head_dim": 2}
     diffusers.StableDiffusionPipeline(
         tokenizer=transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8),
         text_encoder=transformers.CLIPTextModel(text),
-        vae=diffusers.AutoencoderKL(**vae, block_out_channels=[4, 4], norm_num_groups=2, latent_channels=4),
+        vae=diffusers.AutoencoderKL(**vae, block_out_channels=[4] * 4, norm_num_groups=2, latent_channels=4),
         unet=diffusers.UNet2DConditionModel(
             **blocks, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, cross_attention_dim=16
         ),

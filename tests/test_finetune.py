@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, animation, fails_with_one_line
+from conftest import ROOT, animation, fails_with_one_line, tables_of
 
 from cli import SAMPLING, generator_for
 from examples import finetune, generate
@@ -91,14 +91,11 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
 
     sampling = words("--lora {tmp}/whole --steps 4 --device cpu --prompt cat --out {tmp}/a.gif")
     generate.main(sampling)
-    generate.main([*sampling, "--out", str(tmp_path / "a.mp4")])
-    assert min((tmp_path / file).stat().st_size for file in ("a.gif", "a.mp4")) > 500
+    assert (tmp_path / "a.gif").stat().st_size > 500
     whole_rate, half, quarter = (9, 5, 3) if name == "animatediff" else (3, 2, 1)
     cost = 2 * (whole_rate + half + 2 * quarter) / whole_rate  # steps 2, 1, 1; guidance calls twice
-    assert (
-        "9 frames" in (said := capsys.readouterr().out)
-        and f"{cost:.4g} network calls on the full clip (twice as many as" in said
-    )
+    said = capsys.readouterr().out
+    assert "9 frames" in said and f"{cost:.4g} network calls on the full clip (twice as many as" in said
 
     asked = [*sampling, "--shift", str(shift)] if shift else sampling
     args, family = generate.settle(generate.make_parser().parse_args(asked))
@@ -171,7 +168,7 @@ def test_one_stage_is_diffusers_own_pipeline(name, places, words, monkeypatch):
     monkeypatch.setattr(generate, "save_gif", lambda clips, *_, **__: made.append(clips))
     line = "--size 32 64 --negative-prompt dog --steps 5 --guidance 3 --prompt cat --out {tmp}/a.gif"
     generate.main(words(f"{{{name}}} {CLIPS} {line}"))
-    shape = (4, 9, 16, 32) if name == "animatediff" else (4, 3, 4, 8)
+    shape = (4, 9, 4, 8) if name == "animatediff" else (4, 3, 4, 8)
     noise = torch.randn(shape, generator=generator_for(0, SAMPLING, 0))[None]
     noise = noise.transpose(1, 2) if "cogvideox" in name else noise
     options = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 5, "guidance_scale": 3.0}
@@ -191,10 +188,11 @@ def test_encoded_clips_are_decoded_to_what_their_vae_makes_of_them(name, places)
     if name == "animatediff":  # its VAE is of pictures
         ours, frames = (each[0].transpose(0, 1) for each in (ours, clips))
     with torch.no_grad():
-        torch.testing.assert_close(ours, vae.decode(vae.encode(frames).latent_dist.mode()).sample)
+        expected = vae.decode(vae.encode(frames).latent_dist.mode()).sample
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("frames", [13, 21, 31])
+@pytest.mark.parametrize("frames", [13, 31])
 @each_model
 def test_loss_falls_on_one_clip_at_every_stage_whatever_the_frames(name, frames, places):
     torch.manual_seed(0)
@@ -411,9 +409,9 @@ def test_finetune_converts_a_small_wan_from_vanilla_and_says_what_it_took(tmp_pa
     monkeypatch.setattr(conversion, "FINETUNED", (1, 2))
     drawn, draw = [], conversion.draw
     monkeypatch.setattr(conversion, "draw", lambda *args: drawn.append(args) or draw(*args))
-    line = f"--data {tmp_path} --steps 3 --batch 2 --number 6 --smoke --runs {tmp_path}/runs --out {tmp_path}/out"
+    line = f"--data {tmp_path} --steps 3 --batch 2 --number 2 --smoke --runs {tmp_path}/runs --out {tmp_path}/out"
     conversion.main(line.split())
-    ((header, rows),) = json.loads((tmp_path / "out" / "conversion.json").read_text())["tables"]
+    ((header, rows),) = tables_of(tmp_path / "out" / "conversion.json")
     assert [row[0] for row in rows[:-1]] == ["vanilla", *["converted"] * 3, *["vanilla, continued"] * 2]
     assert [row[1] for row in rows[:-1]] == [3, 0, 1, 2, 1, 2] and len(rows[0]) == len(header)
     assert all(len(row[3].split(", ")) == (3 if row[0] == "converted" else 1) for row in rows[:-1])
