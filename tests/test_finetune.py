@@ -127,7 +127,7 @@ def test_the_readme_s_two_commands_finetune_and_sample_a_small_wan(places, tmp_p
         tune, make = tune.replace(there, small), make.replace(there, small)
     finetuned([*shlex.split(tune), *CLIPS.split(), "--steps", "2"])
     generate.main([*shlex.split(make), "--device", "cpu"])
-    assert (tmp_path / "cat.mp4").stat().st_size > 500
+    assert (tmp_path / "cat.mp4").stat().st_size > 500 and b"ftyp" in (tmp_path / "cat.mp4").read_bytes()[:12]  # MP4
 
 
 @each_model
