@@ -22,7 +22,7 @@ def test_readme_example_trains_and_samples_a_model_of_the_user_s_own(pyramid):
     names |= {"alphas_cumprod": SCALED_LINEAR, "videos": torch.randn(3, 5, 1, 7, 4, 4)}
     names |= {"optimizer": torch.optim.AdamW(network.parameters(), 1e-3)}
     code = page_code("videos")
-    line, other = re.search(r"^pyramid = (Pyramid.*\))  # or (Pyramid.*\)),", code, re.MULTILINE).groups()
+    line, other = re.search(r"^pyramid = (Pyramid.*\))  # or (Pyramid.*\))$", code, re.MULTILINE).groups()
     assert pyramid in (line, other)
     exec(code.replace(line, pyramid), names)
     assert names["clips"].shape == (4, 1, 7, 4, 4) and names["clips"].isfinite().all()
