@@ -91,6 +91,13 @@ def test_a_picture_that_is_too_small_is_enlarged_smoothly(tmp_path):
     assert (steps[4:-4] > 0).all() and steps.max() < 2 * steps[4:-4].median()
 
 
+def test_a_clip_alone_has_no_border(tmp_path):
+    for number, size in ((1, (8, 8)), (2, (2 + 8 + 2 + 8 + 2, 2 + 8 + 2))):
+        save_gif(torch.zeros(number, 1, 2, 8, 8), tmp_path / f"{number}.gif", scale=1)
+        with Image.open(tmp_path / f"{number}.gif") as gif:
+            assert gif.size == size
+
+
 def test_a_clip_s_rate_is_known_and_frames_that_repeat_are_told(tmp_path):
     animation(tmp_path / "a.gif", 20)
     assert FolderClips(tmp_path, 8, 16).rate == 12.5 and FolderClips(tmp_path, 4, 16, frame_stride=4).rate == 3.125
