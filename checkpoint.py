@@ -38,6 +38,7 @@ HEAD = ("config", "classes", "step", "mode", "stages", "frames", "size", "ema")
 SHIPPED = Path(__file__).parent / "weights"
 FACTORS = {"time": (2, 1, 1), "space": (1, 2, 2), "space-time": (2, 2, 2)}  # what --pyramid names
 SETTINGS = ("mode", "stages", "pyramid", "shift", "ends", "frames", "size")  # of a run, that sampling must know
+CLAIMED = []  # descriptors of the locks that this process holds
 COUNTS = ("step", "seconds", "skipped", "skipped_in_a_row", "best")  # of a State, kept in a checkpoint
 
 
@@ -129,7 +130,8 @@ def load_file(path: Path, *keys: str) -> dict:
 def load_checkpoint(path: Path) -> dict:
     """What --resume goes on from. Raises ValueError if it is missing, damaged or foreign."""
     try:
-        return load_file(path, "args", "world", "model", "optimizers", *COUNTS)
+        stamp = path.stat().st_mtime_ns if path.exists() else 0
+        return load_file(path, "args", "world", "model", "optimizers", *COUNTS) | {"stamp": stamp}
     except ValueError as error:
         previous = path.with_name("checkpoint-previous.pt")
         advice = f"; {previous} is the one before it, and can be copied there" if previous.exists() else ""
@@ -166,22 +168,33 @@ def make_folder(folder: Path, out: Path) -> None:
         raise ValueError(f"--out {out}: {folder} is no folder to write in ({error.strerror})") from None
 
 
-def claim(out: Path, rank: int = 0) -> None:
-    """Makes a run's folder. In rank 0 it keeps other runs out of it until this process ends, however it ends. Raises
-    ValueError if another is there. Where the system or the file system has no such locks, none is kept out."""
+def claim(out: Path, rank: int = 0, checkpoint: dict | None = None) -> None:
+    """Makes a run's folder. In rank 0 it keeps other runs out of it until `release`, or until the process ends, however
+    it ends. Raises ValueError if another is there, or has been since the `checkpoint` was read, or since there was
+    none. Where the system or the file system has no such locks, none is kept out."""
     make_folder(out, out)
     if rank > 0:
         return
     with suppress(ImportError):
         import fcntl
 
-        descriptor = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # stays open: to close it would unlock
+        CLAIMED.append(os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o666))  # to close it would unlock
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"another process trains in {out}: wait for its end or choose another --out") from None
         except OSError:
             pass
+    if checkpoint is None:
+        check_new(out, None)
+    elif (out / "checkpoint.pt").stat().st_mtime_ns != checkpoint["stamp"]:
+        raise ValueError(f"{out} has gone on meanwhile: start --resume again")
+
+
+def release() -> None:
+    """Lets other processes into the folders of `claim`."""
+    while CLAIMED:
+        os.close(CLAIMED.pop())
 
 
 def weight_file(path: Path) -> Path:
@@ -203,7 +216,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Weights:
         raise ValueError(f"{path} does not fit this version of the model ({str(error).splitlines()[0]})") from None
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError(f"{path} holds weights that are NaN or infinite")
-    more = content.get("args", {}) | content  # older checkpoints have some of it in their arguments alone
+    # older checkpoints have some of it in their arguments alone, but --fps there is not that of a window
+    more = content.get("args", {}) | {"fps": None} | content
     about = {field.name: more[field.name] for field in fields(Weights) if field.name in more}
     return Weights(**about | {"model": model.to(device).eval(), "classes": tuple(content["classes"])})
 
@@ -304,9 +318,9 @@ def check_new(out: Path, data: str | None) -> None:
     """Raises ValueError if the folder holds the clips to train on, or weights or checkpoints of a run, also of one of
     examples/finetune.py."""
     if data and Path(data).resolve() == out.resolve():
-        raise ValueError(f"--out {out} is --data: the run's own GIFs would be trained on; choose another --out")
+        raise ValueError(f"--out {out} is --data: the run's own files would be trained on; choose another --out")
     if data and not Path(data).is_dir():
-        return  # that is told first
+        raise ValueError(f"{data} is not a folder: --data wants one with clips in it")
     patterns = "checkpoint*.pt", "weights*.pt", "lora.safetensors", "network"
     if held := sorted(path for pattern in patterns for path in out.glob(pattern)):
         raise ValueError(f"{held[0]} is there already: {how_to_go_on(out)}")

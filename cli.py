@@ -149,7 +149,7 @@ def in_turn(rank: int, make: Callable):
     if dist.is_initialized():
         dist.all_reduce(failed)
     if failed:
-        raise ValueError(problem or "another process cannot read the data")
+        raise ValueError(problem or "another process of the run could not go on")
     return result
 
 

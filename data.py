@@ -164,7 +164,7 @@ class FolderClips(Dataset):
         self.summary += self._described(why)
         self.digests = self.digests_without(0)
         rates = sorted(float(1 / (source.period * source.unit)) for source in self.sources if source.unit)
-        self.rate = min(50, max(1, rates[len(rates) // 2] / self.frame_stride)) if rates else None  # frames a second
+        self.rate = rates[len(rates) // 2] / self.frame_stride if rates else None  # of most clips, frames a second
 
     def _reason_to_skip(self, source: Source, moving: set[Path]) -> str:
         """Why a clip cannot be used, the first reason of several; "" if it can."""

@@ -116,6 +116,11 @@ def generate(
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
 
 
+def frame_rate(weights: Weights) -> float:
+    """Frames a second that GIFs and MP4s have unless --fps says it: the training clips', between 1 and 50."""
+    return min(50.0, max(1.0, weights.fps or FPS))
+
+
 def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None:
     """Writes step-N of a run: --sample-number clips by the EMA weights, 30 Euler steps, as a GIF, or .npy of latents.
     The noises are always the same, so that progress shows. `batch` clips at a time, as training takes, and of large
@@ -131,7 +136,7 @@ def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None
             options = {"precision": args.precision, "first": first}
             clips.append(generate(weights, pyramid, part, min(batch, number - first), **options).cpu())
         if weights.latent_scale is None:
-            save_gif(torch.cat(clips), aside, min(5, number), 3 if width <= 64 else 1, weights.fps or FPS)
+            save_gif(torch.cat(clips), aside, min(5, number), 3 if width <= 64 else 1, frame_rate(weights))
         else:
             save_latents(torch.cat(clips), aside, weights.latent_scale)
         aside.replace(path)
@@ -230,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
     if weights.step < FEW:
         print("note: after so few training steps samples may still look like noise")
     start = time.perf_counter()
-    options, fps = (counts, args.solver, args.guidance, args.seed, args.precision), args.fps or weights.fps or FPS
+    options, fps = (counts, args.solver, args.guidance, args.seed, args.precision), args.fps or frame_rate(weights)
     clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
     said = f"{cli.count(args.number, 'clip')} of {cli.count(weights.frames, 'frame')}"
     print(f"{said}, {(time.perf_counter() - start) / args.number:.2f} s a clip")

@@ -351,7 +351,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     rank, world, device = cli.start_processes(args.device)
     if checkpoint and (micros := checkpoint["world"] * checkpoint["args"]["accumulate"]) != world * args.accumulate:
         raise ValueError(f"{args.out} must keep processes x --accumulate = {micros}, not {world} x {args.accumulate}")
-    cli.in_turn(rank, lambda: disk.claim(args.out, rank))
+    cli.in_turn(rank, lambda: disk.claim(args.out, rank, checkpoint))
     dataset = cli.in_turn(rank, lambda: open_data(args, args.out / "index.json"))
     args.size = dataset.size
     disk.check_size(args, dataset.latent)
@@ -440,6 +440,7 @@ def main(argv: list[str] | None = None) -> None:
         ended = f"another process of the run has ended ({cli.reason(error)})"
         raise SystemExit(f"train.py: {ended}; {disk.how_to_go_on(args.out)}") from None
     finally:
+        disk.release()
         if dist.is_initialized() and ready is None:
             dist.destroy_process_group()
 

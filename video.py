@@ -153,12 +153,14 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
             if suffix not in SUFFIXES or path.exists() and not path.is_file():
                 continue
             if path.exists() and series and suffix in STILLS and match:
-                numbered[match[1], suffix].append((int(match[2]), path))
+                zeros = match[2] != str(int(match[2]))
+                numbered[match[1], suffix].append((int(match[2]), zeros, path))
             else:
                 yield (path,)
         for members in numbered.values():
-            twice = len(dict(members)) < len(members)  # a_1.png and a_01.png: names of each length are a series
-            places = sorted((len(path.stem) * twice, number, path) for number, path in members)
+            numbers = [number for number, *_ in members]
+            twice = len(set(numbers)) < len(numbers)  # a_1 and a_01, and whose is a_10? It stays apart from both
+            places = sorted(((zeros, len(path.stem)) * twice, number, path) for number, zeros, path in members)
             # what runs on keeps its distance from the place in the list
             for _, run in groupby(enumerate(places), key=lambda each: (each[1][0], each[1][1] - each[0])):
                 yield tuple(path for _, (_, _, path) in run)

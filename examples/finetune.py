@@ -333,6 +333,18 @@ def train(args: Namespace, family: Family, accelerator) -> int:
     return 128 + (stop.signal or 15) if state.step < args.steps else 0
 
 
+def claim_together(args: Namespace, accelerator) -> None:
+    """Makes the run's folder this run's alone. If that fails, all processes raise ValueError."""
+    problem, checkpoint = "", args.out / "checkpoint.pt"
+    try:
+        stamp = {"stamp": checkpoint.stat().st_mtime_ns} if args.resume else None  # it is read later
+        disk.claim(args.out, accelerator.process_index, stamp)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if accelerator.reduce(torch.tensor(float(bool(problem)), device=accelerator.device)):
+        raise ValueError(problem or "another process of the run could not go on")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     try:
@@ -340,9 +352,10 @@ def main(argv: list[str] | None = None) -> None:
             args, family = parse_args(argv)
             on_cpu = cli.choose_device(args.device).type == "cpu"
             accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision="no")
-            disk.claim(args.out, accelerator.process_index)
+            claim_together(args, accelerator)
             raise SystemExit(train(args, family, accelerator))
     finally:
+        disk.release()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -81,8 +81,9 @@ def load_text_encoder(family: Family, model: str, dtype: torch.dtype):
 def encode_prompts(family: Family, pipeline, prompts: list[str], device: torch.device) -> Tensor:
     """(B, tokens, channels), as the network takes them. Warns if the end of one is cut off."""
     most = family.prompt.get("max_sequence_length", pipeline.tokenizer.model_max_length)
-    if any(len(pipeline.tokenizer(prompt, verbose=False).input_ids) > most for prompt in prompts):
-        warnings.warn(f"the end of a prompt is cut off: the model takes {most} tokens", stacklevel=2)
+    for prompt in prompts:
+        if len(pipeline.tokenizer(prompt, verbose=False).input_ids) > most:
+            warnings.warn(f"the end of {prompt[:40]!r} is cut off: the model takes {most} tokens", stacklevel=2)
     options = {"device": device, "do_classifier_free_guidance": False} | family.prompt
     with torch.no_grad():
         return pipeline.encode_prompt(prompts, **options)[0].cpu()

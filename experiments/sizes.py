@@ -9,7 +9,6 @@ before them. What would need more than --limit GiB is left out.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -87,6 +86,8 @@ def measured_apart(options: list[str], limit: float) -> tuple[float, float] | No
 def one(args: argparse.Namespace) -> None:
     """Prints what `measured_apart` asks for, of this process."""
     if not torch.cuda.is_available():
+        import resource  # not on Windows
+
         resource.setrlimit(resource.RLIMIT_AS, (int((args.limit + 2) * 2**30),) * 2)  # 2: before any step
     run = Run(train.parse_args(["--out", tempfile.gettempdir() + "/nothing", *args.options])[0], captured=False)
     if torch.cuda.is_available():

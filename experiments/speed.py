@@ -37,6 +37,8 @@ class Run:
     """A training run without its loop: the model, its batches of every stage, and one batch to sample from."""
 
     def __init__(self, args: argparse.Namespace, captured: bool = True):
+        if args.init:
+            raise ValueError("--init changes no time: leave it out")
         self.args, self.device = args, choose_device()
         self.bf16 = use_bf16(args.precision, self.device)
         self.data = open_data(args)

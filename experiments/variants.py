@@ -56,7 +56,7 @@ def varied(name: str | None) -> Iterator[None]:
     model.positions_of.cache_clear()
     with ExitStack() as stack:
         stack.callback(model.positions_of.cache_clear)
-        for change in changes.get(name, []):
+        for change in changes[name] if name else []:
             stack.enter_context(mock.patch.object(*change))
         yield
 

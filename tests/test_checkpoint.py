@@ -165,9 +165,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, capsys):
 
     def fails(room: int, *words: str) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        with pytest.raises(SystemExit, match="2"):
-            train.main([*words, "--steps", "8"])
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                train.main([*words, "--steps", "8"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert stopped.value.code == 2
         return capsys.readouterr().err
 
     error = fails(len(before) // 2, "--resume", "--out", str(run))

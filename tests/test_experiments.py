@@ -10,6 +10,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,8 @@ from data import FolderClips, bounce
 from experiments import asked, claims, emoji, figures, metrics, real, report, runs, sizes, speed, trust, variants
 from experiments.timing import in_milliseconds
 from model import Block
+
+with_figures = pytest.mark.skipif(find_spec("matplotlib") is None, reason="pip install matplotlib")
 
 
 @pytest.fixture(scope="module")
@@ -496,6 +499,7 @@ def scored(scored_runs, tmp_path, monkeypatch, capsys) -> None:
     capsys.readouterr()
 
 
+@with_figures
 def test_systems_train_in_equal_time_and_go_on_with_the_options_they_began_with_alone(scored, monkeypatch, capsys):
     assert len(list(RUNS.glob("*/weights-*.pt"))) == 4 * 2 * 2  # weights, systems, seeds
     for note in RUNS.glob("*/options.txt"):  # what fits into 24 seconds
@@ -507,6 +511,7 @@ def test_systems_train_in_equal_time_and_go_on_with_the_options_they_began_with_
     assert "was begun with other options: move it away" in said
 
 
+@with_figures
 def test_systems_are_scored_once_on_clips_held_out_and_drawn(scored, monkeypatch, capsys):
     assert len(list(RESULTS.glob("real-*.png"))) == 4
     before, drawn = json.loads((RESULTS / "real.json").read_text()), {}
@@ -536,6 +541,7 @@ def test_systems_are_scored_once_on_clips_held_out_and_drawn(scored, monkeypatch
     assert [shown[f"stage {k}"][-1][1] for k in range(3)] == [list(each) for each in zip(*losses, strict=True)]
 
 
+@with_figures
 def test_a_score_is_kept_with_its_loss_alone_and_as_long_as_weights_and_clips_are_the_same(scored, monkeypatch, capsys):
     shutil.copy(RUNS / "vanilla-seed-1/weights-2.pt", RUNS / "vanilla-seed-2/weights-4.pt")
     real.main(SCORES)
@@ -551,6 +557,7 @@ def test_a_score_is_kept_with_its_loss_alone_and_as_long_as_weights_and_clips_ar
     assert (RESULTS / "real-cells.json").read_text() == cells
 
 
+@with_figures
 def test_the_pace_of_systems_is_measured_in_turn_and_counts_in_place_of_their_seconds(scored, monkeypatch, capsys):
     paces, found = RESULTS / "real-pace.json", iter([2, 4, 3, 5])
     monkeypatch.setattr(real, "seconds_a_step", lambda *_: next(found))
@@ -577,6 +584,7 @@ def test_the_pace_of_systems_is_measured_in_turn_and_counts_in_place_of_their_se
     assert [row[2] for row in trained[:9:4]] == ["8", "8", "9"] and [row[1] for row in gains] == ["30", "36"]
 
 
+@with_figures
 def test_choices_of_options_are_compared_on_clips_of_their_own(scored, capsys):
     a, b = (shutil.copytree(RUNS, f"runs/settings/{choice}") for choice in "ab")
     shutil.copy(f"{b}/vanilla-seed-1/weights-2.pt", f"{b}/vanilla-seed-1/weights-8.pt")
@@ -600,6 +608,7 @@ def test_choices_of_options_are_compared_on_clips_of_their_own(scored, capsys):
     assert "CHOICE holds no finished runs" in said
 
 
+@with_figures
 def test_damaged_clips_and_samples_have_a_row_each_by_their_distance_and_by_their_names(scored):
     weights = RUNS / "vanilla-seed-1/weights.pt"
     real.main(f"distance --number 2 --steps 3 --checkpoint {weights}".split())

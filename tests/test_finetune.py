@@ -66,7 +66,7 @@ def finetuned(words: list[str]) -> dict:
 
 def prepared(places: dict, name: str, pyramid: str = "time", lora: int = 0):
     """(family, network, pyramid, model, prompt): what the commands make of a small model."""
-    line = f"{places[name]} --pyramid {pyramid} --lora {lora} --data none --out run"
+    line = f"{places[name]} --pyramid {pyramid} --lora {lora} --data {ROOT} --out run"
     args, family = finetune.parse_args(line.split())
     network = finetune.load_trainable(args, family, bf16=False)
     p = generate.make_pyramid(family, args.model, 3, pyramid, None)
@@ -258,7 +258,7 @@ def test_a_flow_model_that_is_right_at_the_full_rate_is_right_of_still_clips_at_
 
 
 def test_a_batch_of_one_takes_the_nearest_noise_and_refuses_to_exchange_any(places, tmp_path):
-    line = f"{places['wan']} --data none --out run".split()
+    line = f"{places['wan']} --data {ROOT} --out run".split()
     for words, align in ([], "nearest"), (["--batch", "2"], "assignment"), (["--align", "none"], "none"):
         assert finetune.parse_args([*line, *words])[0].align == align
     with pytest.raises(ValueError, match="--batch 1 needs --align nearest or none"):
@@ -355,7 +355,7 @@ def test_a_prompt_whose_end_is_cut_off_is_told(places):
     pipeline = generate.load_text_encoder(family, model, torch.float32)
     with warnings.catch_warnings(action="error"):
         generate.encode_prompts(family, pipeline, ["abc"], torch.device("cpu"))
-    with pytest.warns(UserWarning, match="the end of a prompt is cut off: the model takes 8 tokens"):
+    with pytest.warns(UserWarning, match="the end of 'abcdefgh' is cut off: the model takes 8 tokens"):
         generate.encode_prompts(family, pipeline, ["abcdefgh"], torch.device("cpu"))
 
 

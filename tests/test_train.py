@@ -379,7 +379,7 @@ def folder(tmp_path_factory) -> Path:
         ("--label 7", "unrecognized arguments: --label 7; did you mean --labels?"),
         ("--data {data}/empty", "skipped: 5 unusable: cannot be decoded"),
         ("--data {data}/bomb", "skipped: 1 unusable: cannot be decoded"),
-        ("--data {out}", "is --data: the run's own GIFs would be trained on"),
+        ("--data {out}", "is --data: the run's own files would be trained on"),
         ("--init {data}/gone.pt", "gone.pt does not exist"),
         ("--init {weights} --depth 2", "a model of depth 2 cannot start from one of depth 4"),
         ("--mode ddim --init {weights}", "trained with --mode flow, not ddim"),
@@ -416,8 +416,35 @@ def test_a_second_process_in_a_run_s_folder_is_refused(tmp_path, capsys):
         other.stdout.readline()
         error = fails_with_one_line(capsys, train.main, *TINY, "--steps", 1, "--out", tmp_path)
         assert f"another process trains in {tmp_path}" in error and not (tmp_path / "metrics.jsonl").exists()
+        for process in start_two("--steps", "1", "--device", "cpu", "--out", tmp_path):
+            error = process.communicate(timeout=120)[1]
+            assert process.returncode == 2 and error.count("\n") == 1 and "another process" in error, error
         other.kill()
     assert run_training(tmp_path, "--steps", "1")["step"] == 1
+    train.disk.claim(tmp_path / "later")  # the lock is given back at a run's end, or this would add to it
+    assert len(train.disk.CLAIMED) == 1
+    train.disk.release()
+
+
+def test_a_run_that_went_on_after_it_was_read_is_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    read = train.parse_args
+
+    def read_while_another_trains(words):
+        found = read(words)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "parse_args", read)
+            run_training(tmp_path, *words[words.index("--steps") :], *["--resume"] * ("--resume" in words))
+        capsys.readouterr()
+        return found
+
+    run_training(tmp_path / "old", "--steps", "1")
+    for words, said in (
+        ([*TINY, "--out", tmp_path, "--steps", 2], "checkpoint.pt is there already"),
+        (["--resume", "--out", tmp_path, "--steps", 3], "has gone on meanwhile: start --resume again"),
+    ):
+        monkeypatch.setattr(train, "parse_args", read_while_another_trains)
+        assert said in fails_with_one_line(capsys, train.main, *words)
+        monkeypatch.undo()
 
 
 def test_an_empty_value_is_refused_as_where_a_variable_of_the_shell_was_not_set(capsys):
@@ -431,6 +458,7 @@ def test_as_many_stages_are_taken_as_halve_something():
 
 
 def test_the_clips_of_a_folder_have_a_run_of_their_own(tmp_path):
+    (tmp_path / "cats").mkdir()
     words = {"": "flow-3", "--pyramid space": "flow-3-space", f"--data {tmp_path}/cats/": "flow-3-cats"}
     for given, name in words.items():
         assert train.parse_args(given.split())[0].out == Path("runs", name)
