@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized"):
             commands = next((action.choices for action in self._actions if action.nargs == argparse.PARSER), {})
             options = {option for parser in (self, *commands.values()) for option in parser._option_string_actions}
-            near = get_close_matches(message.split(": ", 1)[1].partition(" ")[0].partition("=")[0], options, n=1)
+            wrong = message.split(": ", 1)[1].partition(" ")[0].partition("=")[0]
+            near = get_close_matches(wrong, options, n=1, cutoff=0.65)
             message += f"; did you mean {near[0]}?" if near else f"; {'COMMAND ' * bool(commands)}--help lists all"
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)

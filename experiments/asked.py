@@ -46,28 +46,22 @@ def draw_cells(
     draw_bars(bars, title, metric[1], args.out / f"{name}.png", mean(measured(IN_TURN, args)[metric[0]]))
 
 
-def bars_of(runs: dict[str, str], title: str, args: argparse.Namespace, name: str, percent: int = 100) -> list:
-    """All scores of runs with nine Euler steps, by what they are called in the figure, and of each training seed."""
-    cells = {}
-    for called, run in runs.items():
-        each = [Cell(run + seed, 9, percent=percent) for seed in training_seeds(args)]
-        cells[f"{called}, {cost(each[0], args)[1]:.4g} calls"] = each
-    draw_cells(cells, title, ("judge_distance", "judge's distance, both training seeds"), name, args)
-    return [(FRONT, [front_row(cell, args) for each in cells.values() for cell in each])]
+def rows_of(runs: list[str], args: argparse.Namespace, percent: int = 100) -> list:
+    """All scores of runs with nine Euler steps, and of each training seed."""
+    cells = [Cell(run + seed, 9, percent=percent) for run in runs for seed in training_seeds(args)]
+    return [(FRONT, [front_row(cell, args) for cell in cells])]
 
 
 def placing(args: argparse.Namespace) -> list:
     """Where the stages end: lengths in the ratio 1-1-1, 1-1-2 and 2-1-1, noisiest stage first, beside vanilla, after
     half of the training. Nine Euler steps, which cost more the longer the last stage is."""
-    ratios = {"1-1-1": "flow-3", "1-1-2": "flow-3-1-1-2", "2-1-1": "flow-3-2-1-1", "vanilla": "flow-1"}
-    return bars_of(ratios, "Lengths of the stages, noisiest first, after half of the training", args, "placing", 50)
+    return rows_of(["flow-3", "flow-3-1-1-2", "flow-3-2-1-1", "flow-1"], args, 50)
 
 
 def positions(args: argparse.Namespace) -> list:
     """Frames at the position of their index times the stride, as the printed paper is reported to have it, against
     their plain index."""
-    runs = {"index times stride": "flow-3", "plain index": "flow-3-plain"}
-    return bars_of(runs, "What tells the model where a frame is", args, "positions")
+    return rows_of(["flow-3", "flow-3-plain"], args)
 
 
 @cache
@@ -80,9 +74,8 @@ def real_data(frames: int, fast: bool = False) -> MovingDigits:
 
 def longer(args: argparse.Namespace) -> list:
     """Clips of 32 frames by models trained on 16, beside clips of 16: the pyramids and vanilla, nine Euler steps."""
-    rows, curves, seeds = [], {}, training_seeds(args).items()
-    runs = {f"{system}, {shown}": run + seed for system, run in SYSTEMS.items() for seed, shown in seeds}
-    for (title, run), frames in product((runs | {"real": "real"}).items(), (16, 32)):
+    rows, runs = [], [run + seed for run in SYSTEMS.values() for seed in training_seeds(args)]
+    for run, frames in product([*runs, "real"], (16, 32)):
         metrics = partial(digit_metrics, reference=args.reference, data=real_data(frames))
         if run == "real":
             make = partial(other_clips, args.reference, data=real_data(frames))
@@ -93,9 +86,6 @@ def longer(args: argparse.Namespace) -> list:
         found = stored(name, run, make, metrics, args)
         names = ("judge_distance", "legible", "one_digit", "straight")
         rows.append([run, frames, *(spread(found[name]) for name in names)])
-        curves.setdefault(title, []).append((frames, found["judge_distance"]))
-    labels = "Clips longer than trained on", "frames of a clip; trained on 16", "judge's distance"
-    draw_curves(curves, *labels, args.out / "longer.png")
     return [(["run", "frames", "judge's distance", "legible", "one digit", "straight"], rows)]
 
 
@@ -111,35 +101,27 @@ def alike(args: argparse.Namespace) -> list:
     by less than a tenth of what is usual, the median, in real clips (mean square)."""
     real = real_clips(0, args.reference)
     limit = real.diff(dim=2).square().mean((1, 3, 4)).median().item() / 10
-    rows, curves = [["real", "", "", *(f"{share:.2%}" for share in share_alike(real, limit).values())]], {}
+    rows = [["real", "", "", *(f"{share:.2%}" for share in share_alike(real, limit).values())]]
     for system, solver, seed, steps in product(SYSTEMS, ("euler", "ab2"), training_seeds(args), (3, 9, 30)):
         run = SYSTEMS[system] + seed
         make = partial(clips_of, Cell(run, steps, solver), args)
         name = f"frames alike of {run}, {steps} steps of {solver}"
         found = stored(name, run, make, partial(share_alike, limit=limit), args)
         rows.append([run, steps, solver, *(f"{mean(found[which]):.2%}" for which in ("within", "between"))])
-        if not seed:
-            curves.setdefault(f"{system}, {solver}", []).append((steps, [100 * share for share in found["within"]]))
-    share = 100 * share_alike(real, limit)["within"]
-    labels = "Doubled or frozen frames, training seed 1", "solver steps", "% of pairs whose two frames are alike"
-    draw_curves(curves, *labels, args.out / "alike.png", real=share, from_zero=True)
     return [(["run", "steps", "solver", "alike, frames of a pair", "alike, frames of two pairs"], rows)]
 
 
 def fast(args: argparse.Namespace) -> list:
     """Digits three times as fast, in training and in sampling: the time pyramid and vanilla, nine Euler steps."""
-    rows, bars = [], {}
-    for title, quick, seed in product(("vanilla", "time"), (False, True), training_seeds(args)):
-        name = SYSTEMS[title] + "-fast" * quick + seed
+    rows = []
+    for run, quick, seed in product(("flow-1", "flow-3"), (False, True), training_seeds(args)):
+        name = run + "-fast" * quick + seed
         metrics = partial(digit_metrics, reference=args.reference, data=real_data(16, quick))
         found = stored(f"{name}, by speed", name, partial(clips_of, Cell(name, 9), args), metrics, args)
         rows.append([name, *(spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit"))])
-        bars.setdefault(f"{title}, {'fast' if quick else 'usual'}", []).append(mean(found["judge_distance"]))
     make = partial(other_clips, args.reference, data=real_data(16, True))
     found = stored("real, fast, digits in turn", "real", make, metrics, args)  # as the last runs, which are fast
     rows.append(["real, fast", *(spread(found[metric]) for metric in ("judge_distance", "legible", "one_digit"))])
-    title, real = "Digits at the usual speed and three times as fast", mean(found["judge_distance"])
-    draw_bars(bars, title, "judge's distance; the real clips are fast ones", args.out / "fast.png", real)
     return [(["run", "judge's distance", "legible", "one digit"], rows)]
 
 
@@ -180,24 +162,18 @@ def diversity(args: argparse.Namespace) -> list:
     """What aligning noise with clips costs in diversity, by models trained with alignment, with the nearest of eight
     noises and without: the digits of clips that are sampled without a label, and the places and directions of clips
     with labels."""
-    kinds = {"aligned": "flow-3", "nearest noise": "flow-3-nearest", "at random": "flow-3-none", "real": "real"}
-    rows, bars, metrics = [], {}, partial(overlaps, reference=args.reference)
-    for (title, run), seed in product(kinds.items(), training_seeds(args)):
-        if run == "real" and seed:
-            continue
-        run += seed
+    rows, metrics = [], partial(overlaps, reference=args.reference)
+    runs = [run + seed for run in ("flow-3", "flow-3-nearest", "flow-3-none") for seed in training_seeds(args)]
+    for run in [*runs, "real"]:
         free = asked = partial(other_clips, args.reference, in_turn=False)
         if run != "real":
             free = partial(unlabelled, weights_of(run, args), args.batch)
             asked = partial(clips_of, Cell(run, 9), args)
         without = stored(f"{run}, diversity", run, free, metrics, args)
         labelled = stored(f"{run}, diversity, labelled", run, asked, metrics, args)
-        shares = [labelled["places"], labelled["directions"]]
-        others = labelled["coverage"], without["legible"], labelled["legible"]
-        rows.append([run, *map(spread, (without["digits"], *shares, *others))])
-        bars.setdefault(title, []).append(mean(map(mean, shares)))
-    title, (real,) = "How evenly places and directions are covered", bars.pop("real")
-    draw_bars(bars, title, "mean overlap with real clips, both training seeds", args.out / "diversity.png", real)
+        of_labelled = (labelled[name] for name in ("places", "directions", "coverage"))
+        shares = without["digits"], *of_labelled, without["legible"], labelled["legible"]
+        rows.append([run, *map(spread, shares)])
     header = ["run", "digits", "places", "directions", "coverage", "legible without labels", "legible with labels"]
     return [(header, rows)]
 

@@ -281,13 +281,9 @@ def sampling(args: argparse.Namespace) -> list:
     labels = "Quality against cost, flow", "full-rate network calls", "judge's distance"
     real = statistics.mean(measured(IN_TURN, args)["judge_distance"])
     draw_curves(curves, *labels, args.out / "sampling.png", real=real)
-    splits = {}
-    for system, solver, split in itertools.product(("3", "3-space-time"), ("euler", "ab2"), (9, (5, 3, 1), (1, 3, 5))):
-        cell = Cell(f"shipped-flow-{system}", split, solver)
-        splits[f"{SYSTEMS[system]}, {solver}, {cost(cell, args)[0]}"] = [cell]
-    metric = "judge_distance", "judge's distance"
-    draw_cells(splits, "How nine steps are shared out over the stages, noisiest first", metric, "sampling-splits", args)
-    tables = (itertools.chain.from_iterable(each.values()) for each in (cells, splits))
+    splits = itertools.product(("3", "3-space-time"), ("euler", "ab2"), (9, (5, 3, 1), (1, 3, 5)))
+    shared_out = (Cell(f"shipped-flow-{system}", split, solver) for system, solver, split in splits)
+    tables = itertools.chain.from_iterable(cells.values()), shared_out
     return [(FRONT, [front_row(cell, args) for cell in each]) for each in tables]
 
 

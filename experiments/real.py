@@ -65,8 +65,8 @@ def train_words(system: str, seed: int, args: argparse.Namespace) -> list[str]:
 
 
 def train_systems(args: argparse.Namespace) -> None:
-    """Train every system of --systems with every seed of --training-seeds for --seconds. All seeds of a system have as
-    many steps as its first. What a run took is said where it is 5% off."""
+    """Train every system of --systems with every seed of --training-seeds for --seconds, or for --steps. All seeds of a
+    system have as many steps as its first. What a run took is said where it is 5% off --seconds."""
     parse = train.make_parser().parse_args
     for seed, system in itertools.product(args.training_seeds, args.systems):
         folder, words = args.runs / f"{system}-seed-{seed}", train_words(system, seed, args)
@@ -80,7 +80,7 @@ def train_systems(args: argparse.Namespace) -> None:
             if begun:
                 steps = parse(next(iter(begun.values()))).steps
             else:
-                planned = args.seconds / seconds_a_step(train_words(system, 0, args), args.trial)
+                planned = args.steps or args.seconds / seconds_a_step(train_words(system, 0, args), args.trial)
                 steps = max(1, int(planned) // len(SHARES)) * len(SHARES)
             words += ["--steps", str(steps), "--keep-interval", str(steps // len(SHARES))]
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def train_systems(args: argparse.Namespace) -> None:
         if not (folder / f"weights-{parse(words).steps}.pt").exists():
             run_train(words, folder)
         took = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-        if abs(took / args.seconds - 1) > 0.05:
+        if args.steps is None and abs(took / args.seconds - 1) > 0.05:
             print(f"{folder.name} trained for {took:.0f} s, not {args.seconds:.0f}", file=sys.stderr)
 
 
@@ -286,6 +286,7 @@ def make_parser() -> Parser:
     train_, settings_, pace_, scores_, distance_, names_, copies_ = adds
     train_("--seconds", type=real_number(1, 10**7), default=7200.0, help="training time of a run")
     trial = "a third of the steps of a trial run, which tells what a step takes"
+    train_("--steps", type=positive_int, help="steps of a run, a multiple of 4, in place of --seconds and --trial")
     train_("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="which of the four")
     train_("--training-seeds", type=positive_int, nargs="+", default=[1, 2], help="seeds of the runs")
     train_("--clips", type=positive_int, default=16, help="clips of a step at stage 0, where they have all frames")

@@ -1,11 +1,11 @@
-"""Makes the results page, README.md here, of texts.md and of the tables in results/; and the table of claims in the
-README.md above, of claims.txt.
+"""Makes the pages README.md and SPEED.md here of their texts and of the tables in results/; and the table of claims in
+the README.md above, of claims.txt.
 
-  python -m experiments.report            writes both
+  python -m experiments.report            writes them
   python -m experiments.report --check    says whether they are up to date, and ends with 1 if not
 
-A line {{training.json}} of texts.md stands for every table of that file of results/, {{training.json 0 2}} for the
-first and the third. The command that made them stands above the first. In claims.txt, that part of the other README,
+A line {{training.json}} of a text stands for every table of that file of results/, {{training.json 0 2}} for the first
+and the third. What made them stands above the first. In claims.txt, that part of the other README,
 {{latency.json 0 "flow 8 time" "times as fast"}} stands for a number: of table 0 the row that begins so, in that column.
 "flow 8 time | ddim 8 time" stands for the lowest and the highest of these rows: 1.62 to 1.70. Files are joined alike.
 A % at the end shows shares in percent.
@@ -32,7 +32,8 @@ from cli import Parser, count, keep_memory, one_sentence
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGE, TEXTS = Path(__file__).with_name("README.md"), Path(__file__).with_name("texts.md")
+PAGES = {RESULTS.with_name("README.md"): RESULTS.with_name("texts.md")}
+PAGES |= {RESULTS.with_name("SPEED.md"): RESULTS.with_name("texts-speed.md")}
 FRONT_PAGE, CLAIMS = ROOT / "README.md", Path(__file__).with_name("claims.txt")
 MARKS = "<!-- experiments/claims.txt, filled in by python -m experiments.report -->\n", "<!-- end -->\n"
 # The present names of the commands in files that are older than these names.
@@ -138,45 +139,46 @@ def publish(tables: list[Table], made_by: dict, path: Path | None) -> None:
         print(f"wrote {path}\n", flush=True)
 
 
-def made_by(content: dict) -> str:
-    """A line of what made the tables of a file. A command is shown by its present name."""
+def made_by(name: str, content: dict) -> str:
+    """A line of what made the tables of a file, and its name. A command is shown by its present name."""
     command = content.get("command", "")
     for old, new in RENAMED.items():
         command = command.replace(old, new)
     words = [f"`{command}`"] if command else []
     words += [content[name] for name in ("note", "machine", "date") if name in content]
     words += [f"torch {content['torch']}"] if "torch" in content else []
+    words += [f"[{name}](results/{name})"]
     return re.sub(r"\b1 threads", "1 thread", ", ".join(words)) + ":\n"
 
 
 def make_page(texts: str, results: Path) -> str:
-    """The README: `texts` with the tables of the folder `results` in place of {{FILE NUMBERS}}, a long one to unfold.
-    Figures are half as wide as the page.
+    """`texts` with the tables of the folder `results` in place of {{FILE NUMBERS}}, a long one to unfold. Figures are
+    half as wide as the page.
 
-    Raises ValueError if a table is asked for that is not there, or one that is there is not asked for."""
+    Raises ValueError if a table is asked for that is not there, or a file with tables is not asked for."""
     contents = {str(path.relative_to(results)): json.loads(path.read_text()) for path in results.rglob("*.json")}
-    missing = {(name, number) for name, content in contents.items() for number in range(len(content.get("tables", [])))}
+    unused = {name for name, content in contents.items() if "tables" in content}
 
     def tables(place: re.Match) -> str:
         name, *numbers = place[1].split()
         if "tables" not in contents.get(name, {}):
-            raise ValueError(f"{TEXTS} asks for the tables of {name}, and {results} has no such file")
+            raise ValueError(f"a text asks for the tables of {name}, and {results} has no such file")
         numbers, found = [int(number) for number in numbers], contents[name]["tables"]
-        shown = [] if numbers and numbers[0] else [made_by(contents[name])]
+        shown = [made_by(name, contents[name])] if name in unused else []
+        unused.discard(name)
         for number in numbers or range(len(found)):
             if number >= len(found):
-                raise ValueError(f"{TEXTS} asks for table {number} of {name}, which has {len(found)}")
-            missing.discard((name, number))
+                raise ValueError(f"a text asks for table {number} of {name}, which has {len(found)}")
             table = markdown(*found[number])  # its step counts, as 10-10-10, stay on one line
             table = re.sub(r"\| \d+(-\d+)+ \|", lambda cell: cell[0].replace("-", "\u2011"), table)
-            if (rows := len(found[number][1])) > 16:
+            if (rows := len(found[number][1])) > 12:
                 table = f"<details><summary>Table of {rows} rows</summary>\n\n{table}\n</details>\n"
             shown.append(table)
         return "\n".join(shown).rstrip()
 
     page = re.sub(r"^\{\{(.+)\}\}$", tables, texts, flags=re.MULTILINE)
-    if missing:
-        raise ValueError(f"{TEXTS} leaves out table {min(missing)[1]} of {min(missing)[0]}")
+    if unused:
+        raise ValueError(f"the texts leave out the tables of {min(unused)}")
     page = re.sub(r"^!\[(.+)\]\((.+)\)$", r'<img src="\2" alt="\1" width="440">', page, flags=re.MULTILINE)
     return re.sub(r"^(<img .*(\n<img .*)*)$", r"<p>\n\1\n</p>", page, flags=re.MULTILINE)
 
@@ -219,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     with one_sentence(parser, "not enough memory"):
-        made = {PAGE: make_page(TEXTS.read_text(), RESULTS)}
+        both = make_page("\0".join(path.read_text() for path in PAGES.values()), RESULTS)
+        made = dict(zip(PAGES, both.split("\0"), strict=True))
         made[FRONT_PAGE] = make_front_page(FRONT_PAGE.read_text(), CLAIMS.read_text(), RESULTS)
         for path, page in made.items():
             if not args.check:

@@ -16,7 +16,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, animation, both_modes, fails_with_one_line, run_training, seeded, small_model, tables_of
+from conftest import (
+    TINY,
+    animation,
+    both_modes,
+    fails_with_one_line,
+    pages,
+    run_training,
+    seeded,
+    small_model,
+    tables_of,
+)
 from PIL import Image
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -312,23 +322,28 @@ def test_gains_in_training_work_count_clips_by_their_share_of_a_full_clip(monkey
     assert claims.work_of_a_step("flow-3-space-time", args) == pytest.approx((32 / 64 + 16 / 8 + 4) / 3)
 
 
-def test_every_claim_has_its_table_and_its_figure_and_the_pages_are_up_to_date(tmp_path, monkeypatch):
+def test_every_claim_has_its_table_and_every_figure_its_place_and_the_pages_are_up_to_date(tmp_path, monkeypatch):
     report.main(["--check"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="out of date"):
-        patch.setattr(report, "PAGE", tmp_path / "README.md")
-        report.PAGE.write_text("as it was")
+        old = tmp_path / "README.md"
+        old.write_text("as it was")
+        patch.setattr(report, "PAGES", dict(zip((old, *[*report.PAGES][1:]), report.PAGES.values(), strict=True)))
         report.main(["--check"])
-    prose = re.sub(r"```.*?```|`[^`]*`|\]\(.*?\)|\{\{.*?\}\}", "", report.TEXTS.read_text(), flags=re.DOTALL)
-    assert not re.findall(r"\d+\.\d+|\d+%", prose)  # such numbers stand in the tables
+    for texts in report.PAGES.values():
+        prose = re.sub(r"```.*?```|`[^`]*`|\]\(.*?\)|\{\{.*?\}\}", "", texts.read_text(), flags=re.DOTALL)
+        assert not re.findall(r"\d+\.\d+|\d+%", prose)  # such numbers stand in the tables
     for claim in (*claims.CLAIMS, "real", "conversion"):
-        assert (report.RESULTS / f"{claim}.json").exists() and list(report.RESULTS.glob(f"{claim}*.png")), claim
+        assert (report.RESULTS / f"{claim}.json").exists(), claim
+    shown = "".join(pages().values())
+    figures = {str(path.relative_to(report.RESULTS)) for path in report.RESULTS.rglob("*.png")}
+    assert figures == set(re.findall(r"results/([\w/-]+\.png)", shown))
 
 
 def test_a_range_on_the_front_page_is_in_order_and_what_no_table_has_or_a_page_leaves_out_is_refused(tmp_path):
     rows, (begin, end) = [["a", "10 [9, 11]"], ["b", "not reached"], ["d", "9.5"], ["e", "9.503"]], report.MARKS
     report.write_json(tmp_path / "a.json", {"tables": [[["run", "gain"], rows], [["y"], [[2]]]]})
     for texts, problem in (
-        ("{{a.json 0}}", "leaves out table 1"),
+        ("", "leave out the tables of a.json"),
         ("{{a.json 2}}", "which has 2"),
         ("{{b.json}}", "no such file"),
     ):
@@ -504,6 +519,11 @@ def test_systems_train_in_equal_time_and_go_on_with_the_options_they_began_with_
     assert len(list(RUNS.glob("*/weights-*.pt"))) == 4 * 2 * 2  # weights, systems, seeds
     for note in RUNS.glob("*/options.txt"):  # what fits into 24 seconds
         assert f"--steps {12 if 'space-time' in note.parent.name else 8} " in note.read_text()
+    words = "train --steps 6 --systems vanilla --training-seeds 1 --runs short --options".split()
+    monkeypatch.setattr(real, "seconds_a_step", lambda *_: pytest.fail("these steps were given"))
+    real.main([*words, OPTIONS])
+    assert "--steps 4 --keep-interval 1" in Path("short/vanilla-seed-1/options.txt").read_text()
+    assert Path("short/vanilla-seed-1/weights-4.pt").exists() and "trained for" not in capsys.readouterr().err
     monkeypatch.setattr(real, "run_train", lambda *_: pytest.fail("trained again"))
     real.main([*TRAIN, OPTIONS])
     capsys.readouterr()

@@ -158,7 +158,7 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--checkpoint {tmp}/cut.pt", "not a whole checkpoint"), ("--out {tmp}/text.pt/a", "File exists"),
     ("--out {tmp}/taken", "taken.png exists already"), ("--out {tmp}/taken.png", "taken.png exists already"),
     ("--out {tmp}/a.npy", "makes pictures: .gif, .png, .mp4"), ("--out {tmp}/a.jpg", "makes pictures: .gif, .png"),
-    ("--chekpoint a", "--chekpoint a; did you mean --checkpoint?"), ("--xyz", "--xyz; --help lists all"),
+    ("--chekpoint a", "--chekpoint a; did you mean --checkpoint?"), ("--frames 32", "--frames 32; --help lists all"),
     ("--out /proc/a --number 10000000", "No such file"),
 ])  # fmt: skip
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
