@@ -145,8 +145,9 @@ def made_by(name: str, content: dict) -> str:
     for old, new in RENAMED.items():
         command = command.replace(old, new)
     words = [f"`{command}`"] if command else []
-    words += [content[name] for name in ("note", "machine", "date") if name in content]
+    words += [content[key] for key in ("machine", "date") if key in content]
     words += [f"torch {content['torch']}"] if "torch" in content else []
+    words += [content["note"]] if "note" in content else []
     words += [f"[{name}](results/{name})"]
     return re.sub(r"\b1 threads", "1 thread", ", ".join(words)) + ":\n"
 
