@@ -257,6 +257,10 @@ def start_from_file(model: DiT, dataset: Dataset, args: Namespace) -> None:
         weights.model.config = replace(weights.model.config, classes=len(dataset.classes))
     if weights.latent_scale not in (None, args.latent_scale):
         raise ValueError(f"{trained} with --latent-scale {weights.latent_scale}")
+    if args.mode == "flow":  # whose target is x_start - x_end, larger the longer a stage is
+        new, old = (mean(stage.t_start - stage.t_end for stage in make_pyramid(run)) for run in (args, weights))
+        for weight in weights.model.unembed.parameters():
+            weight.data *= new / old
     try:
         model.start_from(weights.model)
     except ValueError as error:
@@ -288,13 +292,16 @@ def keep_as(path: Path, name: str) -> None:
     os.replace(aside, path.with_name(name))
 
 
-def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[float] | None = None) -> None:
+def save(
+    state, dataset: Dataset, args: Namespace, world: int, due: bool = False, held_out: list[float] | None = None
+) -> None:
     """Writes a run's `state` (train.State): weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt
-    to resume from. The one before it stays as checkpoint-previous.pt, and the one with the lowest loss, the mean of the
-    stages' `held_out` or else of their training losses on the way to it, as checkpoint-best.pt. Raises OSError."""
+    to resume from. The one before it stays as checkpoint-previous.pt. Of those that were `due`, and not saved because
+    the run ends early, the one with the lowest loss stays as checkpoint-best.pt: the mean of the stages' `held_out`, or
+    else of their training losses since the last that was due. Raises OSError."""
     newest, best = args.out / "checkpoint.pt", state.best
     sums, counts = state.since_judged
-    if held_out or counts.all() and not args.held_out:
+    if due and (held_out or counts.all() and not args.held_out):
         state.best = min(mean(held_out) if held_out else (sums / counts).mean().item(), best)
         state.since_judged.zero_()
     about = {name: value for name, value in vars(weights_of(state, dataset, args)).items() if name != "model"}
@@ -302,6 +309,7 @@ def save(state, dataset: Dataset, args: Namespace, world: int, held_out: list[fl
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
     whole |= {name: getattr(state, name) for name in COUNTS}
+    whole |= {"losses": torch.stack([state.losses, state.since_judged])}
     whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
     whole |= {"args": {name: value for name, value in vars(args).items() if name not in ("out", "resume")}}
     write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")

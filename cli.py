@@ -168,6 +168,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
+def lost_process(error: Exception) -> str:
+    """What to say if the error is that another process of a run is gone; else ""."""
+    gone = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return f"another process of the run has ended ({reason(error)})" if gone else ""
+
+
 def count(number: int, thing: str) -> str:
     """ "1 clip", "2 clips"."""
     return f"{number} {thing}{'s' * (number != 1)}"
@@ -192,9 +198,11 @@ def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         parser.error(reason(error))
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        parser.error(no_memory)
+        if is_out_of_memory(error):
+            parser.error(no_memory)
+        if said := lost_process(error):
+            parser.exit(1, f"{parser.prog}: {said}\n")
+        raise
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -110,7 +110,7 @@ def generate(
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, *height_width(weights.size))
     generators = [generator_for(seed, cli.SAMPLING, index) for index in range(first, first + number)]
-    labels = labels if labels is None else labels.to(device)
+    labels = None if labels is None or weights.label_dropout == 1 else labels.to(device)  # or never trained with them
     predict = make_predict(weights.model, labels, guidance, use_bf16(precision, device))
     predict = replayed(predict) if device.type == "cuda" else predict
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
@@ -211,6 +211,8 @@ def run(args: argparse.Namespace) -> None:
         labels = choose_labels(weights.classes, args.number, args.label)
     except ValueError as error:
         raise ValueError(f"{error} ({path})") from None
+    if args.label and weights.label_dropout == 1:
+        raise ValueError(f"{path} was never trained with labels (--label-dropout 1): leave out --label")
     if args.label:
         print("labels:", *(weights.classes[label] for label in labels[: len(args.label)]))
     check_guidance(weights, args.guidance)

@@ -51,8 +51,7 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
-    odds = "how often each stage is trained: a whole number up to 1000 for each, noisiest first [equally often]"
-    add("--stage-odds", type=positive_int, nargs="+", help=odds)
+    add("--stage-odds", type=positive_int, nargs="+", help="how often each is trained, noisiest first [equally often]")
     add("--pyramid", choices=FACTORS, default="time", help="what a stage halves: frame rate, height and width, or all")
     add("--shift", type=real_number(0.01, 100), default=1.0, help="above 1: noisier times in training and sampling")
     ends = "times at which the stages end, noisiest first and the last 0, as in --ends 0.5 0.25 0 [equally spaced]"
@@ -278,7 +277,7 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
     model = model.to(device)
     model.gradient_checkpointing = args.gradient_checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    losses, since_judged = torch.zeros(2, 2, args.stages, device=device)
+    losses = (checkpoint or {}).get("losses", torch.zeros(2, 2, args.stages))  # older checkpoints have none
     dtype = torch.bfloat16 if use_bf16(args.precision, device) else torch.float32
     optimizers, counts = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, dtype), {}
     if checkpoint:
@@ -287,7 +286,7 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
         for optimizer, own in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(own)
         counts = {name: checkpoint[name] for name in disk.COUNTS}
-    return State(model, ema, optimizers, losses, since_judged, **counts)
+    return State(model, ema, optimizers, *losses.to(device), **counts)
 
 
 @torch.no_grad()
@@ -295,7 +294,7 @@ def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args: Nam
     """The EMA model's loss at each stage, k = 0 first, on clips that training never sees, with the same noise and times
     at every call. Checkpoints can be compared by it, also those of runs that differ in --seed or --steps alone. None
     without such clips, or, as is said then, if something goes wrong: it shall not cost the run."""
-    losses, fixed = [], {"seed": 0, "label_dropout": 0.0, "workers": 0, "accumulate": 1}
+    losses, fixed = [], {"seed": 0, "label_dropout": float(args.label_dropout == 1), "workers": 0, "accumulate": 1}
     try:
         for k, size in enumerate(batch_sizes(args) if clips else ()):
             options = Namespace(**vars(args) | fixed | {"steps": math.ceil(HELD_OUT / size)})
@@ -385,15 +384,16 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
             k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
             try:
                 optimize(state, model, pyramid, batches, k, args)
+                end = stop.agreed() or state.step == args.steps
             except Exception:  # clips or a loader's process are gone, or memory is short: the steps before are kept
                 bar.close()  # or what is said now stands in its line
                 if first and state.step > 0:
+                    state.seconds += time.perf_counter() - mark
                     disk.save(state, dataset, args, world)
                     print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
                 raise
             bar.update()
             clips += batch_sizes(args)[k] * args.accumulate * world
-            end = stop.agreed() or state.step == args.steps
             save_due = end or any(n and state.step % n == 0 for n in (args.save_interval, args.keep_interval))
             sample_due = state.step == args.steps or state.step % args.sample_interval == 0
             if save_due or sample_due or state.step % args.log_interval == 0:
@@ -401,11 +401,12 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - mark
                 state.seconds, rate = state.seconds + seconds, clips / seconds
-                judged = held_out_loss(state.ema, pyramid, dataset.judged_on, args) if save_due and first else None
+                held_out = dataset.judged_on if save_due and first and not stop.signal else None  # else save at once
+                judged = held_out_loss(state.ema, pyramid, held_out, args)
                 loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate, first, judged)
                 bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=f"{rate:.1f}")
                 if save_due and first:
-                    disk.save(state, dataset, args, world, judged)
+                    disk.save(state, dataset, args, world, not stop.signal, judged)
                 if sample_due and first and args.sample_number:
                     save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
                 mark, clips = time.perf_counter(), 0
@@ -413,11 +414,10 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
     if dist.is_initialized():
         dist.barrier()  # all leave together, also while the first still saves
         dist.destroy_process_group()
-    stopped = state.step < args.steps
-    advice = "stopped and saved; continue with --resume --out" if stopped else "done; python sample.py --checkpoint"
     if first:
-        print(f"step {state.step}: {advice} {args.out}")
-    return 128 + stop.signal if stopped else 0
+        done, stopped = "done; python sample.py --checkpoint", "stopped and saved; continue with --resume --out"
+        print(f"step {state.step}: {stopped if state.step < args.steps else done} {args.out}")
+    return 128 + stop.signal if state.step < args.steps else 0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -435,10 +435,9 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if cli.is_out_of_memory(error):
             parser.error(NO_MEMORY)
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not (said := cli.lost_process(error)):
             raise
-        ended = f"another process of the run has ended ({cli.reason(error)})"
-        raise SystemExit(f"train.py: {ended}; {disk.how_to_go_on(args.out)}") from None
+        raise SystemExit(f"train.py: {said}; {disk.how_to_go_on(args.out)}") from None
     finally:
         disk.release()
         if dist.is_initialized() and ready is None:

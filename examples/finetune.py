@@ -40,7 +40,8 @@ from train import State, draw_noise, draw_stage, end_step
 
 ORDER = 3  # what a generator is for, beside cli.SAMPLING and so on
 UNSAVED = ("out", "resume", "device")
-FREE = ("data", "steps", "gradient_checkpointing", "log_interval", "save_interval")  # what --resume may change, too
+MODELS = "model", "motion_adapter"
+FREE = (*MODELS, "data", "steps", "gradient_checkpointing", "log_interval", "save_interval")  # for --resume to change
 NO_MEMORY = "not enough memory: a smaller --size, --frames, --batch or --lora needs less"
 
 
@@ -106,6 +107,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     if args.align == "assignment" and args.batch == 1 and not args.resume:
         raise ValueError("--align assignment exchanges noises within a batch: --batch 1 needs --align nearest or none")
     args.align = args.align or ("nearest" if args.batch == 1 else "assignment")
+    args.encoded_by = was.setdefault("encoded_by", [was.get(name, getattr(args, name)) for name in MODELS])
     for name, now in settings(args).items():
         if args.resume and name not in FREE and was[name] != now:
             flag, before, now = "--" + name.replace("_", "-"), disk.as_typed(was[name]), disk.as_typed(now)
@@ -146,7 +148,7 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
         for start in range(0, source.frames - args.frames + 1, args.frames)
     ]
     named = [[str(source.files[0].relative_to(args.data)), source.stamp[1], *rest] for source, *rest in windows]
-    made_of = [named, args.model, args.motion_adapter, args.frames, args.size, args.fps]
+    made_of = [named, *args.encoded_by, args.frames, args.size, args.fps]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     encoded = (cache / "digest").exists() and (cache / "digest").read_text() == digest
     if args.resume and not encoded:
@@ -267,7 +269,9 @@ def save(state: State, args: Namespace, world: int) -> None:
         state.model.save_lora_adapter(args.out, weight_name="lora.safetensors")
     else:
         state.model.save_pretrained(args.out / "network")
-    (args.out / "run.json").write_text(json.dumps(settings(args) | {"step": state.step}))
+    aside = args.out / "run.json.tmp"  # --resume needs a whole one
+    aside.write_text(json.dumps(settings(args) | {"step": state.step}))
+    aside.replace(args.out / "run.json")
     content = {"weights": trained(state.model), "optimizer": state.optimizers[0].state_dict(), "world": world}
     content |= {name: getattr(state, name) for name in ("step", "seconds", "skipped")}
     disk.write_whole(content, args.out / "checkpoint.pt")
@@ -311,12 +315,12 @@ def train(args: Namespace, family: Family, accelerator) -> int:
             batches = draw_batches(args.out / "cache", count, pyramid, state.step, accelerator, args)
             try:
                 optimize(state, called, model, pyramid, batches, accelerator, args)
+                stopped = accelerator.reduce(torch.tensor(float(stop.signal > 0), device=device)).item() > 0
             except Exception:
                 if first and state.step > 0:  # the steps before the one that failed
                     save(state, args, accelerator.num_processes)
                 raise
             bar.update()
-            stopped = accelerator.reduce(torch.tensor(float(stop.signal > 0), device=device)).item() > 0
             end = stopped or state.step == args.steps
             save_due = end or state.step % args.save_interval == 0
             if save_due or state.step % args.log_interval == 0:

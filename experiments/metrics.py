@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sample
 from checkpoint import SHIPPED, Weights, find_weights, load_weights, make_pyramid, weight_file
-from cli import OneOrMore, Parser, choose_device, positive_int, real_number, whole_number
+from cli import OneOrMore, Parser, choose_device, generator_for, positive_int, real_number, whole_number
 from data import FolderClips, MovingDigits, bounce, draw_digit
 from experiments.report import add_command, json_to_write, publish, run_command, spread
 from tpdiff import Pyramid, split_steps
@@ -263,11 +263,12 @@ def naming(known: FolderClips, feature: Callable, device: torch.device) -> Calla
 
 def sample_clips(
     weights: Weights, pyramid: Pyramid, steps: int | tuple[int, ...], solver: str, batch: int, seed: int, number: int,
-    labels: Tensor | None = None, guidance: float = 1.0,
+    labels: Tensor | Callable | None = None, guidance: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """`number` clips (B, C, T, H, W) with these labels, or of all classes in turn, `batch` at once; clip i's noise
-    depends on the seed and i alone."""
-    labels, clips = sample.choose_labels(weights.classes, number) if labels is None else labels, []
+    """`number` clips (B, C, T, H, W) with these labels, which may be a function of seed and number, or of all classes
+    in turn, `batch` at once; clip i's noise depends on the seed and i alone."""
+    labels, clips = labels(seed, number) if callable(labels) else labels, []
+    labels = sample.choose_labels(weights.classes, number) if labels is None else labels
     for clip in tqdm(torch.arange(number).split(batch), desc=f"sampling, seed {seed}", unit="batch", leave=False):
         part, options = labels if labels is None else labels[clip], (steps, solver, guidance, seed)
         clips.append(sample.generate(weights, pyramid, part, len(clip), *options, first=clip[0].item()).cpu())
@@ -296,13 +297,25 @@ def quality(args: argparse.Namespace) -> None:
     if args.data:
         real, metrics, references = held_out(*shape, runs, args)
     for path, weights in runs.items():
-        make = partial(sample_clips, weights, make_pyramid(weights), args.steps, args.solver, args.batch)
+        labels = partial(labels_like, real, weights) if args.data else None
+        make = partial(sample_clips, weights, make_pyramid(weights), args.steps, args.solver, args.batch, labels=labels)
+        if args.data and weights.classes and labels(0, 1) is None:
+            print(f"note: {path} does not know all labels of --data: its own are sampled in turn, equally often")
         made[f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"] = scores_of(make, metrics, args)
     made["real"] = scores_of(partial(other_clips, references, data=real, in_turn=not args.data), metrics, args)
     table = ["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()]
     more = {"number": args.number, "seeds": args.seeds, "real": references, "steps": args.steps, "solver": args.solver}
     more["files"] = [digest(weight_file(path)) for path in paths]
     publish([table], args.made_by | more, args.json)
+
+
+def labels_like(data: FolderClips, weights: Weights, seed: int, number: int) -> Tensor | None:
+    """(B,) labels of clips of a folder, each as often as the folder has it. None if the model does not know all."""
+    names = [data.class_name(source) for source in data.sources]
+    if not {*names} <= {*weights.classes}:
+        return None
+    order = torch.randperm(len(names), generator=generator_for(seed, len(names)))
+    return torch.tensor([weights.classes.index(names[order[index % len(names)]]) for index in range(number)])
 
 
 def shape_of(weights: Weights) -> tuple[int, int, int]:

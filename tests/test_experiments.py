@@ -793,3 +793,22 @@ def test_a_variant_changes_one_thing_and_only_while_it_is_asked_for(tmp_path):
     with variants.varied("plain"):
         assert load_weights(tmp_path / "plain" / "weights.pt").step == 6
     assert runs.variant_of("flow-3-plain-seed-2") == "plain" and runs.variant_of("flow-3-seed-2") is None
+
+
+def test_samples_beside_a_folder_s_clips_have_its_labels_as_often_as_it_has_them(tmp_path):
+    for name in ("cat/1", "cat/2", "cat/3", "dog/1"):
+        animation(tmp_path / f"{name}.gif", 8)
+    known, other = (SimpleNamespace(classes=classes) for classes in (("ant", "cat", "dog"), ("cat",)))
+    one, two = (metrics.labels_like(FolderClips(tmp_path, 8), known, seed, 8).tolist() for seed in (0, 3))
+    assert sorted(one) == sorted(two) == [1] * 6 + [2] * 2 and one != two
+    assert metrics.labels_like(FolderClips(tmp_path, 8), other, 0, 8) is None
+    weights, seen = load_weights(SHIPPED / "flow-3.pt"), []
+
+    def labels(*seed_and_number):
+        seen.append(seed_and_number)
+        return torch.tensor([7, 7])
+
+    ways = (
+        metrics.sample_clips(weights, make_pyramid(weights), 3, "euler", 2, 5, 2, way) for way in (labels, labels())
+    )
+    assert torch.equal(*ways) and seen == [(), (5, 2)]

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -80,8 +81,10 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
     finetuned(words(f"{{{name}}} {RUN} --steps 2"))
     shift = (note := json.loads((tmp_path / "run" / "run.json").read_text()))["shift"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(note | {"shift": None}))  # as older runs have it
+    shutil.copytree(places[name].split()[1], tmp_path / "moved")
     with monkeypatch.context() as patch:
         patch.setattr(generate, "encode", None)  # what was encoded stays
+        finetuned(words("--resume --out {tmp}/run --steps 3 --model {tmp}/moved"))
         resumed = finetuned(words("--resume --out {tmp}/run --steps 4"))
     assert whole["step"] == resumed["step"] == 4 and whole["weights"].keys() == resumed["weights"].keys()
     assert all("lora_" in key and torch.equal(each, resumed["weights"][key]) for key, each in whole["weights"].items())
@@ -365,18 +368,25 @@ def test_a_missing_package_says_what_to_install(words, monkeypatch, capsys):
         assert "peft is missing: pip install" in fails_with_one_line(capsys, command.main, *words(line))
 
 
-def test_a_run_that_memory_does_not_suffice_for_is_saved_and_goes_on_as_it_was(words, tmp_path, monkeypatch, capsys):
-    optimize = finetune.optimize
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_that_lacks_memory_or_a_process_is_saved_and_goes_on(lost, words, tmp_path, monkeypatch, capsys):
+    optimize, accelerator = finetune.optimize, finetune.library("accelerate").Accelerator
+    reduce = accelerator.reduce
 
     def too_large(state, *rest):
-        if state.step == 2:
+        if state.step == 2 and not lost:
             raise torch.OutOfMemoryError("CUDA out of memory")
         optimize(state, *rest)
+        monkeypatch.setattr(accelerator, "reduce", fails if state.step == 2 and lost else reduce)
+
+    def fails(*_):
+        raise RuntimeError("[gloo] Connection closed by peer")
 
     monkeypatch.setattr(finetune, "optimize", too_large)
     with pytest.raises(SystemExit):
         finetune.main(words(f"{{wan}} {RUN} --steps 3"))
-    assert "not enough memory: a smaller --size" in capsys.readouterr().err
+    said = "another process of the run has ended ([gloo]" if lost else "not enough memory: a smaller --size"
+    assert said in (err := capsys.readouterr().err) and "Traceback" not in err
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2  # what was done is saved
     for command, line, said in (
         (finetune, f"{{wan}} {RUN}", "checkpoint.pt is there already: continue with --resume"),

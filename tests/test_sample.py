@@ -236,3 +236,12 @@ def test_out_mp4_writes_a_video_that_plays_everywhere(tmp_path, capsys, fps):
         stream, frames = container.streams.video[0], list(container.decode(video=0))
         assert (stream.codec_context.name, stream.codec_context.pix_fmt, len(frames)) == ("h264", "yuv420p", 16)
         assert float(stream.average_rate) == fps and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_model_that_never_saw_a_label_is_sampled_without_any(tmp_path, capsys):
+    torch.save(torch.load(SHIPPED / "flow-3.pt", weights_only=True) | {"label_dropout": 1.0}, tmp_path / "weights.pt")
+    weights = load_weights(tmp_path / "weights.pt")
+    some, none = (sample.generate(weights, Pyramid("flow"), labels, 2, 3) for labels in (torch.tensor([3, 4]), None))
+    assert torch.equal(some, none)
+    said = fails_with_one_line(capsys, sample.main, "--checkpoint", tmp_path, "--label", "3")
+    assert "was never trained with labels (--label-dropout 1)" in said

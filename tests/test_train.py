@@ -470,6 +470,8 @@ def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_be
     found, measured, held_out_loss = iter([[3.0, 3, 3], [1.0, 2, 3], [4.0, 1, 3]]), [], train.held_out_loss
 
     def twice(*inputs):
+        if inputs[2] is None:  # no save is due
+            return None
         measured.append((held_out_loss(*inputs), held_out_loss(*inputs)))
         return next(found)
 
@@ -488,6 +490,24 @@ def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_be
     assert not {*kept} & {str(source.files[0]) for source in clips.sources}
     assert clips.judged_on.classes == clips.classes == ("a", "b")
     assert not torch.equal(digits[0][0], digits.judged_on[0][0])  # of another seed
+
+
+def test_a_signal_saves_before_any_loss_is_measured_on_clips_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.cli.StopRequest, "agreed", lambda request: setattr(request, "signal", 15) or 15)
+    monkeypatch.setattr(train, "held_out_loss", lambda *inputs: pytest.fail("measured") if inputs[2] else None)
+    with pytest.raises(SystemExit, match="143"):
+        train.main([*TINY, "--out", str(tmp_path), "--steps", "3", "--held-out", "0.1"])
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 1
+
+
+def test_a_loss_on_clips_held_out_has_their_labels_unless_training_never_has_any(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "training_loss", lambda *inputs: seen.append(inputs[5]) or torch.zeros(()))
+    for dropout in ("0.9", "1"):
+        options = arguments("--label-dropout", dropout)
+        train.held_out_loss(small_model(10), Pyramid("flow"), MovingDigits(8, 16), options)
+    labels, none = torch.stack(seen).chunk(2)
+    assert (labels < 10).all() and (none == 10).all()
 
 
 @pytest.mark.parametrize("batch", ["1", "2 2 1", "2"])
