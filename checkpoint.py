@@ -296,8 +296,8 @@ def save(
     state, dataset: Dataset, args: Namespace, world: int, due: bool = False, held_out: list[float] | None = None
 ) -> None:
     """Writes a run's `state` (train.State): weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt
-    to resume from. The one before it stays as checkpoint-previous.pt. Of those that were `due`, and not saved because
-    the run ends early, the one with the lowest loss stays as checkpoint-best.pt: the mean of the stages' `held_out`, or
+    to resume from. The one before it stays as checkpoint-previous.pt. Of those that were `due`, and not made because a
+    run was stopped, the one with the lowest loss stays as checkpoint-best.pt: the mean of the stages' `held_out`, or
     else of their training losses since the last that was due. Raises OSError."""
     newest, best = args.out / "checkpoint.pt", state.best
     sums, counts = state.since_judged

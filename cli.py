@@ -201,7 +201,7 @@ def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
         if is_out_of_memory(error):
             parser.error(no_memory)
         if said := lost_process(error):
-            parser.exit(1, f"{parser.prog}: {said}\n")
+            parser.exit(1, f"{parser.prog}: {said}; continue with --resume, if there is a checkpoint\n")
         raise
 
 

@@ -3,9 +3,8 @@
   python train.py --mode flow                              one process
   torchrun --nproc_per_node=8 train.py --mode flow         one process a GPU
 
-Every random draw belongs to a step (its stage) or to a sample number (its clip, noise, time and label dropout), not
-to a process. So a resumed run is the same run, and n processes draw what one with n times as many clips would draw. But
-each exchanges noises among its own clips (--align assignment).
+Every random draw belongs to a step (its stage) or a sample number (its clip, noise, time and label dropout), not to a
+process. So a resumed run is the same run, and n processes draw as one with n times the clips, but align their own.
 """
 
 import copy
@@ -290,17 +289,20 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
 
 
 @torch.no_grad()
-def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args: Namespace) -> list[float] | None:
+def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args, stop=None) -> list[float] | None:
     """The EMA model's loss at each stage, k = 0 first, on clips that training never sees, with the same noise and times
     at every call. Checkpoints can be compared by it, also those of runs that differ in --seed or --steps alone. None
-    without such clips, or, as is said then, if something goes wrong: it shall not cost the run."""
+    without such clips, once `stop` has a signal, or, as is said then, if something fails: it shall not cost the run."""
     losses, fixed = [], {"seed": 0, "label_dropout": float(args.label_dropout == 1), "workers": 0, "accumulate": 1}
     try:
         for k, size in enumerate(batch_sizes(args) if clips else ()):
             options = Namespace(**vars(args) | fixed | {"steps": math.ceil(HELD_OUT / size)})
             batches = make_batches(clips, options, 0, 0, 1, model.unembed.weight.device, k)
-            of_batches = [training_loss(model, pyramid, *batch, k, args).item() for batch in batches]
-            losses.append(sum(of_batches) / len(of_batches))
+            losses.append(0.0)
+            for batch in batches:
+                if stop and stop.signal:
+                    return None
+                losses[k] += training_loss(model, pyramid, *batch, k, args).item() / options.steps
     except Exception as error:
         tqdm.write(f"no held-out loss this time ({cli.reason(error)})", file=sys.stderr)
         return None
@@ -384,32 +386,31 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
             k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
             try:
                 optimize(state, model, pyramid, batches, k, args)
+                bar.update()
+                clips += batch_sizes(args)[k] * args.accumulate * world
                 end = stop.agreed() or state.step == args.steps
-            except Exception:  # clips or a loader's process are gone, or memory is short: the steps before are kept
+                due = any(n and state.step % n == 0 for n in (args.save_interval, args.keep_interval, args.steps))
+                save_due, sample_due = end or due, any(state.step % n == 0 for n in (args.sample_interval, args.steps))
+                if save_due or sample_due or state.step % args.log_interval == 0:
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    now = time.perf_counter()
+                    state.seconds, rate, mark = state.seconds + now - mark, clips / (now - mark), now
+                    judged = held_out_loss(state.ema, pyramid, save_due and first and dataset.judged_on, args, stop)
+                    loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate, first, judged)
+                    bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=f"{rate:.1f}")
+                    if save_due and first:
+                        disk.save(state, dataset, args, world, due, judged)
+                    if sample_due and first and args.sample_number:
+                        save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
+                    mark, clips = time.perf_counter(), 0
+            except Exception:  # clips, a loader's or another process are gone, or memory is short: the steps are kept
                 bar.close()  # or what is said now stands in its line
                 if first and state.step > 0:
                     state.seconds += time.perf_counter() - mark
                     disk.save(state, dataset, args, world)
                     print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
                 raise
-            bar.update()
-            clips += batch_sizes(args)[k] * args.accumulate * world
-            save_due = end or any(n and state.step % n == 0 for n in (args.save_interval, args.keep_interval))
-            sample_due = state.step == args.steps or state.step % args.sample_interval == 0
-            if save_due or sample_due or state.step % args.log_interval == 0:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds = time.perf_counter() - mark
-                state.seconds, rate = state.seconds + seconds, clips / seconds
-                held_out = dataset.judged_on if save_due and first and not stop.signal else None  # else save at once
-                judged = held_out_loss(state.ema, pyramid, held_out, args)
-                loss = disk.write_metrics(args.out / "metrics.jsonl", state, lr, rate, first, judged)
-                bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=f"{rate:.1f}")
-                if save_due and first:
-                    disk.save(state, dataset, args, world, not stop.signal, judged)
-                if sample_due and first and args.sample_number:
-                    save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
-                mark, clips = time.perf_counter(), 0
     del model  # or DDP holds the process group last and joins gloo's threads while it keeps the lock they wait for
     if dist.is_initialized():
         dist.barrier()  # all leave together, also while the first still saves

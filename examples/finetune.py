@@ -249,6 +249,11 @@ def trained(network: Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
 
 
+def frozen(network: Module) -> Tensor:
+    """A number of each weight that is not trained: tells a model from another."""
+    return torch.tensor([weight.flatten()[0].bfloat16() for weight in network.parameters() if not weight.requires_grad])
+
+
 def make_state(args: Namespace, network: Module, accelerator) -> State:
     network.to(accelerator.device)
     optimizer = torch.optim.AdamW(trained(network).values(), args.lr, weight_decay=0.0)
@@ -257,8 +262,13 @@ def make_state(args: Namespace, network: Module, accelerator) -> State:
         content = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True)
         if content["world"] != accelerator.num_processes:
             raise ValueError(f"{args.out} was trained by {content['world']} processes, and --resume keeps their number")
-        network.load_state_dict(content["weights"], strict=False)
-        optimizer.load_state_dict(content["optimizer"])
+        try:
+            if not torch.equal(content.get("frozen", frozen(network)), frozen(network)):
+                raise ValueError
+            network.load_state_dict(content["weights"], strict=False)
+            optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError):
+            raise ValueError(f"{args.model} is not the model that {args.out} was trained on") from None
         state.step, state.seconds, state.skipped = content["step"], content["seconds"], content["skipped"]
     return state
 
@@ -273,7 +283,7 @@ def save(state: State, args: Namespace, world: int) -> None:
     aside.write_text(json.dumps(settings(args) | {"step": state.step}))
     aside.replace(args.out / "run.json")
     content = {"weights": trained(state.model), "optimizer": state.optimizers[0].state_dict(), "world": world}
-    content |= {name: getattr(state, name) for name in ("step", "seconds", "skipped")}
+    content |= {name: getattr(state, name) for name in ("step", "seconds", "skipped")} | {"frozen": frozen(state.model)}
     disk.write_whole(content, args.out / "checkpoint.pt")
 
 
@@ -318,6 +328,7 @@ def train(args: Namespace, family: Family, accelerator) -> int:
                 stopped = accelerator.reduce(torch.tensor(float(stop.signal > 0), device=device)).item() > 0
             except Exception:
                 if first and state.step > 0:  # the steps before the one that failed
+                    state.seconds += time.perf_counter() - mark
                     save(state, args, accelerator.num_processes)
                 raise
             bar.update()

@@ -263,12 +263,11 @@ def naming(known: FolderClips, feature: Callable, device: torch.device) -> Calla
 
 def sample_clips(
     weights: Weights, pyramid: Pyramid, steps: int | tuple[int, ...], solver: str, batch: int, seed: int, number: int,
-    labels: Tensor | Callable | None = None, guidance: float = 1.0,
+    labels: Tensor | None = None, guidance: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """`number` clips (B, C, T, H, W) with these labels, which may be a function of seed and number, or of all classes
-    in turn, `batch` at once; clip i's noise depends on the seed and i alone."""
-    labels, clips = labels(seed, number) if callable(labels) else labels, []
-    labels = sample.choose_labels(weights.classes, number) if labels is None else labels
+    """`number` clips (B, C, T, H, W) with these labels, or of all classes in turn, `batch` at once; clip i's noise
+    depends on the seed and i alone."""
+    labels, clips = sample.choose_labels(weights.classes, number) if labels is None else labels, []
     for clip in tqdm(torch.arange(number).split(batch), desc=f"sampling, seed {seed}", unit="batch", leave=False):
         part, options = labels if labels is None else labels[clip], (steps, solver, guidance, seed)
         clips.append(sample.generate(weights, pyramid, part, len(clip), *options, first=clip[0].item()).cpu())
@@ -297,10 +296,14 @@ def quality(args: argparse.Namespace) -> None:
     if args.data:
         real, metrics, references = held_out(*shape, runs, args)
     for path, weights in runs.items():
-        labels = partial(labels_like, real, weights) if args.data else None
-        make = partial(sample_clips, weights, make_pyramid(weights), args.steps, args.solver, args.batch, labels=labels)
-        if args.data and weights.classes and labels(0, 1) is None:
-            print(f"note: {path} does not know all labels of --data: its own are sampled in turn, equally often")
+
+        def make(seed: int, number: int, weights: Weights = weights) -> Tensor:
+            labels = labels_like(real, weights, seed, number) if args.data else None
+            options = args.steps, args.solver, args.batch, seed, number
+            return sample_clips(weights, make_pyramid(weights), *options, labels)
+
+        if args.data and weights.classes and labels_like(real, weights, 0, 1) is None:
+            print(f"note: {path} does not know the labels of --data, or it has none: all of the model's in turn")
         made[f"{path} ({weights.mode}, {weights.stages} stages, step {weights.step})"] = scores_of(make, metrics, args)
     made["real"] = scores_of(partial(other_clips, references, data=real, in_turn=not args.data), metrics, args)
     table = ["", *made["real"]], [[name, *map(spread, found.values())] for name, found in made.items()]
@@ -310,9 +313,10 @@ def quality(args: argparse.Namespace) -> None:
 
 
 def labels_like(data: FolderClips, weights: Weights, seed: int, number: int) -> Tensor | None:
-    """(B,) labels of clips of a folder, each as often as the folder has it. None if the model does not know all."""
-    names = [data.class_name(source) for source in data.sources]
-    if not {*names} <= {*weights.classes}:
+    """(B,) labels of clips of a folder, each as often as the folder has it. None if it has none, or the model does not
+    know all."""
+    names = [name for name in map(data.class_name, data.sources) if name is not None]
+    if not names or not {*names} <= {*weights.classes}:
         return None
     order = torch.randperm(len(names), generator=generator_for(seed, len(names)))
     return torch.tensor([weights.classes.index(names[order[index % len(names)]]) for index in range(number)])

@@ -68,11 +68,14 @@ def train_systems(args: argparse.Namespace) -> None:
     """Train every system of --systems with every seed of --training-seeds for --seconds, or for --steps. All seeds of a
     system have as many steps as its first. What a run took is said where it is 5% off --seconds."""
     parse = train.make_parser().parse_args
+    if args.steps and args.steps % len(SHARES):
+        raise ValueError(f"--steps {args.steps} is no multiple of {len(SHARES)}")
     for seed, system in itertools.product(args.training_seeds, args.systems):
         folder, words = args.runs / f"{system}-seed-{seed}", train_words(system, seed, args)
         begun = {run: old for run, old in begun_runs(args.runs).items() if run.name.startswith(f"{system}-seed-")}
         for run, old in begun.items():
-            if parse(old) != parse([*train_words(*system_and_seed(run), args), *old[-4:]]):  # --steps, --keep-interval
+            same = parse(old) == parse([*train_words(*system_and_seed(run), args), *old[-4:]])  # all but the steps
+            if not same or args.steps not in (None, parse(old).steps):
                 raise ValueError(f"{run} was begun with other options: move it away")
         if folder in begun:
             words = begun[folder]

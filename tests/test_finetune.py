@@ -86,6 +86,12 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
         patch.setattr(generate, "encode", None)  # what was encoded stays
         finetuned(words("--resume --out {tmp}/run --steps 3 --model {tmp}/moved"))
         resumed = finetuned(words("--resume --out {tmp}/run --steps 4"))
+    for file in (tmp_path / "moved").glob("transformer/*.safetensors"):  # another model of the same shapes
+        weights = generate.library("safetensors.torch").load_file(file)
+        finetune.save_tensors({key: tensor + 1 for key, tensor in weights.items()}, file)
+        with pytest.raises(SystemExit, match="2"):
+            finetune.main(words("--resume --out {tmp}/run --steps 5"))
+        assert f"moved is not the model that {tmp_path}/run was trained on" in capsys.readouterr().err
     assert whole["step"] == resumed["step"] == 4 and whole["weights"].keys() == resumed["weights"].keys()
     assert all("lora_" in key and torch.equal(each, resumed["weights"][key]) for key, each in whole["weights"].items())
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

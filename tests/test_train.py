@@ -470,7 +470,7 @@ def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_be
     found, measured, held_out_loss = iter([[3.0, 3, 3], [1.0, 2, 3], [4.0, 1, 3]]), [], train.held_out_loss
 
     def twice(*inputs):
-        if inputs[2] is None:  # no save is due
+        if not inputs[2]:  # no save is due
             return None
         measured.append((held_out_loss(*inputs), held_out_loss(*inputs)))
         return next(found)
@@ -494,7 +494,9 @@ def test_the_loss_on_clips_held_out_is_measured_at_every_save_and_chooses_the_be
 
 def test_a_signal_saves_before_any_loss_is_measured_on_clips_held_out(tmp_path, monkeypatch):
     monkeypatch.setattr(train.cli.StopRequest, "agreed", lambda request: setattr(request, "signal", 15) or 15)
-    monkeypatch.setattr(train, "held_out_loss", lambda *inputs: pytest.fail("measured") if inputs[2] else None)
+    loss = train.training_loss
+    judge = lambda model, *rest: loss(model, *rest) if model.training else pytest.fail("measured")  # noqa: E731
+    monkeypatch.setattr(train, "training_loss", judge)
     with pytest.raises(SystemExit, match="143"):
         train.main([*TINY, "--out", str(tmp_path), "--steps", "3", "--held-out", "0.1"])
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 1
@@ -506,6 +508,8 @@ def test_a_loss_on_clips_held_out_has_their_labels_unless_training_never_has_any
     for dropout in ("0.9", "1"):
         options = arguments("--label-dropout", dropout)
         train.held_out_loss(small_model(10), Pyramid("flow"), MovingDigits(8, 16), options)
+    stop = train.Namespace(signal=15)
+    assert train.held_out_loss(small_model(10), Pyramid("flow"), MovingDigits(8, 16), options, stop) is None
     labels, none = torch.stack(seen).chunk(2)
     assert (labels < 10).all() and (none == 10).all()
 
