@@ -290,6 +290,7 @@ def keep_as(path: Path, name: str) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, aside)
     os.replace(aside, path.with_name(name))
+    aside.unlink(missing_ok=True)  # it stays if both names were of one file already
 
 
 def save(
