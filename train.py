@@ -380,7 +380,7 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
     stop, pyramid, first = cli.StopRequest(), make_pyramid(args), rank == 0
     model = fast_form(state.model, args, device)
     batches = make_batches(dataset, args, state.step, rank, world, device)
-    mark, clips, end = time.perf_counter(), 0, state.step >= args.steps
+    mark, clips, saved, end = time.perf_counter(), 0, state.step, state.step >= args.steps
     with tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=not first) as bar:
         while not end:
             k, lr = draw_stage(state.step, args), learning_rate(state.step, args)
@@ -392,8 +392,7 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                 due = any(n and state.step % n == 0 for n in (args.save_interval, args.keep_interval, args.steps))
                 save_due, sample_due = end or due, any(state.step % n == 0 for n in (args.sample_interval, args.steps))
                 if save_due or sample_due or state.step % args.log_interval == 0:
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
+                    torch.get_device_module(device).synchronize()  # a CPU's does nothing
                     now = time.perf_counter()
                     state.seconds, rate, mark = state.seconds + now - mark, clips / (now - mark), now
                     judged = held_out_loss(state.ema, pyramid, save_due and first and dataset.judged_on, args, stop)
@@ -401,15 +400,16 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                     bar.set_postfix(loss="none" if loss is None else loss, lr=lr, clips_per_s=f"{rate:.1f}")
                     if save_due and first:
                         disk.save(state, dataset, args, world, due, judged)
+                        saved = state.step
                     if sample_due and first and args.sample_number:
                         save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
                     mark, clips = time.perf_counter(), 0
             except Exception:  # clips, a loader's or another process are gone, or memory is short: the steps are kept
                 bar.close()  # or what is said now stands in its line
-                if first and state.step > 0:
+                if first and state.step > saved:
                     state.seconds += time.perf_counter() - mark
                     disk.save(state, dataset, args, world)
-                    print(f"step {state.step}: saved, as the next step failed", file=sys.stderr)
+                    print(f"step {state.step}: saved, as then something failed", file=sys.stderr)
                 raise
     del model  # or DDP holds the process group last and joins gloo's threads while it keeps the lock they wait for
     if dist.is_initialized():

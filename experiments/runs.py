@@ -6,6 +6,7 @@ import datetime
 import itertools
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -155,9 +156,12 @@ def run_train(words: list[str], out: Path, variant: str | None = None) -> None:
     words = [*words, "--resume"] if (out / "checkpoint.pt").exists() else words
     what = ["-m", "experiments.variants", variant] if variant else [train.__file__]
     child = subprocess.Popen([sys.executable, *what, *words, "--out", out])
-    with suppress(KeyboardInterrupt):  # the terminal told the child too, and it saves first
+    before = signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))  # it saves first
+    with suppress(KeyboardInterrupt):  # the terminal told the child too
         child.wait()
-    if code := child.wait():
+    code = child.wait()
+    signal.signal(signal.SIGTERM, before)
+    if code:
         again = "; the same command goes on from its checkpoint" if (out / "checkpoint.pt").exists() else ""
         raise SystemExit(f"train.py ended with {code}{again}")
 

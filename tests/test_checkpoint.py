@@ -189,6 +189,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, capsys):
     "place, name, number, error",
     [(train, "optimize", 4, error) for error in (RuntimeError("killed"), DataError("gone"), MemoryError())]
     + [(train, "optimize", 5, RuntimeError("between rows")), (cli.StopRequest, "agreed", 4, RuntimeError("gloo"))]
+    + [(train, "optimize", 3, RuntimeError("just saved"))]
     + [(os, "replace", number, KeyboardInterrupt()) for number in range(3, 7)],  # the renames of the second save
 )
 def test_a_run_that_fails_in_a_step_or_is_killed_in_a_save_goes_on_as_if_it_had_not(
@@ -206,9 +207,11 @@ def test_a_run_that_fails_in_a_step_or_is_killed_in_a_save_goes_on_as_if_it_had_
         train.main([*TINY, "--out", str(tmp_path), "--steps", "6", "--save-interval", "3"])
     assert next(calls) > number  # so it was called as often, and the run did not end by itself
     step = number + (name == "agreed")
-    assert (f"\nstep {step}: saved, as the next step failed" in capsys.readouterr().err) == (place is not os)
+    said = f"\nstep {step}: saved, as then something failed" in capsys.readouterr().err
+    assert said == (place is not os and step > 3)
     kept = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("checkpoint*.pt")}
     assert kept["checkpoint.pt"] in ((3, 6) if place is os else (step,))
+    assert place is os or kept.get("checkpoint-previous.pt") == (3 if step > 3 else None)  # none is saved twice
     if step == 5 and place is not os:  # after a row
         assert load_checkpoint(tmp_path / "checkpoint.pt")["seconds"] > rows_of(tmp_path)[-1]["seconds"]
     with open(tmp_path / "metrics.jsonl", "a") as file:

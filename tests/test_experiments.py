@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY,
     animation,
     both_modes,
+    command,
     fails_with_one_line,
     pages,
     run_training,
@@ -245,6 +248,18 @@ def test_a_claim_trains_what_it_needs_writes_its_table_and_does_nothing_twice(tm
     assert json.loads((tmp_path / "cells.json").read_text()) == cells
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         claims.main([*words.split(), "--number", "2"])
+
+
+def test_a_signal_to_a_command_that_trains_reaches_the_training_which_saves_first(tmp_path):
+    words, rows = [*TINY, "--steps", "3000", "--log-interval", "1", "--sample-number", "0"], tmp_path / "metrics.jsonl"
+    code = f"from experiments import runs; runs.run_train({words}, runs.Path({str(tmp_path)!r}))"
+    with command("-c", code, cwd=ROOT) as process:
+        while not rows.exists() or not rows.read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        _, error = process.communicate(timeout=100)
+    assert process.returncode == 1 and "the same command goes on from its checkpoint" in error
 
 
 def test_a_score_counts_as_long_as_all_weights_that_made_it_are_the_same(tmp_path, monkeypatch):
