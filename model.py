@@ -260,7 +260,8 @@ class DiT(nn.Module):
         rows, columns = H // patch, W // patch
         x = x.view(B, C, T, rows, patch, columns, patch).permute(0, 2, 3, 5, 1, 4, 6)
         x = self.embed_patch(x.reshape(B, T, rows * columns, -1))  # (B, T, N, D)
-        embedding, space, time = positions_of(self.config, stage, T, rows, columns, x.dtype, x.device)
+        positions = positions_of.__wrapped__ if torch.compiler.is_compiling() else positions_of  # a trace is not kept
+        embedding, space, time = positions(self.config, stage, T, rows, columns, x.dtype, x.device)
         x = x + embedding
         again = self.gradient_checkpointing and torch.is_grad_enabled()  # in backward; nothing in a block is random
         for block in self.blocks:
@@ -336,7 +337,7 @@ class Muon(Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             same_shape = defaultdict(list)
-            for parameter in group["params"]:
+            for parameter in (each for each in group["params"] if each.grad is not None):
                 if not self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 same_shape[parameter.shape].append(parameter)

@@ -362,6 +362,22 @@ def test_float32_is_close_to_float64(mode, alphas_cumprod, stages):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_pass_through_function_transforms_and_a_schedule_is_made_without_a_default_device():
+    with torch.device("meta"):
+        p = Pyramid("ddim", 3, SCALED_LINEAR.tolist())
+    assert list(p) == list(Pyramid("ddim", 3, SCALED_LINEAR))
+    x0, noise = clips(3, 1, 4, 2, 2), clips(3, 1, 4, 2, 2, seed=1)
+
+    def loss(scale):
+        x_start, x_end = p.endpoints(scale * x0, align(scale * x0, noise), 0)
+        x_t, target, _ = p.interpolate(x_start, x_end, 0, torch.tensor([0.0, 0.5, 1.0]))
+        return (p.integrate(lambda x, t, k: x * target, x_t, 0, 3, "ab2") ** 2).mean()
+
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(scale), scale)
+    assert torch.func.grad(loss)(scale.detach()) == pytest.approx(expected.item(), rel=1e-9) and expected != 0
+
+
 def test_a_schedule_may_be_a_list_a_tensor_or_an_array_in_full_precision():
     expected = list(Pyramid("ddim", 3, SCALED_LINEAR))
     for alphas_cumprod in (SCALED_LINEAR.tolist(), SCALED_LINEAR.numpy(), tuple(SCALED_LINEAR.tolist())):
@@ -388,19 +404,13 @@ def distance(x: torch.Tensor, noise: torch.Tensor) -> float:
     return (x - noise).flatten(1).norm(dim=1).sum().item()
 
 
-def test_alignment_returns_the_same_noises_at_no_greater_distance():
-    for seed in range(5):
-        x, noise = clips(32, 1, 4, 3, 3, seed=seed), clips(32, 1, 4, 3, 3, seed=seed + 100)
-        aligned = align(x, noise)
-        assert sorted(aligned.flatten(1).tolist()) == sorted(noise.flatten(1).tolist())
-        assert distance(x, aligned) < distance(x, noise) and torch.equal(aligned, align(x, noise))
-
-
 def test_alignment_is_optimal_by_brute_force():
     for seed in range(20):
         x, noise = clips(6, 1, 2, 1, 2, seed=seed), clips(6, 1, 2, 1, 2, seed=seed + 100)
         best = min(distance(x, noise[list(order)]) for order in itertools.permutations(range(6)))
-        assert distance(x, align(x, noise)) == pytest.approx(best, rel=1e-5)
+        aligned = align(x, noise)
+        assert sorted(aligned.flatten(1).tolist()) == sorted(noise.flatten(1).tolist())
+        assert distance(x, aligned) == pytest.approx(best, rel=1e-5) and torch.equal(aligned, align(x, noise))
 
 
 def test_alignment_of_one_clip_is_the_identity_and_shapes_must_agree():
@@ -626,15 +636,6 @@ def test_any_pyramid_reproduces_gaussian_covariance_with_the_known_errors(mode, 
 
 
 @both_modes
-@every_depth
-def test_error_shrinks_at_first_order_with_euler_and_second_with_ab2(mode, stages):
-    p = Pyramid(mode, stages)
-    for solver, order in (("euler", 1), ("ab2", 2)):
-        coarse, fine = (covariance_error(p, steps, solver) for steps in (40, 80))
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
-
-
-@both_modes
 @pytest.mark.parametrize("scaled", [True, False])
 def test_without_the_noise_an_error_stays_that_no_number_of_steps_removes(mode, scaled, monkeypatch):
     """0.14 with Eq. 15's scaling alone; with neither scaling nor noise 1.07 in flow, 2.26 in ddim mode."""
@@ -763,16 +764,6 @@ def test_any_pyramid_s_steps_add_up(p, dtype, seed, spare):
     assert all(count < (len(p) + spare) * n + 1 for count, n in zip(counts[1:], reversed(p.lengths[:-1]), strict=True))
 
 
-@for_all(lambda st: {"dtype": st.sampled_from(DTYPES[2:]), "seed": st.integers(0, 2**32), "batch": st.integers(1, 5)})
-def test_any_alignment_is_an_optimal_permutation(dtype, seed, batch):
-    x, noise = torch.randn(2, batch, 1, 2, 2, 2, generator=seeded(seed), dtype=dtype)
-    distances, aligned = torch.cdist(x.flatten(1).double(), noise.flatten(1).double()), align(x, noise)
-    assert sorted(aligned.flatten(1).tolist()) == sorted(noise.flatten(1).tolist()) and aligned.dtype == dtype
-    orders = itertools.permutations(range(batch))
-    best = min(sum(distances[i, j].item() for i, j in enumerate(order)) for order in orders)
-    assert distance(x.double(), aligned.double()) == pytest.approx(best, abs=1e-3)
-
-
 MUTATIONS = """
 x[:, :, :: stride[0]] -> x[:, :, stride[0] - 1 :: stride[0]]
 (1, *stride[1:]) -> (1, 1, 1)
@@ -780,7 +771,7 @@ x = x.repeat_interleave(copies, dim) if copies > 1 -> x = torch.cat([x] * copies
 return x[:, :, whole - frames :] -> return x[:, :, :frames]
 if not whole - factor[0] < frames <= whole: -> if not 0 < frames <= whole: -> if not whole - factor[0] < frames:
 .mean(dim + 1) if size > 1 -> .sum(dim + 1) if size > 1 -> .select(dim + 1, 0) if size > 1
-linear_sum_assignment(cost.detach().cpu().numpy()) -> linear_sum_assignment(-cost.detach().cpu().numpy())
+linear_sum_assignment(cost.detach().tolist()) -> linear_sum_assignment((-cost).detach().tolist())
 _, columns = linear_sum_assignment -> columns, _ = linear_sum_assignment
 noise.flatten(1).float(), compute_mode -> noise.flatten(1).float().abs(), compute_mode
 randn(shape[1:], g, g.device, dtype) -> randn(shape[1:], generator[0], g.device, dtype)
@@ -790,7 +781,9 @@ k / stages for k in range(stages) -> k / (stages + 1) for k in range(stages)
 if self.prediction == "epsilon" and abar[-1] == 0: -> if False:
 torch.atan2((1 - abar).sqrt(), abar.sqrt()) -> torch.atan2(1 - abar, abar)
 torch.cat([abar.new_ones(1), abar]) -> torch.cat([abar[:1], abar])
-torch.linspace(0, 1, len(abar), dtype -> torch.linspace(1 / len(abar), 1, len(abar), dtype
+place = t * (len(self._angles) - 1) -> place = t * len(self._angles)
+self._angles[before + 1], place - before -> self._angles[before + 1], 0 * place
+1)(angle)) / (len(self._angles) - 1) -> 1)(angle)) / len(self._angles)
 self.lengths = tuple(v[k + 1] - v[k] -> self.lengths = tuple(self.ends[k] - v[k]
 (*ends, 1.0)] -> (0.0, *ends)]
 t_end, t_start = self.ends[k], 1.0 -> t_end, t_start = k / self.stages, 1.0

@@ -67,7 +67,7 @@ def align(x: Tensor, noise: Tensor) -> Tensor:
     if x.shape != noise.shape:
         raise ValueError(f"clips of shape {tuple(x.shape)} cannot be aligned with noise of {tuple(noise.shape)}")
     cost = torch.cdist(x.flatten(1).float(), noise.flatten(1).float(), compute_mode="use_mm_for_euclid_dist")
-    _, columns = linear_sum_assignment(cost.detach().cpu().numpy())
+    _, columns = linear_sum_assignment(cost.detach().tolist())
     return noise[torch.as_tensor(columns, device=noise.device)]
 
 
@@ -116,7 +116,7 @@ class Pyramid:
     shift           a of t = a v / (1 + (a - 1) v): training times and the sampler's steps are uniform in v.
     prediction      ddim only, the target: "epsilon" (Eq. 11, the default), "velocity" gamma eps_k - sigma X_k (arXiv
                     2202.00512), or "sample" X_k. In flow mode the target is v_k (Eq. 13).
-    All are attributes, and so is `lengths`, the unshifted time of [ends[k], ends[k + 1]]. `p[k]` is the `Stage` k.
+    All are attributes to read, as is `lengths`, the unshifted time of [ends[k], ends[k + 1]]. `p[k]` is the `Stage` k.
     Raises ValueError for other values, or for a schedule without noise enough for a stage's start."""
 
     def __init__(
@@ -142,16 +142,14 @@ class Pyramid:
         if mode == "ddim":
             ddpm = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")).cumprod(0)
             given = ddpm if alphas_cumprod is None else alphas_cumprod
-            abar = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+            abar = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
             if abar.ndim != 1 or len(abar) < 1 or not ((abar >= 0) & (abar < 1)).all() or not (abar.diff() < 0).all():
-                raise ValueError(f"alphas_cumprod {tuple(abar.shape)} must decrease strictly and stay inside [0, 1)")
+                raise ValueError(f"alphas_cumprod {tuple(abar.shape)} must decrease (float16 may not), inside [0, 1)")
             self.prediction, self.alphas_cumprod = prediction or "epsilon", abar
             if self.prediction == "epsilon" and abar[-1] == 0:
                 raise ValueError('where alphas_cumprod is 0, noise says nothing of the clip: use prediction="velocity"')
             abar = torch.cat([abar.new_ones(1), abar])  # t = 0: clean data
-            times = torch.linspace(0, 1, len(abar), dtype=torch.float64, device="cpu")
-            angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
-            self._angle_at, self._time_at = make_interp_spline(times, angles, 1), make_interp_spline(angles, times, 1)
+            self._angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
         self._stages = tuple(self._stage(k) for k in range(stages))
         v = [self._unshifted(end) for end in (*ends, 1.0)]
         self.lengths = tuple(v[k + 1] - v[k] for k in range(stages))
@@ -179,17 +177,19 @@ class Pyramid:
             raise ValueError(f"times must be in [0, 1], not {t.ravel()[:9].tolist()}")
         if self.mode == "flow":
             return 1 - t, t
-        angle = torch.as_tensor(self._angle_at(t), dtype=torch.float64, device="cpu")
+        place = t * (len(self._angles) - 1)
+        before = place.long().clamp(max=len(self._angles) - 2)
+        angle = torch.lerp(self._angles[before], self._angles[before + 1], place - before)
         return angle.cos().where(angle < math.pi / 2, 0.0), angle.sin()
 
     def _time_of_ratio(self, r: float) -> float:
         """The t at which sigma / gamma = r."""
         if self.mode == "flow":
             return r / (1 + r)
-        if math.atan(r) > self._angle_at(1.0):
-            last = f"alphas_cumprod ends at {math.tan(self._angle_at(1.0)):.4g}: use fewer stages, lower end times"
+        if (angle := math.atan(r)) > self._angles[-1]:
+            last = f"alphas_cumprod ends at {self._angles[-1].tan():.4g}: use fewer stages, lower end times"
             raise ValueError(f"a stage would start at sigma / gamma = {r:.4g}, but {last} or a noisier schedule")
-        return float(self._time_at(math.atan(r)))
+        return float(make_interp_spline(self._angles, range(len(self._angles)), 1)(angle)) / (len(self._angles) - 1)
 
     def _shifted(self, v):
         return self.shift * v / (1 + (self.shift - 1) * v)
@@ -275,12 +275,12 @@ class Pyramid:
     ) -> Tensor:  # fmt: skip
         """Section 3.5: clips of `shape` (B, C, T, H, W) from noise, stage by stage, renoised in between.
         predict    predict(x, t, k) -> the target's prediction, of x's shape. `x` has stage k's shape and `dtype`, `t`
-                   (B,) is in float32 or more. One call a step, without gradients. It may change `x` and its own output.
+                   (B,) is in float32 or more. One call a step, without gradients. It may change x, t and its output.
         steps      a total, shared by `split_steps`, or one count per stage, noisiest first; uniform in unshifted time.
         solver     "euler" (Eq. 3 in ddim mode), or "ab2": two-step Adams-Bashforth along the stage's line, Euler
                    for a first step (two if gamma begins with 0). Past the paper: an order more accurate in many steps.
         generator  one, or a list of one per clip, which makes a clip independent of its batch; on any device.
-        device, dtype  of what `predict` takes and of the result. Between steps x is float32 (float64 if asked for).
+        device, dtype  what `predict` takes and the result has; None: the generator's. Between steps float32 or more.
         callback   callback(x, t, k), after every step and every renoising, with the time (B,) that x now has. What it
                    returns, if not None, replaces x: to hold a first frame, for instance.
         Raises ValueError if shape, steps or solver do not fit, or a function returns another shape, NaN or infinity."""
@@ -314,7 +314,7 @@ class Pyramid:
         ratio = (times - stage.t_end) / (stage.t_start - stage.t_end) if self.mode == "flow" else sigmas / gammas
         position, gammas, sigmas, before = ratio.tolist(), gammas.tolist(), sigmas.tolist(), None  # t' or r
         for i in range(steps):
-            output = predict(x.to(dtype, copy=True), times[i].to(x).expand(x.shape[0]), k)
+            output = predict(x.to(dtype, copy=True), times[i].to(x).repeat(len(x)), k)
             slope = _checked(output, x, f"stage {k}, step {i + 1} of {steps}")
             h, scale = position[i + 1] - position[i], 1.0
             if self.mode == "flow":
@@ -366,7 +366,7 @@ def _checked(output: Tensor, x: Tensor, where: str, who: str = "predict") -> Ten
 
 
 def _called_back(callback: Callable | None, x: Tensor, t: float | Tensor, k: int) -> Tensor:
-    times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0])
+    times = torch.as_tensor(t, dtype=x.dtype, device=x.device).repeat(len(x))
     replaced = callback(x, times, k) if callback is not None else None
     return x if replaced is None else _checked(replaced, x, f"stage {k}", "callback")
 

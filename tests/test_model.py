@@ -168,3 +168,17 @@ def test_muon_is_torch_s_muon(shape):
         reference.step()
     for a, b, before in zip(ours, theirs, start, strict=True):
         assert (a - b).norm() < 0.03 * (b - before).norm()
+
+
+def test_muon_leaves_matrices_without_a_gradient_as_they_are():
+    moved, frozen = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    moved.grad = torch.randn(4, 4, generator=seeded())
+    Muon([frozen, moved], lr=0.1, weight_decay=0.2, dtype=torch.float32).step()
+    assert torch.equal(frozen, torch.ones(4, 4)) and not torch.equal(moved, torch.ones(4, 4))
+
+
+def test_a_model_that_was_exported_still_answers_as_its_export_does():
+    model, x, t = small_model(), torch.randn(2, 1, 4, 8, 8), torch.rand(2)
+    network.positions_of.cache_clear()
+    exported = torch.export.export(model, (x, t, 1)).module()
+    assert_close(exported(x, t, 1), model(x, t, 1))
