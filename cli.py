@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import NoReturn
@@ -130,7 +131,8 @@ def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "mps":
             raise ValueError("--device mps works alone: start train.py without torchrun")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        long = timedelta(hours=2)  # the others wait while the first measures, saves and samples
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=long)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return rank, world, device
 
@@ -169,9 +171,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def lost_process(error: Exception) -> str:
-    """What to say if the error is that another process of a run is gone; else ""."""
-    gone = isinstance(error, dist.DistError) or "gloo" in str(error)
-    return f"another process of the run has ended ({reason(error)})" if gone else ""
+    """What to say if the error is that another process is gone, or cannot pass on its clips; else ""."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return f"another process of the run has ended ({reason(error)})"
+    if "DataLoader worker (pid" in str(error):
+        return "a process that prepares clips was killed, perhaps for lack of memory: fewer --workers need less"
+    if "shared memory" in str(error):
+        return "too little shared memory for --workers: --workers 0 needs none, a container gets it by --shm-size"
+    return ""
 
 
 def count(number: int, thing: str) -> str:

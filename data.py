@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import json
 import os
-import warnings
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
@@ -113,7 +113,7 @@ class FolderClips(Dataset):
     where a period is 1 / fps seconds, or by default what the file's pictures most often last (video.py). Pictures are
     RGB on white, or grey; cropped at their centre to the shape wanted and resized. Latents are cropped at their centre
     and have no range. Every epoch goes through the clips in a new order. What cannot be used is named in `summary` with
-    its reason; a file that turns out damaged or changed when it is read is named in a warning and passed over.
+    its reason; a file that turns out damaged or changed when it is read is named on stderr and passed over.
     Raises DataError if the folder does not exist, holds nothing usable or mixes pictures with latents."""
 
     folder: str | Path
@@ -135,7 +135,7 @@ class FolderClips(Dataset):
     def __post_init__(self):
         name, self.folder = self.folder, Path(self.folder)
         self.span = (self.frames - 1) * self.frame_stride + 1
-        self.cache, self.room, self.passed_over = {}, self.cache_bytes, Counter()
+        self.cache, self.room, self.passed_over = {}, self.cache_bytes, set()
         found = find_sources(self.folder, self.index, series=self.span > 1)
         found = [source.at_rate(self.fps) if self.fps and source.unit else source for source in found]
         moving = {source.files[0].parent for source in found if source.kind in ("video", "animation")}
@@ -228,9 +228,12 @@ class FolderClips(Dataset):
         warned = [f"{self._few(files)} {note}" for note, files in notes.items() if note]
         if self.latent:
             some = self.sources[:: max(1, len(self.sources) // 8)][:8]
-            deviations = torch.stack([open_latent(source.files[0]).float().std() for source in some])
-            deviation = deviations.mean().item() * self.latent_scale
-            if not 0.5 < deviation < 2:
+            deviations = {source.files[0]: open_latent(source.files[0]).float().std() for source in some}
+            if bad := [file for file, each in deviations.items() if not each.isfinite()]:
+                warned.append(f"{self._few(bad)} hold NaN or infinite numbers and are skipped where these are drawn")
+            finite = [each.item() for each in deviations.values() if each.isfinite()]
+            deviation = sum(finite) / max(1, len(finite)) * self.latent_scale
+            if finite and not 0.5 < deviation < 2:
                 hint = f"; --latent-scale {self.latent_scale / deviation:.3g} makes it 1" if deviation > 0 else ""
                 warned.append(f"the latents' standard deviation is {deviation:.2g}, far from noise's, which is 1{hint}")
             frames = sorted({source.frames for source in self.sources})
@@ -301,19 +304,16 @@ class FolderClips(Dataset):
                 starts = 1 if self.from_start else source.frames - self.span + 1
                 window = self.window(source, int(random.integers(starts)))
             except Exception as error:
-                self._pass_over(source.files[0], error)
+                file = source.files[0]
+                if file not in self.passed_over:  # once in each process; a new line, lest it stand in a progress bar
+                    reason = str(error) if isinstance(error, DataError) else f"cannot be decoded: {error}"
+                    print(f"\n{file} is skipped: it {reason}", file=sys.stderr)
+                self.passed_over.add(file)
                 continue
             window = window.flip(-1) if self.flip and random.integers(2) else window
             label = self.classes.index(self.class_name(source)) if self.labels else -1
             return window, label
         raise DataError(f"{self.folder}: not one file can be decoded")
-
-    def _pass_over(self, file: Path, error: Exception) -> None:
-        """Says so at the first, the tenth, the hundredth time."""
-        self.passed_over[file] += 1
-        if (times := self.passed_over[file]) in (1, 10, 100, 1000):
-            reason = str(error) if isinstance(error, DataError) else f"cannot be decoded: {error}"
-            warnings.warn(f"{file} is skipped ({times} time{'s' * (times > 1)} so far): it {reason}", stacklevel=3)
 
 
 def open_data(args: argparse.Namespace, index: Path | None = None) -> Dataset:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 import checkpoint as disk
@@ -45,8 +45,7 @@ NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames n
 
 
 def make_parser() -> cli.Parser:
-    about = {"description": "Train a video diffusion model on the temporal pyramid."}
-    parser = cli.Parser(prog="train.py", **about, epilog="example: python train.py --mode flow --out runs/mine")
+    parser = cli.Parser(prog="train.py", description=__doc__.split("\n")[0])
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["flow", "ddim"], default="flow", help="form of diffusion: flow matching or DDIM")
     add("--stages", type=positive_int, default=3, help="pyramid stages, each at half the frame rate; 1 is vanilla")
@@ -168,7 +167,9 @@ class TrainingBatches(Dataset):
         numbers, k = self.numbers(micro), self.stage_of(micro)
         clips, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
         classes = len(self.dataset.classes)
-        return draw(torch.stack(clips), torch.tensor(labels), classes, self.pyramid, k, numbers, self.args)
+        drawn = draw(torch.stack(clips), torch.tensor(labels), classes, self.pyramid, k, numbers, self.args)
+        share = get_worker_info() is not None  # if /dev/shm is full, it is here that the main process hears of it
+        return tuple(each.share_memory_() if share and each is not None else each for each in drawn)
 
 
 def make_batches(
@@ -177,16 +178,15 @@ def make_batches(
     """This rank's micro-batches from step `start` on, of the steps' own stages or all of one, on `device` but for u."""
     gpu = device.type == "cuda"
     usual = 4 if gpu else int(bool(args.data))  # to draw digits a CPU needs less time than a worker costs
-    workers = usual if args.workers is None else args.workers
     batches = TrainingBatches(dataset, args, rank, world, stage)
     micros = range(start * args.accumulate, args.steps * args.accumulate)
-    options = {"num_workers": workers, "worker_init_fn": _leave_process_group, "pin_memory": gpu}
-    for x_start, x_end, u, y in DataLoader(batches, batch_size=None, sampler=micros, **options):
+    options = {"num_workers": usual if args.workers is None else args.workers, "pin_memory": gpu}
+    for x_start, x_end, u, y in DataLoader(batches, None, sampler=micros, worker_init_fn=_leave_group, **options):
         x_start, x_end = (each.to(device, non_blocking=True) for each in (x_start, x_end))
         yield x_start, x_end, u, y if y is None else y.to(device, non_blocking=True)
 
 
-def _leave_process_group(_worker: int) -> None:
+def _leave_group(_worker: int) -> None:
     os.setpgrp()  # Ctrl-C and torchrun signal the whole group, and the main process still needs its workers then
 
 

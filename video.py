@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, groupby, pairwise
 from pathlib import Path
-from statistics import multimode
+from statistics import median_low, multimode
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ CUT_ANYWHERE = (".ts", ".mts", ".m2ts", ".mpg", ".mpeg")  # what is cut off from
 LATENTS = (".npy", ".pt")
 RUN = "checkpoint.pt"  # in the folder of a run of train.py, whose samples are no data
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
-INDEX_FORMAT = 2  # of the file that keeps what the headers said; raised when old ones can no longer be read
+INDEX_FORMAT = 3  # of the file that keeps what the headers said; raised when old ones can no longer be read
 LATENT_CHANNELS = (4, 8, 12, 16, 24, 32, 48, 64, 128, 256)  # that VAEs have
 
 
@@ -79,12 +79,13 @@ class Source:
 def usual_distance(times: list[int]) -> Fraction:
     """The most common distance from a time to the next (the least, of several). Those a tick from it are the same,
     rounded to another side, and are averaged: thirtieths of a second are 33, 33 and 34 milliseconds. A tick is a unit,
-    or what all distances are multiples of: milliseconds stay milliseconds in a file that counts finer."""
+    or what all distances are multiples of: milliseconds stay milliseconds in a file that counts finer. If fewer than
+    half are the same, as in videos of phones, it is the median."""
     distances = [after - before for before, after in pairwise(times)]
     usual, grain = min(multimode(distances)), math.gcd(*distances)
     tick = grain if 4 * grain < usual else min(1, usual - 1)
     alike = [distance for distance in distances if abs(distance - usual) <= tick]
-    return Fraction(sum(alike), len(alike))
+    return Fraction(sum(alike), len(alike)) if 2 * len(alike) >= len(distances) else Fraction(median_low(distances))
 
 
 def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
@@ -99,7 +100,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
     known = known if isinstance(known, dict) and known.get("format") == INDEX_FORMAT else {}
 
     def look(files: tuple[Path, ...]) -> Source:
-        name, key = str(files[0]), [len(files), *(_stamp(files[0]) if files[0].exists() else ())]
+        name, key = str(files[0]), [len(files), *(_stamp(files[0]) if os.path.exists(files[0]) else ())]
         same = name in known and known[name]["key"] == key
         source = _from_row(files, known[name]) if same else _probe(files)
         if source.kind == "video":
@@ -111,6 +112,9 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
     sources, without = [], index.parent.resolve() if index else None
     for files in tqdm(_groups(folder, without, series), desc="looking at files", unit="clip", delay=2):
         source = look(files)
+        while source.kind == "broken" and len(files) > 1:  # a damaged picture does not cost those after it
+            sources, files = [*sources, replace(source, files=files[:1])], files[1:]
+            source = look(files)
         whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
         sources += [source] if whole else [look((file,)) for file in files]
     if index and rows != known:
@@ -134,9 +138,8 @@ def _from_row(files: tuple[Path, ...], row: dict) -> Source:
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
     """The files of each clip under the folder, in order: one, or with `series` the stills whose numbers run on. Links
     to folders elsewhere are followed, to each of them once."""
-    root, seen = folder.resolve(), {without}
-
-    for directory, below, names in os.walk(folder, followlinks=True):
+    root, seen, closed = folder.resolve(), {without}, []
+    for directory, below, names in os.walk(folder, onerror=closed.append, followlinks=True):
         below.sort()
         for name in tuple(below):
             path = Path(directory, name)
@@ -150,9 +153,10 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
         numbered = defaultdict(list)
         for path in (Path(directory, name) for name in sorted(names)):
             suffix, match = path.suffix.lower(), re.fullmatch(r"(.*?)(\d+)", path.stem)
-            if suffix not in SUFFIXES or path.exists() and not path.is_file():
+            there = os.path.exists(path)  # not of a broken link, or one into what may not be read
+            if suffix not in SUFFIXES or there and not path.is_file():
                 continue
-            if path.exists() and series and suffix in STILLS and match:
+            if there and series and suffix in STILLS and match:
                 zeros = match[2] != str(int(match[2]))
                 numbered[match[1], suffix].append((int(match[2]), zeros, path))
             else:
@@ -164,6 +168,7 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
             # what runs on keeps its distance from the place in the list
             for _, run in groupby(enumerate(places), key=lambda each: (each[1][0], each[1][1] - each[0])):
                 yield tuple(path for _, (_, _, path) in run)
+    yield from ((Path(error.filename),) for error in closed)
 
 
 def _probe(files: tuple[Path, ...]) -> Source:
@@ -193,6 +198,7 @@ def _probe(files: tuple[Path, ...]) -> Source:
         return Source(files, "animation", tuple(times), end, Fraction(tick, 1000), usual_distance(times), **shape)
     except Exception as error:  # Pillow, FFmpeg, torch and numpy raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if isinstance(error, DataError) else "cannot be decoded"
+        reason = error.strerror if isinstance(error, FileNotFoundError | PermissionError) else reason
         return Source(files, "broken", note=reason)
 
 

@@ -1,5 +1,6 @@
 """Clips: moving digits, and a folder's pictures, animations, videos and latents; and how clips are saved."""
 
+import errno
 import os
 from contextlib import suppress
 from functools import partial
@@ -125,7 +126,7 @@ def test_links_elsewhere_are_followed_once_and_broken_ones_are_counted(tmp_path)
         (tmp_path / link).symlink_to(tmp_path / target)
     data = FolderClips(tmp_path / "data", 8, 16, labels=True)
     assert data.classes == ("m", "n", "series") and "12 files found, 10 used, 3 clips of 26 frames" in data.summary
-    assert "2 unusable: cannot be decoded (d.gif, series/frame0.png)" in data.summary
+    assert "2 unusable: No such file or directory (d.gif, series/frame0.png)" in data.summary
 
 
 def test_names_that_are_not_utf_8_are_used_and_told(tmp_path):
@@ -155,6 +156,34 @@ def test_sub_folders_are_the_labels(tmp_path):
     assert data.classes == ("ape", "zebra") and "1 in no sub-folder" in data.summary
     assert sorted(data[n][1] for n in range(3)) == [0, 0, 1]
     assert all((data[n][0][1].mean() > 0.5) == (data[n][1] == 1) for n in range(6))
+
+
+def test_folders_and_files_that_may_not_be_read_are_counted(tmp_path, monkeypatch):
+    def deny(name: str, call):
+        def denied(path, *args, **options):
+            if name in str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path, *args, **options)
+
+        return denied
+
+    for name in ("clips/a.gif", "clips/closed/b.gif", "hidden/c.gif"):
+        animation(tmp_path / name, 9)
+    (tmp_path / "clips" / "link.gif").symlink_to(tmp_path / "hidden" / "c.gif")
+    monkeypatch.setattr(os, "scandir", deny("closed", os.scandir))
+    monkeypatch.setattr(os, "stat", deny("link.gif", os.stat))
+    monkeypatch.setattr("builtins.open", deny("closed", open))
+    summary = FolderClips(tmp_path / "clips", 8, 16).summary
+    assert "3 files found, 1 used" in summary and "2 unusable: Permission denied (link.gif, closed)" in summary
+
+
+def test_a_series_whose_first_pictures_are_damaged_is_a_series_without_them(tmp_path):
+    numbered_stills(tmp_path / "clip", range(1, 13))
+    for number in (1, 2):
+        (tmp_path / "clip" / f"frame{number}.png").write_bytes(b"")
+    data = FolderClips(tmp_path, frames=8, size=8)
+    assert "2 unusable: cannot be decoded (clip/frame1.png, clip/frame2.png)" in data.summary
+    assert "10 used, 1 clip of 10 frames in all (1 series of stills)" in data.summary and min(reds(data[0][0])) >= 3
 
 
 @pytest.mark.parametrize("suffix, other", [(".png", ".jpeg"), (".jpg", ".PNG")])
@@ -222,6 +251,9 @@ def test_what_latents_were_understood_to_be_is_said(tmp_path):
     assert data.size == (6, 10) and data[0][0].shape == (16, 13, 6, 10)  # whole
     said = "warning: the latents' standard deviation is 2, far from noise's, which is 1; --latent-scale 0.498 makes"
     assert said in FolderClips(tmp_path, frames=13, size=6).summary
+    torch.save(torch.full((16, 13, 6, 10), torch.inf), tmp_path / "21.pt")
+    said = FolderClips(tmp_path, frames=13, size=6).summary
+    assert "standard deviation is 2, far" in said and "warning: 21.pt hold NaN or infinite numbers" in said
     torch.save(torch.randn(13, 16, 8, 8), tmp_path / "21.pt")
     (tmp_path / "13.pt").unlink()
     said = "warning: 21.pt is of shape (13, 16, 8, 8), which looks like (T, C, H, W)"
@@ -314,7 +346,7 @@ def test_the_index_spares_files_that_have_not_changed(clip_folder, monkeypatch):
         index.write_text("[")  # damaged: written anew
 
 
-def test_a_series_of_stills_of_different_sizes_as_they_are_shown_is_named_and_skipped(tmp_path):
+def test_a_series_of_stills_of_different_sizes_as_they_are_shown_is_named_and_skipped(tmp_path, capsys):
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     for name in ("good", "mixed", "turned"):
@@ -324,28 +356,27 @@ def test_a_series_of_stills_of_different_sizes_as_they_are_shown_is_named_and_sk
         size = (20, 16) if number == 2 else (16, 20)  # all upright ones are of 20x16
         Image.new("RGB", size).save(tmp_path / "turned" / f"frame{number}.png", exif=turned if number != 2 else None)
     data, read = FolderClips(tmp_path, 4, 8), {}
-    with pytest.warns(UserWarning, match="mixed/frame0.png is skipped .* is of 16x16, and .*2.png of another size"):
-        for source in data.sources:
-            with suppress(DataError):
-                read[source.files[0].parent.name] = data.window(source, 0).shape
-        [data[number] for number in range(20)]
+    for source in data.sources:
+        with suppress(DataError):
+            read[source.files[0].parent.name] = data.window(source, 0).shape
+    [data[number] for number in range(20)]
+    (said,) = capsys.readouterr().err.strip().splitlines()  # once
+    assert "mixed/frame0.png is skipped: " in said and "is of 16x16, and" in said and "2.png of another size" in said
     assert read.keys() == {"good", "turned"}
 
 
-def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder):
+def test_a_file_damaged_further_in_is_named_and_skipped(clip_folder, capsys):
     content = bytearray((clip_folder / "deep" / "er" / "c.png").read_bytes())
     place = content.rindex(b"fdAT")
     content[place + 8 : place + 20] = bytes(12)
     (clip_folder / "damaged.png").write_bytes(content)
     plain, again, scarce = (FolderClips(clip_folder, 6, 8, cache_bytes=room) for room in (2**20, 2**20, 3000))
-    with pytest.warns(UserWarning, match="damaged.png"):
-        whole = [plain[n][0] for n in range(30)]
+    whole = [plain[n][0] for n in range(30)]
     for data in (again, scarce):  # whatever was decoded before, a number is the same clip
-        with pytest.warns(UserWarning, match="damaged.png"):
-            assert all(torch.equal(data[n][0], whole[n]) for n in reversed(range(30))) and data.room >= 0
+        assert all(torch.equal(data[n][0], whole[n]) for n in reversed(range(30))) and data.room >= 0
+        assert "damaged.png is skipped" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:.*is skipped")
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_folder_of_files_all_damaged_further_in_ends_in_one_sentence(tmp_path, capfd, workers):
     (tmp_path / "clips").mkdir()
