@@ -267,8 +267,9 @@ def start_from_file(model: DiT, dataset: Dataset, args: Namespace) -> None:
         raise ValueError(f"--init {args.init}: {error}") from None
 
 
-def write_whole(content: dict, path: Path) -> None:
-    """torch.save that leaves a whole file or the old one: written aside, then renamed. Raises OSError."""
+def write_whole(content: dict, path: Path, also: str | None = None) -> None:
+    """torch.save that leaves a whole file or the old one: written aside, then renamed. Before that it gets its second
+    name, `also`. Raises OSError."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
@@ -278,6 +279,8 @@ def write_whole(content: dict, path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         aside.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there is kept") from None
+    if also:
+        keep_as(aside, also)
     os.replace(aside, path)
 
 
@@ -318,9 +321,8 @@ def save(
         keep_as(args.out / "weights.pt", f"weights-{state.step}.pt")
     if newest.exists():
         keep_as(newest, "checkpoint-previous.pt")
-    write_whole(whole, newest)  # last, so that --resume makes anew whatever a kill before this kept from being written
-    if state.best < best:
-        keep_as(newest, "checkpoint-best.pt")
+    # Last, so that --resume makes anew whatever a kill before this kept from being written.
+    write_whole(whole, newest, "checkpoint-best.pt" if state.best < best else None)
 
 
 def check_new(out: Path, data: str | None) -> None:

@@ -143,8 +143,8 @@ def seconds_a_step(words: list[str], trial: int) -> float:
         run_train([*words, "--steps", str(3 * trial), "--log-interval", "1", "--sample-number", "0"], run)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for before, row in itertools.pairwise(rows[trial - 1 :]):
-        (k,) = (k for k, loss in enumerate(row["loss_by_stage"]) if loss is not None)
-        seconds[k].append(row["seconds"] - before["seconds"])
+        for k in (k for k, loss in enumerate(row["loss_by_stage"]) if loss is not None):  # none of a skipped step
+            seconds[k].append(row["seconds"] - before["seconds"])
     if len(seconds) < options.stages:
         raise ValueError(f"a trial of {3 * trial} steps is too short: it did not train all stages")
     odds = (options.stage_odds or [1] * options.stages)[::-1]

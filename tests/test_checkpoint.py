@@ -163,6 +163,24 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(links, tmp_path, monke
     assert {path.name for path in tmp_path.glob("checkpoint*")} == set(names)
 
 
+@pytest.mark.parametrize("rename", range(3, 7))  # those of the save after step 4
+def test_a_kill_while_saving_does_not_cost_the_best_checkpoint(rename, tmp_path, monkeypatch):
+    calls, real = itertools.count(), os.replace
+    words = ["--stages", "1", "--steps", "6", "--save-interval", "2", "--held-out", "0.1"]
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: [[9.0, 1.0, 5.0][len(rows_of(tmp_path))]])
+
+    def replace(*paths):
+        if next(calls) == rename:
+            raise KeyboardInterrupt
+        return real(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        run_training(tmp_path, *words)
+    run_training(tmp_path, *words, "--resume")
+    assert load_checkpoint(tmp_path / "checkpoint-best.pt")["step"] == 4
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, capsys):
     """As on a full disk: no file of the process can grow past half a checkpoint, or past 1000 bytes."""
     before, limits = (run / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
