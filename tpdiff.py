@@ -282,7 +282,7 @@ class Pyramid:
         generator  one, or a list of one per clip, which makes a clip independent of its batch; on any device.
         device, dtype  what `predict` takes and the result has; None: the generator's. Between steps float32 or more.
         callback   callback(x, t, k), after every step and every renoising, with the time (B,) that x now has. What it
-                   returns, if not None, replaces x: to hold a first frame, for instance.
+                   returns, if not None, replaces x: to hold a first frame, for instance. `progress` needs tqdm.
         Raises ValueError if shape, steps or solver do not fit, or a function returns another shape, NaN or infinity."""
         counts = split_steps(steps, self.stages, self.lengths)
         shapes = [self.shape(shape, k) for k in range(self.stages)]

@@ -56,7 +56,7 @@ class Scored:
         self.network = load_efficientnet().to(self.device)
         self.distances = distances_to(reference, {"distance": partial(picture_features, self.network)})
         self.what = f"{args.number} clips, seed {args.seed}, {len(reference)} real ones"
-        self.depends = {"data": [each.digests_without(0)[1] for each in (self.seen, self.clips)], "metrics": METRICS}
+        self.depends = {"data": [each.digests_without(0)[0] for each in (self.seen, self.clips)], "metrics": METRICS}
 
     @cached_property
     def named(self) -> Callable:
@@ -200,33 +200,40 @@ def names(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def copies(args: argparse.Namespace) -> None:
-    """Whether samples repeat training clips: how far samples and held-out clips are from the nearest window of any
-    training clip, of the splits train and settings. The root mean square difference on frames of 16x16 pixels, whose
-    range is -1 to 1. The picture shows the samples that are nearest to a training clip, each with it."""
+    """Whether samples repeat training clips: how far clips are from the nearest window of any training clip, of the
+    splits train and settings. Compared are samples; training clips of the same labels, each with its own file apart;
+    and held-out clips, which have other labels. The distance is the root mean square difference on frames of 16x16
+    pixels, whose range is -1 to 1. The picture shows the samples that are nearest to a training clip, each with it."""
     figure_class()  # says what to install, if anything
     weights = load_weights(weight_file(args.checkpoint), choose_device())
     shape = weights.frames, weights.size
     parts = [FolderClips(args.data / name, *shape, labels=True) for name in ("train", "settings")]
-    names = [part.classes[part[number][1]] for number in range(args.number) for part in parts]
-    known = [name for name in names if name in weights.classes]
-    labels = sample.choose_labels(weights.classes, args.number, known[: args.number])
-    held_out = real_clips(0, args.number, FolderClips(args.data / "held-out", *shape))
+    files = [(part, source, part.class_name(source)) for part in parts for source in part.sources]
+    labels = [label for _, _, label in files]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    own = [each for each in order if labels.count(labels[each]) > 1 and labels[each] in weights.classes][: args.number]
+    if not own:
+        raise ValueError(f"{args.data} holds no label of the model's with two clips or more, which this compares")
+    real = torch.stack([data.window(source, 0) for data, source, _ in (files[each] for each in own)])
+    held_out = real_clips(0, len(own), FolderClips(args.data / "held-out", *shape))
+    labels = sample.choose_labels(weights.classes, len(own), [labels[each] for each in own])
     made = sampled(weights, labels, args, args.steps, args.solver, guidance=2.0).cpu()
 
     def small(clips: Tensor) -> Tensor:
         frames = F.adaptive_avg_pool2d(clips.transpose(1, 2).flatten(0, 1), 16)
         return frames.unflatten(0, (len(clips), -1)).flatten(1)
 
-    queries = small(torch.cat([made, held_out]))
+    queries, apart = small(torch.cat([made, real, held_out])), torch.tensor([-1] * len(own) + own + [-1] * len(own))
     nearest, windows = torch.full((len(queries),), torch.inf), [None] * len(queries)
-    for data, source in ((part, source) for part in parts for source in part.sources):
+    for number, (data, source, _) in enumerate(files):
         clips = torch.stack([data.window(source, start) for start in range(source.frames - data.span + 1)])
         distances, starts = torch.cdist(queries, small(clips)).min(1)
+        distances = distances.where(apart != number, torch.inf)
         for index in (distances < nearest).nonzero().flatten().tolist():
             nearest[index], windows[index] = distances[index], clips[starts[index]].clone()
-    nearest = nearest.view(2, -1) / queries.shape[1] ** 0.5
-    rows = []
-    for name, values in zip(("samples", "held-out clips"), nearest, strict=True):
+    nearest = nearest.view(3, -1) / queries.shape[1] ** 0.5
+    rows, compared = [], ("samples", "training clips of these labels", "held-out clips of other labels")
+    for name, values in zip(compared, nearest, strict=True):
         rows.append([name, *(f"{values.quantile(share).item():.3f}" for share in (0, 0.1, 0.5, 0.9))])
     order = nearest[0].argsort()[:6].tolist()
     pictures = {"samples": made[order], "nearest training clips": torch.stack([windows[index] for index in order])}

@@ -674,16 +674,18 @@ def test_a_clip_is_named_after_the_nearest_file_but_its_own(tmp_path):
 
 def test_samples_that_repeat_training_clips_are_found(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    for name in ("train/0", "train/250", "held-out/100", "settings/50"):
-        animation(tmp_path / name / "clip.webp", 18, (64, 64), green=int(name.split("/")[1]), lossless=True)
+    for name in ("train/0/a", "train/250/a", "train/0/b", "held-out/100/a", "settings/50/a"):
+        green = int(name.split("/")[1]) + 200 * name.endswith("b")
+        animation(tmp_path / f"{name}.webp", 18, (64, 64), green=green, lossless=True)
     copied = metrics.real_clips(0, 3, FolderClips(tmp_path / "train", 16, 64))
     weights = SimpleNamespace(frames=16, size=64, classes=("0", "250"))
     monkeypatch.setattr(trust, "load_weights", lambda *_: weights)
     monkeypatch.setattr(trust, "sampled", lambda _, labels, *__, **___: copied[: len(labels)])
     real.main(f"copies --data {tmp_path} --number 3 --out {tmp_path}".split())
-    ((_, (samples, held_out)),) = tables_of(tmp_path / "copies.json")
+    ((_, (samples, real_ones, held_out)),) = tables_of(tmp_path / "copies.json")
     assert max(map(float, samples[1:])) < 0.001 and min(map(float, held_out[1:])) > 0.1
-    assert [samples[0], held_out[0]] == ["samples", "held-out clips"] and (tmp_path / "copies.png").exists()
+    assert min(map(float, real_ones[1:])) > 0.1 and (tmp_path / "copies.png").exists()  # not from itself
+    assert [samples[0], held_out[0]] == ["samples", "held-out clips of other labels"]
 
 
 def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
