@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator
@@ -118,6 +119,9 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
         sources += [source] if whole else [look((file,)) for file in files]
     if index and rows != known:
+        if known and (changed := sorted(name for name in known | rows if known.get(name) != rows.get(name))):
+            few = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
+            tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few})", file=sys.stderr)
         index.parent.mkdir(parents=True, exist_ok=True)
         aside = index.with_name(index.name + ".tmp")
         aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))

@@ -49,6 +49,10 @@ def run_training(out: Path, *options: str) -> dict:
     return checkpoint
 
 
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def small_state(*options: str, stage: int | None = None) -> tuple[train.State, argparse.Namespace, Iterator]:
     """A run of a small model before its first step, its arguments and its batches, of the steps' stages or of one."""
     args = train.make_parser().parse_args([*TINY, *options])

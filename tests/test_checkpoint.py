@@ -1,7 +1,6 @@
 """A run on disk: resumed, whole or the one before, started from another, and never trusted."""
 
 import itertools
-import json
 import math
 import os
 import resource
@@ -13,7 +12,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, animation, assert_same_weights, both_modes, fails_with_one_line, run_training, save_hostile
+from conftest import (
+    TINY,
+    animation,
+    assert_same_weights,
+    both_modes,
+    fails_with_one_line,
+    rows_of,
+    run_training,
+    save_hostile,
+)
 from PIL import Image
 
 import cli
@@ -41,10 +49,6 @@ def run(whole, tmp_path) -> Path:
 def shipped(**changes) -> dict:
     """What the file of flow-3 holds, changed."""
     return torch.load(SHIPPED / "flow-3.pt", weights_only=True) | changes
-
-
-def rows_of(run: Path) -> list[dict]:
-    return [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 BY_STAGE = "--pyramid space-time --shift 2 --ends 0.5 0.25 0 --batch 8 4 2 --size 16 32 --frames 13 --patch 4"

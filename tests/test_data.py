@@ -325,7 +325,7 @@ def test_clips_that_runs_have_made_are_no_data(tmp_path):
         FolderClips(tmp_path / "run" / "clips", 8, 16, fps=6.25)
 
 
-def test_the_index_spares_files_that_have_not_changed(clip_folder, monkeypatch):
+def test_the_index_spares_files_that_have_not_changed_and_names_the_others(clip_folder, monkeypatch, capsys):
     index, opened, probe = clip_folder / "run" / "index.json", [], video._probe
     monkeypatch.setattr(video, "_probe", lambda files: opened.append(files[0].name) or probe(files))
     numbered_stills(clip_folder / "stills", range(6))
@@ -338,7 +338,10 @@ def test_the_index_spares_files_that_have_not_changed(clip_folder, monkeypatch):
     animation(clip_folder / "short.gif", 7)
     os.utime(clip_folder / "short.gif", (1, 1))
     (clip_folder / "a.gif").unlink()
+    capsys.readouterr()
     assert "5 clips" in indexed().summary and opened[12:] == [*broken, "short.gif"]
+    files = ", ".join(str(clip_folder / name) for name in ("a.gif", "short.gif"))
+    assert f"new, gone or changed since the last start: 2 ({files})" in capsys.readouterr().err
     animation(clip_folder / "short.gif", 6)
     os.utime(clip_folder / "short.gif", (1, 1))  # as old as what it replaces
     for _ in range(2):

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from conftest import (
     command,
     decompression_bomb,
     fails_with_one_line,
+    rows_of,
     run_training,
     small_model,
     small_state,
@@ -40,10 +40,6 @@ from tpdiff import Pyramid, align, draw_nearest, randn
 
 def arguments(*options: str):
     return train.make_parser().parse_args([*TINY, *options])
-
-
-def rows_of(run: Path) -> list[dict]:
-    return [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
