@@ -89,28 +89,6 @@ def longer(args: argparse.Namespace) -> list:
     return [(["run", "frames", "judge's distance", "legible", "one digit", "straight"], rows)]
 
 
-def share_alike(clips: Tensor, limit: float) -> dict[str, float]:
-    """Shares of neighbouring frames whose mean squared difference is below `limit`: of frames 2 j and 2 j + 1, which
-    the last renoising makes of one, and of frames 2 j + 1 and 2 j + 2."""
-    alike = (clips.diff(dim=2).square().mean((1, 3, 4)) < limit).double()
-    return {"within": alike[:, ::2].mean().item(), "between": alike[:, 1::2].mean().item()}
-
-
-def alike(args: argparse.Namespace) -> list:
-    """The share of neighbouring frames that are alike: doubled at a transition, or frozen. Alike means that they differ
-    by less than a tenth of what is usual, the median, in real clips (mean square)."""
-    real = real_clips(0, args.reference)
-    limit = real.diff(dim=2).square().mean((1, 3, 4)).median().item() / 10
-    rows = [["real", "", "", *(f"{share:.2%}" for share in share_alike(real, limit).values())]]
-    for system, solver, seed, steps in product(SYSTEMS, ("euler", "ab2"), training_seeds(args), (3, 9, 30)):
-        run = SYSTEMS[system] + seed
-        make = partial(clips_of, Cell(run, steps, solver), args)
-        name = f"frames alike of {run}, {steps} steps of {solver}"
-        found = stored(name, run, make, partial(share_alike, limit=limit), args)
-        rows.append([run, steps, solver, *(f"{mean(found[which]):.2%}" for which in ("within", "between"))])
-    return [(["run", "steps", "solver", "alike, frames of a pair", "alike, frames of two pairs"], rows)]
-
-
 def fast(args: argparse.Namespace) -> list:
     """Digits three times as fast, in training and in sampling: the time pyramid and vanilla, nine Euler steps."""
     rows = []
@@ -265,4 +243,4 @@ def draws(args: argparse.Namespace) -> list:
     return tables
 
 
-QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, alike, fast, diversity, rival, draws)
+QUESTIONS: tuple[Callable, ...] = (placing, positions, longer, fast, diversity, rival, draws)

@@ -702,15 +702,6 @@ def test_gains_compare_means_over_the_seeds_at_the_end_and_in_time():
     assert real.gains({"fast": curves["fast"]})[1] == []
 
 
-def test_frames_that_are_doubled_or_frozen_count_as_alike():
-    clips = metrics.real_clips(0, 20)
-    limit = clips.diff(dim=2).square().mean((1, 3, 4)).median().item() / 10
-    made = clips, with_frames_doubled(clips, 16), FROZEN[0](clips, 1)
-    usual, doubled, frozen = (asked.share_alike(each, limit) for each in made)
-    assert max(usual.values()) < 0.05 and set(frozen.values()) == {1}
-    assert doubled["within"] == 1 and doubled["between"] < 0.05
-
-
 def test_coarse_to_fine_returns_the_clips_of_a_network_that_knows_them(monkeypatch):
     clip = metrics.real_clips(3, 1)[:, :, ::4].repeat_interleave(4, dim=2)  # the same at every rate
     begun = {}
