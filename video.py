@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import sys
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator
@@ -121,7 +120,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
     if index and rows != known:
         if known and (changed := sorted(name for name in known | rows if known.get(name) != rows.get(name))):
             few = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
-            tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few})", file=sys.stderr)
+            tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few})")
         index.parent.mkdir(parents=True, exist_ok=True)
         aside = index.with_name(index.name + ".tmp")
         aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))

@@ -341,7 +341,7 @@ def test_the_index_spares_files_that_have_not_changed_and_names_the_others(clip_
     capsys.readouterr()
     assert "5 clips" in indexed().summary and opened[12:] == [*broken, "short.gif"]
     files = ", ".join(str(clip_folder / name) for name in ("a.gif", "short.gif"))
-    assert f"new, gone or changed since the last start: 2 ({files})" in capsys.readouterr().err
+    assert f"new, gone or changed since the last start: 2 ({files})" in capsys.readouterr().out
     animation(clip_folder / "short.gif", 6)
     os.utime(clip_folder / "short.gif", (1, 1))  # as old as what it replaces
     for _ in range(2):
