@@ -271,6 +271,7 @@ def write_whole(content: dict, path: Path, also: str | None = None) -> None:
     """torch.save that leaves a whole file or the old one: written aside, then renamed. Before that it gets its second
     name, `also`. Raises OSError."""
     aside = path.with_name(path.name + ".tmp")
+    aside.unlink(missing_ok=True)  # what a kill left may have a second name, whose file must not be written into
     try:
         with open(aside, "wb") as file:
             torch.save(content, file)
@@ -279,8 +280,12 @@ def write_whole(content: dict, path: Path, also: str | None = None) -> None:
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         aside.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there is kept") from None
-    if also:
-        keep_as(aside, also)
+    try:
+        if also:
+            keep_as(aside, also)
+    except OSError:  # for a copy there was no room
+        os.replace(aside, path)
+        raise
     os.replace(aside, path)
 
 
@@ -291,7 +296,11 @@ def keep_as(path: Path, name: str) -> None:
     try:
         os.link(path, aside)
     except OSError:  # a file system without hard links
-        shutil.copyfile(path, aside)
+        try:
+            shutil.copyfile(path, aside)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
     os.replace(aside, path.with_name(name))
     aside.unlink(missing_ok=True)  # it stays if both names were of one file already
 

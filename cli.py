@@ -174,10 +174,10 @@ def lost_process(error: Exception) -> str:
     """What to say if the error is that another process is gone, or cannot pass on its clips; else ""."""
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return f"another process of the run has ended ({reason(error)})"
-    if "DataLoader worker (pid" in str(error):
-        return "a process that prepares clips was killed, perhaps for lack of memory: fewer --workers need less"
-    if "shared memory" in str(error):
+    if "shared memory(shm)" in str(error) or "Bus error" in str(error):
         return "too little shared memory for --workers: --workers 0 needs none, a container gets it by --shm-size"
+    if "DataLoader worker (pid" in str(error):
+        return f"a process that prepares clips has ended, perhaps for lack of memory; fewer --workers? {reason(error)}"
     return ""
 
 
@@ -232,7 +232,8 @@ class StopRequest:
 
     def _handle(self, number: int, _frame) -> None:
         self.signal = number
-        if not dist.is_initialized():  # torchrun repeats the terminal's signal; alone, the second one kills
+        # A second Ctrl-C kills, but not with torchrun, which repeats it. A second SIGTERM may be the first, passed on.
+        if number == signal.SIGINT and not dist.is_initialized():
             signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> int:

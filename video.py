@@ -119,7 +119,8 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         sources += [source] if whole else [look((file,)) for file in files]
     if index and rows != known:
         if known and (changed := sorted(name for name in known | rows if known.get(name) != rows.get(name))):
-            few = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
+            shown = (os.fsencode(name).decode(errors="replace") for name in changed[:3])
+            few = ", ".join(shown) + ", ..." * (len(changed) > 3)
             tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few})")
         index.parent.mkdir(parents=True, exist_ok=True)
         aside = index.with_name(index.name + ".tmp")

@@ -156,12 +156,20 @@ def run_train(words: list[str], out: Path, variant: str | None = None) -> None:
     words = [*words, "--resume"] if (out / "checkpoint.pt").exists() else words
     what = ["-m", "experiments.variants", variant] if variant else [train.__file__]
     child = subprocess.Popen([sys.executable, *what, *words, "--out", out])
-    before = signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))  # it saves first
-    with suppress(KeyboardInterrupt):  # the terminal told the child too
-        child.wait()
-    code = child.wait()
-    signal.signal(signal.SIGTERM, before)
-    if code:
+    stop = []
+
+    def pass_on(number: int, _frame) -> None:  # the child saves first
+        stop.append(128 + number)
+        child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        with suppress(KeyboardInterrupt):  # the terminal told the child too
+            child.wait()
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code := code or sum(stop[:1]):
         again = "; the same command goes on from its checkpoint" if (out / "checkpoint.pt").exists() else ""
         raise SystemExit(f"train.py ended with {code}{again}")
 

@@ -27,7 +27,7 @@ from PIL import Image
 import cli
 import sample
 import train
-from checkpoint import SHIPPED, find_weights, load_checkpoint, load_weights, make_pyramid
+from checkpoint import SHIPPED, find_weights, load_checkpoint, load_weights, make_pyramid, write_whole
 from data import DataError, FolderClips
 from experiments import metrics
 from tpdiff import Pyramid
@@ -183,6 +183,13 @@ def test_a_kill_while_saving_does_not_cost_the_best_checkpoint(rename, tmp_path,
         run_training(tmp_path, *words)
     run_training(tmp_path, *words, "--resume")
     assert load_checkpoint(tmp_path / "checkpoint-best.pt")["step"] == 4
+
+
+def test_what_a_kill_left_is_not_written_into(tmp_path):
+    (tmp_path / "a.pt.tmp").write_bytes(b"the best")
+    os.link(tmp_path / "a.pt.tmp", tmp_path / "best.pt")  # as if killed before the new file got its name
+    write_whole({}, tmp_path / "a.pt")
+    assert (tmp_path / "best.pt").read_bytes() == b"the best"
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, capsys):

@@ -295,7 +295,7 @@ def test_a_signal_to_the_whole_group_saves_first(number, tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] > 0 and not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("what, said", [("kill", "was killed, perhaps for lack of memory"), ("full", "--shm-size")])
+@pytest.mark.parametrize("what, said", [("kill", "has ended, perhaps for lack of memory"), ("full", "--shm-size")])
 def test_a_run_whose_clips_cannot_be_prepared_apart_ends_in_one_sentence(what, said, tmp_path, monkeypatch):
     def optimize(state, *inputs):
         for child in multiprocessing.active_children() if state.step == 9 else ():
