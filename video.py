@@ -1,8 +1,5 @@
-"""Files on disk become frames, and the times at which they are shown: animations, numbered stills, videos (with PyAV)
-and latents. Knows nothing of windows.
-
-`find_sources` says which clips a folder holds, `read_images` and `open_latent` read them.
-"""
+"""Files become frames with times: animations, numbered stills, videos (with PyAV), latents. `find_sources` says which
+clips a folder holds, `read_images` and `open_latent` read them."""
 
 import json
 import math
@@ -14,20 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain, groupby, pairwise
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from statistics import median_low, multimode
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
+from PIL.PngImagePlugin import Blend, Disposal
 from torch import Tensor
 from tqdm import tqdm
 
-STILLS = (".png", ".jpg", ".jpeg")
+STILLS, LATENTS = (".png", ".jpg", ".jpeg"), (".npy", ".pt")
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .flv .wmv .3gp".split())
 CUT_ANYWHERE = (".ts", ".mts", ".m2ts", ".mpg", ".mpeg")  # what is cut off from these does not show in their packets
-LATENTS = (".npy", ".pt")
 RUN = "checkpoint.pt"  # in the folder of a run of train.py, whose samples are no data
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
 INDEX_FORMAT = 3  # of the file that keeps what the headers said; raised when old ones can no longer be read
@@ -40,11 +37,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A clip on disk: one file, or numbered stills.
-    Picture i is on the screen from times[i] until the next one's time, and the last until `end`, in units of `unit`
-    seconds. Counted at a rate, with `period` units from one frame to the next, frame number j is the picture that is on
-    the screen at times[0] + (j + 1/2) period. Stills and latents state no times: their unit is 0, and they are one
-    period apart."""
+    """A clip on disk: one file, or numbered stills. Picture i is shown from times[i] until the next one's time, and the
+    last until `end`, in units of `unit` seconds. Counted at a rate, with `period` units from one frame to the next,
+    frame number j is the picture that is shown at times[0] + (j + 1/2) period. Stills and latents state no times: their
+    unit is 0, and they are one period apart."""
 
     files: tuple[Path, ...]
     kind: str  # "video", "animation", "stills", "latent", or "broken" if it could not be read
@@ -77,10 +73,10 @@ class Source:
 
 
 def usual_distance(times: list[int]) -> Fraction:
-    """The most common distance from a time to the next (the least, of several). Those a tick from it are the same,
-    rounded to another side, and are averaged: thirtieths of a second are 33, 33 and 34 milliseconds. A tick is a unit,
-    or what all distances are multiples of: milliseconds stay milliseconds in a file that counts finer. If fewer than
-    half are the same, as in videos of phones, it is the median."""
+    """The most common distance from a time to the next (the least, of several). Those a tick from it count as the same
+    and are averaged: thirtieths of a second are 33, 33 and 34 milliseconds. A tick is a unit, or what all distances are
+    multiples of (milliseconds, in a file that counts finer). If fewer than half are the same, as in videos of phones,
+    it is the median."""
     distances = [after - before for before, after in pairwise(times)]
     usual, grain = min(multimode(distances)), math.gcd(*distances)
     tick = grain if 4 * grain < usual else min(1, usual - 1)
@@ -130,8 +126,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size
+    return (status := file.stat()).st_mtime_ns, status.st_size
 
 
 def _from_row(files: tuple[Path, ...], row: dict) -> Source:
@@ -161,13 +156,11 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
             if suffix not in SUFFIXES or there and not path.is_file():
                 continue
             if there and series and suffix in STILLS and match:
-                zeros = match[2] != str(int(match[2]))
-                numbered[match[1], suffix].append((int(match[2]), zeros, path))
+                numbered[match[1], suffix].append((int(match[2]), match[2] != str(int(match[2])), path))
             else:
                 yield (path,)
         for members in numbered.values():
-            numbers = [number for number, *_ in members]
-            twice = len(set(numbers)) < len(numbers)  # a_1 and a_01, and whose is a_10? It stays apart from both
+            twice = len({number for number, *_ in members}) < len(members)  # a_1 and a_01: whose is a_10?
             places = sorted(((zeros, len(path.stem)) * twice, number, path) for number, zeros, path in members)
             # what runs on keeps its distance from the place in the list
             for _, run in groupby(enumerate(places), key=lambda each: (each[1][0], each[1][1] - each[0])):
@@ -201,9 +194,8 @@ def _probe(files: tuple[Path, ...]) -> Source:
         *times, end = (np.cumsum([0, *durations]).round().astype(int) // tick).tolist()
         return Source(files, "animation", tuple(times), end, Fraction(tick, 1000), usual_distance(times), **shape)
     except Exception as error:  # Pillow, FFmpeg, torch and numpy raise many kinds for a damaged file
-        reason = str(error).splitlines()[0] if isinstance(error, DataError) else "cannot be decoded"
-        reason = error.strerror if isinstance(error, FileNotFoundError | PermissionError) else reason
-        return Source(files, "broken", note=reason)
+        reason = error.strerror if isinstance(error, FileNotFoundError | PermissionError) else "cannot be decoded"
+        return Source(files, "broken", note=str(error).splitlines()[0] if isinstance(error, DataError) else reason)
 
 
 def _durations(image: Image.Image, path: Path) -> list[float]:
@@ -316,7 +308,6 @@ def open_latent(path: Path) -> Tensor:
         kind = latent.dtype if latent.layout == torch.strided else latent.layout
         if kind == latent.layout or not latent.is_floating_point():
             raise DataError(f"holds {kind}, and latents are dense floating-point numbers".replace("torch.", ""))
-        latent = latent.detach()
     else:
         array = np.load(path, mmap_mode="c")
         if array.dtype not in (np.float16, np.float32, np.float64):
@@ -325,7 +316,7 @@ def open_latent(path: Path) -> Tensor:
     if latent.ndim != 4 or 0 in latent.shape:
         batch = ": take the batch's latents apart, a file each" if latent.ndim == 5 else ""
         raise DataError(f"is of shape {tuple(latent.shape)}, and a latent is (C, T, H, W){batch}")
-    return latent
+    return latent.detach()
 
 
 def read_images(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.Image]]:
@@ -336,21 +327,37 @@ def read_images(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
     if source.kind == "video":
         yield from _read_video(source, wanted)
     elif source.kind == "stills":
-        with Image.open(source.files[0]) as first:
-            turned = first.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            size = first.size[::-1] if turned else first.size
+        size = None
         for number in wanted:
             with Image.open(source.files[number]) as image:
                 upright = ImageOps.exif_transpose(image)
-                if upright.size != size:
+                if upright.size != (size := size or upright.size):
                     raise DataError(f"is of {size[0]}x{size[1]}, and {image.filename} of another size")
                 yield number, upright
     else:
         with Image.open(source.files[0]) as image:
-            poster = int(getattr(image, "default_image", False))
-            for number in wanted:
-                image.seek(number + poster)
-                yield number, ImageOps.exif_transpose(image)
+            own = image.format == "PNG" and image.mode != "I;16"  # 16 bits of grey, where nothing is half transparent
+            pictures = islice(_read_apng(image) if own else ImageSequence.Iterator(image), wanted[-1] + 1)
+            for number, picture in zip(range(wanted[-1] + 1), pictures, strict=True):
+                if number in wanted:
+                    yield number, ImageOps.exif_transpose(picture)
+
+
+def _read_apng(image: Image.Image) -> Iterator[Image.Image]:
+    """Puts an animation's pictures together as the PNG specification says. Pillow mixes half-transparent ones too
+    light, and clears with a colour where nothing should be left."""
+    canvas = Image.new("RGBA", image.size)
+    canvas.info["exif"] = image.info.get("exif")
+    for number in range(int(image.default_image), image.n_frames):
+        image.seek(number)
+        image.blend_op = Blend.OP_SOURCE  # so Pillow will not mix it
+        before, box = canvas.copy(), image.info["bbox"]
+        part = image.crop(box).convert("RGBA")
+        canvas.alpha_composite(part, box[:2]) if image.info["blend"] == Blend.OP_OVER else canvas.paste(part, box)
+        yield canvas
+        canvas = before if image.info["disposal"] == Disposal.OP_PREVIOUS else canvas
+        if image.info["disposal"] == Disposal.OP_BACKGROUND:
+            canvas.paste((0, 0, 0, 0), box)
 
 
 def _read_video(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.Image]]:
@@ -386,8 +393,7 @@ def _upright(frame, pixel_aspect) -> Image.Image:
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":  # x' = a x + c y, y' = b x + d y, each 1, 0 or -1
             a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
-            turned = a == 0
-            image = image.transpose(Image.Transpose.TRANSPOSE) if turned else image
-            image = ImageOps.mirror(image) if (c if turned else a) < 0 else image
-            image = ImageOps.flip(image) if (b if turned else d) < 0 else image
+            image = image if a else image.transpose(Image.Transpose.TRANSPOSE)
+            image = ImageOps.mirror(image) if (a or c) < 0 else image
+            image = ImageOps.flip(image) if (d or b) < 0 else image
     return image

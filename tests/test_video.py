@@ -1,8 +1,10 @@
 """Files become frames with times. In most tests picture i shows its number i as eight black or white blocks."""
 
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -165,6 +167,47 @@ def test_animations_play_at_their_speed(tmp_path, name, sequence, duration, expe
     assert source.period * source.unit == (Fraction(1, 25) if duration == TITLE else Fraction(1, 10))
     for start in range(source.frames - 7):
         assert numbers(data.window(source, start)) == expected[start : start + 8]
+
+
+def write_apng(path: Path, colors: np.ndarray, parts: list[tuple]) -> None:
+    """Of 4 x 4 pixels, each the number of a color (N, 4) in a palette. Of each picture where it begins (x, y), how it
+    is cleared (0 not, 1 to nothing, 2 to what was before), whether it lies over what is there, its pixels (H, W)."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)), (b"acTL", struct.pack(">II", len(parts), 0))]
+    chunks += [(b"PLTE", colors[:, :3].tobytes()), (b"tRNS", colors[:, 3].tobytes())]
+    for number, (x, y, cleared, over, pixels) in enumerate(parts):
+        place = struct.pack(">5I2H2B", max(0, 2 * number - 1), *pixels.shape[::-1], x, y, 1, 10, cleared, over)
+        rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+        chunks += [(b"fcTL", place), (b"fdAT", struct.pack(">I", 2 * number) + rows) if number else (b"IDAT", rows)]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in [*chunks, (b"IEND", b"")]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pictures_of_an_animated_png_lie_over_one_another_as_its_specification_says(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    colors = random.integers(0, 256, (6, 4), np.uint8)
+    colors[:3, 3] = 0, 128, 255
+    canvas, parts, expected = np.zeros((4, 4, 4)), [], []
+    for number in range(8):
+        y, x = random.integers(0, 3, 2) if number else (0, 0)
+        pixels = random.integers(0, 6, random.integers(1, 3, 2) if number else (4, 4), np.uint8)
+        cleared, over = int(random.integers(0, 3)), bool(random.integers(0, 2))
+        parts.append((x, y, cleared, over, pixels))
+        before, there = canvas.copy(), (slice(y, y + pixels.shape[0]), slice(x, x + pixels.shape[1]))
+        color, alpha = colors[pixels, :3] / 255, colors[pixels, 3:] / 255
+        above = np.concatenate([color * alpha, alpha], -1)  # colors times their opacity, which is last
+        canvas[there] = above + canvas[there] * (1 - alpha) if over else above
+        expected.append(255 * (canvas[..., :3] + 1 - canvas[..., 3:]))  # on white
+        if cleared == 1:
+            canvas[there] = 0
+        canvas = before if cleared == 2 else canvas
+    write_apng(tmp_path / "a.png", colors, parts)
+    data, source = opened(tmp_path, size=4)
+    shown = np.concatenate([data._picture(image)[None] for _, image in video.read_images(source, list(range(8)))])
+    assert np.abs(shown - np.stack(expected)).max() < 4
 
 
 @pytest.mark.parametrize("fps, expected", [(5, range(1, 17, 2)), (20, [0, 0, 1, 1, 2, 2, 3, 3]), (10, range(8))])
