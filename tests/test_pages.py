@@ -210,7 +210,7 @@ def test_what_the_results_say_by_hand_of_chosen_batch_and_rate_is_in_their_table
     shares = {row[0]: row[4] for row in untuned}
     (distance, seconds) = next((float(row[2].split()[0]), float(row[1])) for row in untuned if row[0] == "vanilla")
     tuned = [(float(row[2]), [float(row[3])]) for row in runs[1] if row[0] == "vanilla-seed-1"]
-    assert "but so does vanilla with [batch and rate tuned]" in in_one_line("README.md")
+    assert "as does vanilla with [batch and rate tuned]" in in_one_line("README.md")
     assert shares["time"] == shares["space"] == "0.75" and abs(time_to(distance, tuned) / seconds - 0.75) < 0.02
 
 
@@ -245,7 +245,7 @@ def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
     assert f"that of AnimateDiff {100 * gamma:.0f}%" in text and f"and {1 / gamma:.0f} times with that of" in text
     zero = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)  # what an error of 1 in all predicted noises becomes
     grown = [-p.integrate(lambda x, t, k: torch.ones_like(x), zero, 2, 9).item() for p in both]
-    assert "an error of the clip that is {:.1f} and {:.1f} times as large".format(*grown) in text
+    assert "becomes {:.1f} (default) or {:.1f} (AnimateDiff) times as large".format(*grown) in text
     # Of a latent of mean square 1 at stages 0 and 2, the nearest of eight
     size = 16 * 60 * 104 * torch.tensor([21, 6])
     first, last = (100 * 1.4236 * (6 / size) ** 0.5 / 2).tolist()  # draw_nearest: 2 c s / (2 D), s = sqrt(6 D)
@@ -254,12 +254,12 @@ def test_the_companion_s_numbers_are_those_of_the_tests_and_of_the_schedule():
         p = tpdiff.Pyramid("flow", 3, shift=a, ends=ends and (0, a / (a + 2), 2 * a / (2 * a + 1)))
         counts = tpdiff.split_steps(30, 3, p.lengths)
         assert counts == [10, 10, 10] if ends else "{} {}, {} and {}".format(said, *counts) in text
-    assert "`ends=(0, a / (a + 2), 2 * a / (2 * a + 1))` three stages have equal parts" in text
+    assert "`ends=(0, a / (a + 2), 2 * a / (2 * a + 1))`, stage 0 first, three stages have equal parts" in text
     p, pairs = tpdiff.Pyramid("flow", 3, shift=5), []
     for solver in ("euler", "ab2"):
         errors = [100 * covariance_error(p, each, solver, (21, 1, 1)) for each in ([10, 7, 4], [23, 5, 2])]
-        pairs.append("{:.2g}% against {:.2g}%".format(*errors))
-    assert f"{pairs[0]} with Euler, {pairs[1]} with `ab2`. So give" in text
+        pairs.append("{:.2g}%, not {:.2g}%,".format(*errors))
+    assert f"{pairs[0]} with Euler, and {pairs[1]} with `ab2`. So give" in text
 
 
 def test_every_command_on_the_pages_is_one_that_its_parser_takes():
