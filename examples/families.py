@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
 
-PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "safetensors")
+PACKAGES = "diffusers==0.42.1 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 safetensors"  # as tested
 MORE = "sentencepiece protobuf ftfy av"  # what tokenizers, prompts and videos need
 
 
@@ -24,14 +24,13 @@ def library(name: str = "diffusers") -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        packages = " ".join(PACKAGES).replace("diffusers", "diffusers==0.42.1")
-        raise ValueError(f"{error.name or name} is missing: pip install {packages} {MORE}") from None
+        raise ValueError(f"{error.name or name} is missing: pip install {PACKAGES} {MORE}") from None
 
 
 def check_packages() -> None:
     """Raises ValueError if one of PACKAGES is missing. Their parts are loaded late, and fail less clearly."""
-    for name in PACKAGES:
-        library(name)
+    for package in PACKAGES.split():
+        library(package.split("==")[0])
     library("diffusers.utils.logging").set_verbosity_error()  # its warnings are of what is done on purpose here
 
 
@@ -172,6 +171,7 @@ class Family:
     guidance: float
     fps: float
     most_frames: Callable = lambda config: None  # latent frames that a network's table of positions has, if any
+    together: int = 1  # so many latent frames the VAE decodes at once, after the first
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -186,7 +186,7 @@ COGVIDEOX = Family(  # cogvideox_transformer_3d.py, pipeline_cogvideox.py, autoe
     "CogVideoXPipeline", "CogVideoXTransformer3DModel", "transformer", "AutoencoderKLCogVideoX", cogvideox_schedule,
     tell_cogvideox, call_cogvideox, lora=(*ATTENTION, "ff.net.0.proj", "ff.net.2"),  # CogVideoXBlock
     compression=lambda vae: (int(vae.temporal_compression_ratio), 2 ** (len(vae.block_out_channels) - 1)), patch=2,
-    prompt={"max_sequence_length": 226}, frames=49, size=(480, 720), guidance=6.0, fps=8,
+    prompt={"max_sequence_length": 226}, frames=49, size=(480, 720), guidance=6.0, fps=8, together=2,
 )  # fmt: skip
 ANIMATEDIFF = Family(  # unet_motion_model.py, pipeline_animatediff.py, autoencoder_kl.py
     "AnimateDiffPipeline", "UNetMotionModel", "unet", "AutoencoderKL", animatediff_schedule, tell_animatediff,

@@ -23,6 +23,7 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -162,12 +163,17 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
     dtype = torch.bfloat16 if models.use_bf16(args.precision, accelerator.device) else torch.float32
     encoder = models.load_text_encoder(family, args.model, dtype).to(accelerator.device)
     prompts = {"": models.encode_prompts(family, encoder, [""], accelerator.device)[0]}
-    if accelerator.is_main_process:
-        (cache / "digest").unlink(missing_ok=True)  # what is there is written over
+    begun, first = cache / "begun", accelerator.is_main_process
+    if first and not (begun.exists() and begun.read_text() == digest):  # else what is there is of these clips
+        for file in cache.iterdir():
+            file.unlink()
+        begun.write_text(digest)
         save_tensors({"prompt": prompts[""]}, cache / "empty.safetensors")
+    accelerator.wait_for_everyone()
     vae.to(accelerator.device).requires_grad_(False)
     mine = range(accelerator.process_index, len(windows), accelerator.num_processes)
-    for number in tqdm(mine, desc="encoding", unit="clip", disable=not accelerator.is_main_process):
+    mine = [number for number in mine if not (cache / f"{number}.safetensors").exists()]
+    for number in tqdm(mine, desc="encoding", unit="clip", disable=not first):
         source, start, caption = windows[number]
         if caption not in prompts:  # the last one is kept, for the next window of the same clip
             encoded = models.encode_prompts(family, encoder, [caption], accelerator.device)[0]
@@ -175,8 +181,8 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
         latent = models.encode(vae, read_window(dataset, source, start)[None])[0].cpu()
         save_tensors({"latent": latent, "prompt": prompts[caption]}, cache / f"{number}.safetensors")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (cache / "digest").write_text(digest)
+    if first:
+        begun.replace(cache / "digest")
     return len(windows)
 
 
@@ -348,6 +354,18 @@ def train(args: Namespace, family: Family, accelerator) -> int:
     return 128 + (stop.signal or 15) if state.step < args.steps else 0
 
 
+def make_accelerator(args: Namespace):
+    """Raises ValueError if accelerate is to share gradients in another way than DDP."""
+    on_cpu = cli.choose_device(args.device).type == "cpu"
+    # The others wait while the first looks at all clips, and then until the slowest has encoded its part.
+    patience = library("accelerate").InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patience])
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(f"accelerate's configuration asks for {kind}: run accelerate launch --multi_gpu")
+    return accelerator
+
+
 def claim_together(args: Namespace, accelerator) -> None:
     """Makes the run's folder this run's alone. If that fails, all processes raise ValueError."""
     problem, checkpoint = "", args.out / "checkpoint.pt"
@@ -365,8 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with cli.one_sentence(parser, NO_MEMORY):
             args, family = parse_args(argv)
-            on_cpu = cli.choose_device(args.device).type == "cpu"
-            accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision="no")
+            accelerator = make_accelerator(args)
             claim_together(args, accelerator)
             raise SystemExit(train(args, family, accelerator))
     finally:

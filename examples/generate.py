@@ -6,6 +6,7 @@
 never loaded here: the tests run this on small random models of the same classes.
 """
 
+import gc
 import json
 import time
 import warnings
@@ -98,9 +99,10 @@ def latent_shape(family: Family, vae: Module, pyramid: Pyramid, frames: int, siz
     if fits != list(size):
         why = f"{len(pyramid)} stages need height and width divisible by {steps}"
         raise ValueError(f"--size {size[0]} {size[1]}: {why}; the nearest is --size {fits[0]} {fits[1]}")
-    nearest = max(0, round((frames - 1) / every)) * every + 1
+    step = every * family.together
+    nearest = max(0, round((frames - 1) / step)) * step + 1
     if nearest != frames:
-        raise ValueError(f"--frames {frames}: the VAE takes 1 plus a multiple of {every}; the nearest is {nearest}")
+        raise ValueError(f"--frames {frames}: the VAE takes 1 plus a multiple of {step}; the nearest is {nearest}")
     return (frames - 1) // every + 1, size[0] // pixels, size[1] // pixels
 
 
@@ -273,6 +275,7 @@ def run(args: Namespace) -> None:
         latents.append(pyramid.sample(predict, whole, counts, args.solver, generators, device, progress=True))
     seconds = (time.perf_counter() - start) / len(prompts)
     del network, model, predict
+    gc.collect()  # a told network holds itself; now there is room for the clips
     vae = vae.to(device)
     if args.tiling:
         vae.enable_tiling()

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import warnings
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from examples.families import FAMILIES, WAN
 from experiments import conversion
 from tpdiff import Pyramid
 
-MISSING = "other people's models need: pip install diffusers==0.42.1 transformers peft accelerate safetensors av"
+MISSING = "other people's models need: pip install -r tests/requirements.txt"
 PACKAGES = ("diffusers", "small_models", "peft", "accelerate", "safetensors", "av")
 diffusers, small_models, *_ = (pytest.importorskip(package, reason=MISSING) for package in PACKAGES)
 each_model = pytest.mark.parametrize("name", ["wan", "cogvideox-2b", "cogvideox-5b", "animatediff"])
@@ -302,10 +303,12 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do():
         ("WanPipeline", (2, 2, 2), 81, (490, 850), "--size 512 832"),
         ("WanPipeline", (2, 1, 1), 80, (480, 832), "nearest is 81"),
         ("CogVideoXPipeline", (1, 2, 2), 49, (480, 720), "--size 448 704"),
+        ("CogVideoXPipeline", (2, 1, 1), 45, (480, 720), "nearest is 49"),
     ):
         with pytest.raises(ValueError, match=nearest):
             generate.latent_shape(FAMILIES[name], vae, Pyramid("flow", 3, factor=factor), frames, size)
     p = Pyramid("flow", 3, factor=(2, 2, 2))
+    assert generate.latent_shape(FAMILIES["CogVideoXPipeline"], vae, p, 41, (448, 832)) == (11, 56, 104)
     assert generate.latent_shape(FAMILIES["WanPipeline"], vae, p, 81, (448, 832)) == (21, 56, 104)
     patched = diffusers.CogVideoXTransformer3DModel(2, 16, patch_size_t=2, num_layers=1, text_embed_dim=16)
     with pytest.raises(ValueError, match="CogVideoX 1.5"):
@@ -346,6 +349,52 @@ def test_clips_that_were_encoded_before_are_refused_by_a_pyramid_that_they_do_no
         finetune.main(words(f"{{wan}} {RUN} --steps 1 --size 64"))
     with pytest.raises(SystemExit, match="killed"):
         finetune.main(words(line))
+
+
+def test_encoding_goes_on_where_it_was_stopped(places, words, tmp_path, monkeypatch):
+    line, encode, encoded = f"{{wan}} {RUN} --steps 1", generate.encode, []
+
+    def stopped(vae, clips):
+        if len(encoded) == 2:
+            sys.exit("killed")
+        encoded.append(clips)
+        return encode(vae, clips)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "encode", stopped)
+        with pytest.raises(SystemExit, match="killed"):
+            finetune.main(words(line))
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "cache").glob("[0-9]*")}
+    finetuned(words(line))
+    after = {path.name: path for path in (tmp_path / "run" / "cache").glob("*")}
+    assert len(first) == 2 and {path: path.stat().st_mtime_ns for path in first} == first
+    assert after.keys() == {"0.safetensors", "1.safetensors", "2.safetensors", "empty.safetensors", "digest"}
+
+
+def test_what_shares_gradients_in_another_way_is_refused_and_processes_wait_long(words, monkeypatch, capsys):
+    kinds, begun = generate.library("accelerate.utils").DistributedType, []
+    monkeypatch.setattr(finetune, "claim_together", lambda args, accelerator: begun.append(accelerator) or sys.exit(0))
+    with pytest.raises(SystemExit, match="0"):
+        finetune.main(words(f"{{wan}} {RUN}"))
+    assert begun[0].init_handler.timeout.total_seconds() > 10 * 3600
+    monkeypatch.setattr(finetune.library("accelerate").Accelerator, "distributed_type", kinds.DEEPSPEED)
+    said = fails_with_one_line(capsys, finetune.main, *words(f"{{wan}} {RUN}"))
+    assert "accelerate's configuration asks for DEEPSPEED: run accelerate launch --multi_gpu" in said
+
+
+@each_model
+def test_there_is_room_for_the_clips_when_they_are_decoded(name, words, monkeypatch):
+    load, networks = generate.load_finetuned, []
+
+    def load_and_watch(*args):
+        network = load(*args)
+        networks.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(generate, "load_finetuned", load_and_watch)
+    monkeypatch.setattr(generate, "decode", lambda *_: sys.exit("there" if networks[0]() else "gone"))
+    with pytest.raises(SystemExit, match="gone"):
+        generate.main(words(f"{{{name}}} {CLIPS} --steps 3 --prompt cat --out {{tmp}}/a.gif"))
 
 
 def test_what_another_family_s_row_would_need_is_read_or_refused(tmp_path):
