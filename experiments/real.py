@@ -52,7 +52,6 @@ BATCHES = {"vanilla": (1,), "time": (4, 2, 1), "space": (8, 4, 1), "space-time":
 COMMON = "--labels folder --size 64 --width 192 --depth 6 --heads 6 --convolution --warmup 200 --ema 0.999"
 COMMON += " --sample-number 0"
 SHARES = (25, 50, 75, 100)  # percent of a run after which its weights are kept
-STEPS = (3, 6, 9, 15, 30)
 CHEAP = (5, 3, 1)  # most steps where they cost least: it does well on digits
 PACE = ["seconds a step", "fewest", "most"]
 
@@ -197,7 +196,8 @@ def scores(args: argparse.Namespace) -> None:
         pyramid = make_pyramid(weights)
         if system not in pictures:
             pictures[system] = sampled(weights, scored.labels[:8], args, 30).cpu()
-        even, *splits = (tuple(split_steps(steps, weights.stages, pyramid.lengths)) for steps in (args.steps, *STEPS))
+        totals = args.steps, *args.sampling_steps
+        even, *splits = (tuple(split_steps(total, weights.stages, pyramid.lengths)) for total in totals)
         splits += [CHEAP] if weights.stages == len(CHEAP) else []
         known = {("euler", even): points[-1][1]["distance"]}
         clip = 1, weights.model.config.channels, options.frames, *height_width(options.size)
@@ -304,6 +304,7 @@ def make_parser() -> Parser:
         add("--number", type=whole_number(2), default=192, help="clips of each kind that are sampled, or damaged")
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
         add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
+    scores_("--sampling-steps", type=positive_int, nargs="+", default=[3, 6, 9, 15, 30], help="totals to compare")
     for add in (settings_, scores_):
         add("--reference", type=whole_number(2), default=400, help="clips to compare with, at most four windows a clip")
     distance_("--checkpoint", type=Path, nargs="*", default=[], help="weights whose samples are compared too")

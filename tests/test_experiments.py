@@ -495,7 +495,7 @@ def test_emoji_become_clips_on_white_at_half_the_rate_in_one_part_a_code_point(t
 
 TRAIN = "train --seconds 24 --systems vanilla space-time --options".split()
 OPTIONS = "--width 8 --depth 1 --heads 2 --batch 2 --warmup 1 --workers 0 --frames 8 --size 16"
-SCORES = "scores --number 2 --steps 3 --reference 4".split()
+SCORES = "scores --number 2 --steps 3 --reference 4 --sampling-steps 3 6".split()
 RUNS, RESULTS = Path("runs/real"), Path("experiments/results")
 
 
@@ -515,7 +515,6 @@ def scored_runs(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real, "run_train", train_here)
         patch.setattr(real, "seconds_a_step", lambda words, _: 2 if "space-time" in words else 3)
-        patch.setattr(real, "STEPS", (3, 6))
         patch.setattr(train, "HELD_OUT", 2)
         patch.setattr(trust, "load_efficientnet", few_channels)
         with pytest.MonkeyPatch.context() as inside:
