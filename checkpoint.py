@@ -359,7 +359,10 @@ def start_metrics(path: Path, step: int) -> None:
         with suppress(ValueError):
             kept += [row] if json.loads(row)["step"] <= step else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(row + "\n" for row in kept))
+    aside = path.with_name(path.name + ".tmp") if kept else path  # a full disk costs no rows
+    aside.write_text("".join(row + "\n" for row in kept))
+    if kept:
+        os.replace(aside, path)
 
 
 def write_metrics(

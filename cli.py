@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -178,7 +179,13 @@ def lost_process(error: Exception) -> str:
         return "too little shared memory for --workers: --workers 0 needs none, a container gets it by --shm-size"
     if "DataLoader worker (pid" in str(error):
         return f"a process that prepares clips has ended, perhaps for lack of memory; fewer --workers? {reason(error)}"
-    return ""
+    return failed_compiler(error)
+
+
+def failed_compiler(error: Exception) -> str:
+    """What to say if the error is the compiler's; else ""."""
+    of_compiler = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+    return f"--compile failed ({reason(error)}): leave it out, or give --no-compile" if of_compiler else ""
 
 
 def count(number: int, thing: str) -> str:
@@ -189,6 +196,17 @@ def count(number: int, thing: str) -> str:
 def reason(error: Exception) -> str:
     """What went wrong, in a line."""
     return "not enough memory" if is_out_of_memory(error) else (str(error) or repr(error)).splitlines()[0]
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file, that becomes it if all goes well, and else is removed."""
+    aside = path.with_name(f"unfinished-{path.name}")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -207,6 +225,8 @@ def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             parser.error(no_memory)
+        if said := failed_compiler(error):
+            parser.error(said)
         if said := lost_process(error):
             parser.exit(1, f"{parser.prog}: {said}; continue with --resume, if there is a checkpoint\n")
         raise
@@ -235,6 +255,7 @@ class StopRequest:
         # A second Ctrl-C kills, but not with torchrun, which repeats it. A second SIGTERM may be the first, passed on.
         if number == signal.SIGINT and not dist.is_initialized():
             signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nsaving after this step; a second Ctrl-C ends at once, without it\n")  # print() may be busy
 
     def agreed(self) -> int:
         if dist.is_initialized():

@@ -22,8 +22,11 @@ from tpdiff import Pyramid, split_steps
 from video import SUFFIXES, import_av
 
 MOST_PIXELS = 2**24  # of a preview
+MOST_FPS = 50.0  # that a GIF is shown at everywhere
+MOST_SIDE = {".gif": 65535, ".mp4": 16384}  # pixels
 CODE_POINT = re.compile("1f[0-9a-f]{3}")  # the labels of weights/emoji.pt
 PICTURES, LATENTS = (".gif", ".png", ".mp4"), (".npy",)  # suffixes of what is written
+COLUMNS = 5  # of clips in a picture
 FPS = 12  # of what was trained on clips that do not say theirs, as digits
 FEW = 500  # training steps: before, samples may still look like noise, as those of digits do
 
@@ -103,9 +106,10 @@ def check_guidance(weights: Weights, guidance: float) -> None:
 def generate(
     weights: Weights, pyramid: Pyramid, labels: Tensor | None, number: int,
     steps: int | list[int] = 30, solver: str = "euler", guidance: float = 1.0,
-    seed: int = 0, precision: str = "auto", progress: bool = False, first: int = 0,
+    seed: int = 0, precision: str = "auto", progress: bool = False, first: int = 0, callback: Callable | None = None,
 ) -> Tensor:  # fmt: skip
-    """`number` clips (B, C, T, H, W) from number `first` on. Clip i's noise depends on `seed` and i alone."""
+    """`number` clips (B, C, T, H, W) from number `first` on. Clip i's noise depends on `seed` and i alone. The callback
+    is that of `Pyramid.sample`."""
     check_guidance(weights, guidance)
     device = next(weights.model.parameters()).device
     shape = (number, weights.model.config.channels, weights.frames, *height_width(weights.size))
@@ -113,33 +117,47 @@ def generate(
     labels = None if labels is None or weights.label_dropout == 1 else labels.to(device)  # or never trained with them
     predict = make_predict(weights.model, labels, guidance, use_bf16(precision, device))
     predict = replayed(predict) if device.type == "cuda" else predict
-    return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress)
+    return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress, callback=callback)
 
 
 def frame_rate(weights: Weights) -> float:
-    """Frames a second that GIFs and MP4s have unless --fps says it: the training clips', between 1 and 50."""
-    return min(50.0, max(1.0, weights.fps or FPS))
+    """Frames a second that an MP4 has unless --fps says it: the training clips'. A GIF has MOST_FPS at most."""
+    return max(1.0, weights.fps or FPS)
 
 
-def save_preview(weights: Weights, args: argparse.Namespace, batch: int) -> None:
+def enlarged(weights: Weights) -> int:
+    """How many pixels of a picture's width and height a clip's pixel becomes."""
+    return 3 if height_width(weights.size)[1] <= 64 else 1
+
+
+def save_preview(weights: Weights, args: argparse.Namespace, batch: int, stop: cli.StopRequest | None = None) -> None:
     """Writes step-N of a run: --sample-number clips by the EMA weights, 30 Euler steps, as a GIF, or .npy of latents.
     The noises are always the same, so that progress shows. `batch` clips at a time, as training takes, and of large
-    clips fewer: 16 million pixels at most. What goes wrong is said on stderr, and does not end the run."""
+    clips fewer: 16 million pixels at most. What goes wrong is said on stderr, and does not end the run. Nothing is
+    written once `stop` has a signal."""
     height, width = height_width(weights.size)
     number = max(1, min(args.sample_number, MOST_PIXELS // (weights.frames * height * width)))
     pyramid, labels, clips = make_pyramid(weights), choose_labels(weights.classes, number), []
     suffix = ".gif" if weights.latent_scale is None else ".npy"
     path, aside = args.out / f"step-{weights.step:07d}{suffix}", args.out / f"unfinished{suffix}"
+    fps = min(MOST_FPS, frame_rate(weights))
+
+    def give_up(*_) -> None:
+        if stop and stop.signal:
+            raise InterruptedError
+
     try:
         for first in tqdm(range(0, number, batch), desc=f"sampling {number} clips", unit="batch", leave=False):
             part = labels if labels is None else labels[first : first + batch]
-            options = {"precision": args.precision, "first": first}
+            options = {"precision": args.precision, "first": first, "callback": give_up}
             clips.append(generate(weights, pyramid, part, min(batch, number - first), **options).cpu())
         if weights.latent_scale is None:
-            save_gif(torch.cat(clips), aside, min(5, number), 3 if width <= 64 else 1, frame_rate(weights))
+            save_gif(torch.cat(clips), aside, min(COLUMNS, number), enlarged(weights), fps)
         else:
             save_latents(torch.cat(clips), aside, weights.latent_scale)
         aside.replace(path)
+    except InterruptedError:
+        return
     except Exception as error:
         tqdm.write(f"step {weights.step}: no sample clips ({cli.reason(error)}); the run goes on", file=sys.stderr)
 
@@ -159,6 +177,19 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
     return chosen[torch.arange(number) % len(chosen)] if classes else None
 
 
+def check_pictures(weights: Weights, number: int, fps: float | None, suffixes: list[str]) -> None:
+    """Raises ValueError for what files of these kinds cannot hold."""
+    sizes, grid = height_width(weights.size), (-(-number // COLUMNS), min(COLUMNS, number))
+    height, width = (enlarged(weights) * (count * (size + 2) + 2) for count, size in zip(grid, sizes, strict=True))
+    if max(height, width) > MOST_SIDE.get(suffixes[0], math.inf):
+        most = f"a {suffixes[0]} file has at most {MOST_SIDE[suffixes[0]]} a side: sample fewer"
+        raise ValueError(f"--number {number} makes a picture of {width}x{height} pixels, and {most}")
+    if fps and suffixes[0] not in MOST_SIDE:
+        raise ValueError(f"--fps has no meaning for {suffixes[0]} files")
+    if fps and suffixes[0] == ".gif" and fps > MOST_FPS:
+        raise ValueError(f"--fps {fps:g}: a GIF has at most {MOST_FPS:g} frames a second, an .mp4 more")
+
+
 def free_name(stem: Path) -> Path:
     """`stem` with the first number at which there is no such file."""
     names = (Path(f"{stem}-{number:03d}") for number in itertools.count())
@@ -174,7 +205,7 @@ def make_parser() -> cli.Parser:
     add("--pyramid", choices=FACTORS, help="what a stage halves [the checkpoint's, else time]")
     checkpoint = "a run's folder, or its weights.pt or checkpoint.pt [newest match in runs/, else shipped]"
     add("--checkpoint", type=Path, help=checkpoint)
-    add("--number", type=positive_int, default=10, help="clips to sample")
+    add("--number", type=positive_int, help="clips to sample [10, or a clip of each --label if these are more]")
     steps = "solver steps: a total, or one count per stage, noisiest first"
     add("--steps", type=positive_int, nargs="+", action=cli.OneOrMore, default=30, help=steps)
     add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
@@ -186,7 +217,7 @@ def make_parser() -> cli.Parser:
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     cli.add_device(add)
     add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
-    add("--fps", type=real_number(1, 50), help=f"frames a second of the GIF or MP4 [the training clips', else {FPS}]")
+    add("--fps", type=real_number(1, 1000), help=f"frames a second of the GIF or MP4 [the training clips', else {FPS}]")
     out = "file: .gif, .png (frames in a row), .mp4 (needs PyAV) or, of latents, .npy; without a suffix .gif and .png"
     add("--out", type=Path, help=f"{out}; an existing folder: RUN-NNN in it [samples]")
     return parser
@@ -207,14 +238,18 @@ def run(args: argparse.Namespace) -> None:
     if args.list_labels:
         shown = [f"{name}  {chr(int(name, 16))}" if CODE_POINT.fullmatch(name) else name for name in weights.classes]
         return print(*shown or [f"{path} was trained without labels"], sep="\n")
+    asked = len(args.label or ())
+    number = args.number or max(10, asked)
+    if asked > number:
+        raise ValueError(f"--label names {asked} classes, and --number {number} makes fewer clips")
     try:
-        labels = choose_labels(weights.classes, args.number, args.label)
+        labels = choose_labels(weights.classes, number, args.label)
     except ValueError as error:
         raise ValueError(f"{error} ({path})") from None
     if args.label and weights.label_dropout == 1:
         raise ValueError(f"{path} was never trained with labels (--label-dropout 1): leave out --label")
     if args.label:
-        print("labels:", *(weights.classes[label] for label in labels[: len(args.label)]))
+        print("labels:", *(weights.classes[label] for label in labels[:asked]))
     check_guidance(weights, args.guidance)
     pyramid = make_pyramid(weights)
     counts = split_steps(args.steps, weights.stages, pyramid.lengths)
@@ -229,6 +264,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: {path} makes {advice}")
     if suffix == ".mp4":
         import_av(out)  # says what to install
+    check_pictures(weights, number, args.fps, [file.suffix.lower() for file in files])
     if there := [file for file in files if file.exists()]:
         raise ValueError(f"{there[0]} exists already: choose another --out")
     make_folder(out.parent, out)  # what cannot be written shall not be found out after sampling
@@ -237,21 +273,22 @@ def run(args: argparse.Namespace) -> None:
     if weights.step < FEW:
         print("note: after so few training steps samples may still look like noise")
     start = time.perf_counter()
-    options, fps = (counts, args.solver, args.guidance, args.seed, args.precision), args.fps or frame_rate(weights)
-    clips = generate(weights, pyramid, labels, args.number, *options, progress=True).cpu()
-    said = f"{cli.count(args.number, 'clip')} of {cli.count(weights.frames, 'frame')}"
-    print(f"{said}, {(time.perf_counter() - start) / args.number:.2f} s a clip")
+    options = counts, args.solver, args.guidance, args.seed, args.precision
+    clips = generate(weights, pyramid, labels, number, *options, progress=True).cpu()
+    said = f"{cli.count(number, 'clip')} of {cli.count(weights.frames, 'frame')}"
+    print(f"{said}, {(time.perf_counter() - start) / number:.2f} s a clip")
     print(said_cost(counts, pyramid, clips.shape, args))
+    fps = args.fps or (frame_rate(weights) if suffix == ".mp4" else min(MOST_FPS, frame_rate(weights)))
     for file in files:
-        kind = file.suffix.lower()
-        if kind == ".npy":
-            save_latents(clips, file, weights.latent_scale)
-        elif kind == ".png":
-            save_strip(clips, file)
-        else:
-            save = save_video if kind == ".mp4" else save_gif
-            save(clips, file, min(5, args.number), fps=fps)
-    rate = f", {fps:g} frames a second" * (files[0].suffix.lower() in (".gif", ".mp4"))
+        with cli.written_whole(file) as aside:
+            if file.suffix.lower() == ".npy":
+                save_latents(clips, aside, weights.latent_scale)
+            elif file.suffix.lower() == ".png":
+                save_strip(clips, aside)
+            else:
+                save = save_video if suffix == ".mp4" else save_gif
+                save(clips, aside, min(COLUMNS, number), enlarged(weights), fps)
+    rate = f", {fps:g} frames a second" * (files[0].suffix.lower() in MOST_SIDE)
     print(f"wrote {' and '.join(map(str, files))}{rate}")
 
 

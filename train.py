@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from bisect import bisect
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,8 +39,7 @@ from tpdiff import Generators, Pyramid, align, draw_nearest, randn
 # --resume takes all other arguments from the checkpoint and refuses to change them; the clips of --data may have moved.
 FREE = "steps workers device accumulate compile gradient-checkpointing sample-number log-interval sample-interval "
 FREE += "save-interval keep-interval"
-HELD_OUT = 64  # clips that a loss is measured on
-MOST_SKIPPED = 10
+HELD_OUT, MOST_SKIPPED = 64, 10  # clips that a loss is measured on; steps in a row without a gradient
 NO_MEMORY = "not enough memory: a smaller --batch, --width, --size or --frames needs less, or --gradient-checkpointing"
 
 
@@ -83,7 +82,7 @@ def make_parser() -> cli.Parser:
     add("--steps", type=positive_int, default=3000, help="optimizer steps; a change on --resume moves --lr's curve")
     batch = "clips a process in one forward pass: one number, or one for each stage, noisiest first"
     add("--batch", type=positive_int, nargs="+", action=cli.OneOrMore, default=4, help=batch)
-    add("--accumulate", type=positive_int, default=1, help="micro-batches a step; above 1 there are no CUDA graphs")
+    add("--accumulate", type=positive_int, default=1, help="micro-batches a step; CUDA graphs need 1, and a single GPU")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up, on top of half a cosine to 0")
@@ -93,8 +92,8 @@ def make_parser() -> cli.Parser:
     add("--label-dropout", type=real_number(0, 1), default=0.1, help="share of labels dropped, for guidance")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
     cli.add_device(add)
-    add("--compile", action="store_true", help="torch.compile the model: slow to start, faster after")
-    add("--gradient-checkpointing", action="store_true", help="less memory, more time: blocks run again in backward")
+    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile: slow to start, faster after")
+    add("--gradient-checkpointing", action=BooleanOptionalAction, default=False, help="takes less memory, more time")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=non_negative_int, default=0, help="of everything random")
     add("--out", type=Path, help="folder of the run [runs/MODE-STAGES, -PYRAMID if not time, -NAME of --data]")
@@ -118,6 +117,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         disk.check_new(out, args.data)
     idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")
     idle |= {} if args.align == "nearest" else {"candidates": f"with --align {args.align}"}
+    idle |= {} if args.resume or args.labels or not args.data else {"label_dropout": "without --labels"}
+    idle |= {} if args.resume or args.stages > 1 else {"pyramid": "with --stages 1"}
     for name, where in idle.items():
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
@@ -341,8 +342,7 @@ def end_step(state: State, losses: Tensor, k: int, lr: float, args: Namespace) -
     state.model.zero_grad()
     state.step += 1
     if state.skipped_in_a_row == MOST_SKIPPED:
-        path = args.out / "checkpoint.pt"
-        last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        last = next((f"the last checkpoint is {path}" for path in args.out.glob("checkpoint.pt")), "nothing saved yet")
         when = f"{MOST_SKIPPED} steps in a row, last at step {state.step}, stage {k}"
         raise SystemExit(f"the gradient was NaN or infinite {when}: try a lower --lr in a new run; {last}")
 
@@ -402,7 +402,7 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                         disk.save(state, dataset, args, world, due, judged)
                         saved = state.step
                     if sample_due and first and args.sample_number:
-                        save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0])
+                        save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0], stop)
                     mark, clips = time.perf_counter(), 0
             except Exception:  # clips, a loader's or another process are gone, or memory is short: the steps are kept
                 bar.close()  # or what is said now stands in its line

@@ -119,7 +119,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
             few = ", ".join(shown) + ", ..." * (len(changed) > 3)
             tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few})")
         index.parent.mkdir(parents=True, exist_ok=True)
-        aside = index.with_name(index.name + ".tmp")
+        aside = index.with_name(f"{index.name}.{os.getpid()}.tmp")  # on another machine each process writes it
         aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
         os.replace(aside, index)
     return sources
@@ -139,7 +139,7 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
     to folders elsewhere are followed, to each of them once."""
     root, seen, closed = folder.resolve(), {without}, []
     for directory, below, names in os.walk(folder, onerror=closed.append, followlinks=True):
-        below.sort()
+        below[:] = sorted(name for name in below if name[0] not in ".@")  # what is deleted, thumbnails of a server
         for name in tuple(below):
             path = Path(directory, name)
             real = path.resolve()

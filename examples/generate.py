@@ -282,7 +282,8 @@ def run(args: Namespace) -> None:
         vae.enable_slicing()
     clips = torch.cat([decode(vae, latent).cpu() for latent in latents])
     save = save_video if args.out.suffix == ".mp4" else save_gif
-    save(clips, args.out, scale=1, fps=args.fps)
+    with cli.written_whole(args.out) as aside:
+        save(clips, aside, scale=1, fps=args.fps)
     frames = cli.count(clips.shape[2], "frame")
     print(f"{cli.count(len(clips), 'clip')} of {frames}, {seconds:.2f} s a clip before decoding")
     print(said_cost(counts, pyramid, whole, args))

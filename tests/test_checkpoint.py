@@ -1,5 +1,6 @@
 """A run on disk: resumed, whole or the one before, started from another, and never trusted."""
 
+import errno
 import itertools
 import math
 import os
@@ -27,7 +28,7 @@ from PIL import Image
 import cli
 import sample
 import train
-from checkpoint import SHIPPED, find_weights, load_checkpoint, load_weights, make_pyramid, write_whole
+from checkpoint import SHIPPED, find_weights, load_checkpoint, load_weights, make_pyramid, start_metrics, write_whole
 from data import DataError, FolderClips
 from experiments import metrics
 from tpdiff import Pyramid
@@ -342,3 +343,17 @@ def test_labels_in_weights_are_never_paths(tmp_path, monkeypatch):
     sample.main(["--checkpoint", "names.pt", "--label", "../x", "--number", "1", "--steps", "3"])
     assert sorted(path.name for path in Path("samples").iterdir()) == ["names-000.gif", "names-000.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_full_disk_costs_no_rows_of_losses_when_a_run_goes_on(tmp_path, monkeypatch):
+    def fills(path: Path, text: str) -> None:
+        with open(path, "w") as file:
+            file.write(text[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rows = "".join(f'{{"step": {step}}}\n' for step in range(1, 9))
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    monkeypatch.setattr(Path, "write_text", fills)
+    with pytest.raises(OSError, match="No space left"):
+        start_metrics(tmp_path / "metrics.jsonl", 5)
+    assert (tmp_path / "metrics.jsonl").read_text() == rows

@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -159,7 +160,9 @@ def test_train_on_time_and_space_then_sample_by_the_pyramid_s_name(tmp_path, mon
     ("--out {tmp}/taken", "taken.png exists already"), ("--out {tmp}/taken.png", "taken.png exists already"),
     ("--out {tmp}/a.npy", "makes pictures: .gif, .png, .mp4"), ("--out {tmp}/a.jpg", "makes pictures: .gif, .png"),
     ("--chekpoint a", "--chekpoint a; did you mean --checkpoint?"), ("--frames 32", "--frames 32; --help lists all"),
-    ("--out /proc/a --number 10000000", "No such file"),
+    ("--out /proc/a", "No such file"), ("--number 6600", "makes a picture of 516x134646 pixels, and a .gif file has"),
+    ("--number 2 --label 1 2 3", "--label names 3 classes, and --number 2 makes fewer"),
+    ("--out {tmp}/a.gif --fps 51", "a GIF has at most 50"), ("--out {tmp}/a.png --fps 7", "no meaning for .png files"),
 ])  # fmt: skip
 def test_sample_refuses_bad_input_in_one_sentence(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -202,6 +205,37 @@ def test_out_with_a_suffix_writes_that_file_alone(name, tmp_path, capsys):
     assert "like noise" not in out
     with Image.open(tmp_path / name) as picture:
         assert picture.format == name[2:].upper()
+
+
+@pytest.mark.parametrize("name, save", [("a.gif", "save_gif"), ("a.png", "save_strip")])
+def test_a_file_that_cannot_be_written_whole_is_not_left_behind(name, save, tmp_path, monkeypatch, capsys):
+    def half(_, path, *options) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no room left")
+
+    monkeypatch.setattr(sample, save, half)
+    with pytest.raises(SystemExit, match="2"):
+        run_sample("--checkpoint", SHIPPED / "flow-1.pt", "--number", 1, "--steps", 1, "--out", tmp_path / name)
+    assert capsys.readouterr().err.endswith("\nsample.py: no room left\n") and not list(tmp_path.iterdir())
+
+
+def test_every_label_that_is_asked_for_gets_a_clip_and_large_clips_are_not_enlarged(tmp_path, capsys):
+    asked = [str(number % 10) for number in range(12)]
+    run_sample("--checkpoint", SHIPPED / "flow-3.pt", "--steps", 3, "--label", *asked, "--out", tmp_path / "a.gif")
+    assert "12 clips of 16 frames" in capsys.readouterr().out
+    weights = load_weights(SHIPPED / "flow-3.pt")
+    assert [sample.enlarged(replace(weights, size=size)) for size in (32, (96, 64), (32, 65), 256)] == [3, 3, 1, 1]
+    assert sample.frame_rate(replace(weights, fps=60.0)) == 60
+
+
+def test_what_a_compiler_lacks_is_said_in_a_sentence(tmp_path, monkeypatch, capsys):
+    error = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no C++ compiler\nfound")
+    words = "--checkpoint", SHIPPED / "flow-1.pt", "--out", tmp_path / "a", "--compile"
+    monkeypatch.setattr(sample, "generate", Mock(side_effect=error))
+    assert "--compile failed (no C++ compiler): leave it out" in fails_with_one_line(capsys, sample.main, *words)
+    monkeypatch.setattr(train, "optimize", Mock(side_effect=error))
+    with pytest.raises(SystemExit, match="compile failed .*: leave it out, or give --no-compile; start a new run"):
+        train.main([*TINY, "--out", str(tmp_path), "--steps", "3"])
 
 
 def test_labels_that_a_terminal_cannot_show_are_escaped(monkeypatch):

@@ -218,7 +218,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(whole, tmp_path):
 
 def test_a_step_whose_gradient_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(tmp_path, monkeypatch):
     true_loss, bad = train.training_loss, {0, 1, *range(4, 13), *range(14, 24)}  # steps, counted from 0
-    for interval, advice in (("11", "the last checkpoint is {}/checkpoint.pt"), ("30", "there is no checkpoint yet")):
+    for interval, advice in (("11", "the last checkpoint is {}/checkpoint.pt"), ("30", "nothing saved yet")):
         out, scale = tmp_path / interval, (math.nan if step in bad else 1 for step in itertools.count())
         monkeypatch.setattr(train, "training_loss", lambda *x, scale=scale: true_loss(*x) * next(scale))
         with pytest.raises(SystemExit) as stopped:
@@ -385,6 +385,8 @@ def folder(tmp_path_factory) -> Path:
         ("--ends 0.25 0.5 0", "--ends needs a time below 1"),
         ("--candidates 4", "--candidates has no meaning with --align assignment"),
         ("--labels folder", "--labels has no meaning without --data"),
+        ("--data {data} --label-dropout 0.5", "--label-dropout has no meaning without --labels"),
+        ("--stages 1 --pyramid space", "--pyramid has no meaning with --stages 1"),
         ("--width 30", "width 30 must be a multiple of 16, 4 times the number of heads"),
         ("--width 1099511627776", "not enough memory"),
         ("--mode ddim --ends 0.999 0.998 0", "use fewer stages, lower end times or a noisier schedule"),
@@ -519,6 +521,31 @@ def test_a_signal_saves_before_any_loss_is_measured_on_clips_held_out(tmp_path, 
     with pytest.raises(SystemExit, match="143"):
         train.main([*TINY, "--out", str(tmp_path), "--steps", "3", "--held-out", "0.1"])
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 1
+
+
+def test_a_signal_ends_a_preview_and_then_saves(tmp_path, monkeypatch, capsys):
+    calls, forward = [], DiT.forward
+
+    def signalled(model, *inputs):
+        if not model.training:
+            calls.append(inputs)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(model, *inputs)
+
+    monkeypatch.setattr(DiT, "forward", signalled)
+    words = "--steps 9 --sample-interval 2 --save-interval 9 --sample-number 8 --batch 2".split()
+    with pytest.raises(SystemExit, match="143"):
+        train.main([*TINY, "--out", str(tmp_path), *words])
+    assert len(calls) == 3 and load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    assert not list(tmp_path.glob("*.gif")) and "no sample clips" not in capsys.readouterr().err
+
+
+def test_what_only_changes_speed_can_be_turned_off_when_a_run_goes_on(tmp_path):
+    assert run_training(tmp_path, "--steps", "1", "--gradient-checkpointing")["args"]["gradient_checkpointing"]
+    more = "--resume", "--steps", "2", "--no-gradient-checkpointing", "--no-compile"
+    args = run_training(tmp_path, *more)["args"]
+    assert not args["gradient_checkpointing"] and not args["compile"]
 
 
 def test_a_loss_on_clips_held_out_has_their_labels_unless_training_never_has_any(monkeypatch):
