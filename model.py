@@ -89,8 +89,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     kernel, whose memory grows with the tokens and not with their square.
 
     The number of tokens decides, and no timing, so that a run can be repeated. `python -m experiments.sizes attention`
-    measured it: on an H100 writing out pays up to 16 tokens. On a CPU it pays where gradients are wanted, up to 64 in
-    fp32 and 128 in bf16, in which the fused kernel is up to 11 times as slow as in fp32."""
+    measured it: on an H100 writing out pays up to 16 tokens. On a CPU with gradients neither is much faster up to 64
+    tokens in fp32 and 128 in bf16. There the fused kernel works in fp32: in bf16 it is up to 11 times as slow."""
     tokens, on_cpu, is_bf16 = q.shape[-2], q.device.type == "cpu", q.dtype == torch.bfloat16
     most = (128 if is_bf16 else 64) * torch.is_grad_enabled() if on_cpu else 16
     if tokens > most:
