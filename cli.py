@@ -255,7 +255,8 @@ class StopRequest:
         # A second Ctrl-C kills, but not with torchrun, which repeats it. A second SIGTERM may be the first, passed on.
         if number == signal.SIGINT and not dist.is_initialized():
             signal.signal(number, signal.SIG_DFL)
-            os.write(2, b"\nsaving after this step; a second Ctrl-C ends at once, without it\n")  # print() may be busy
+            with suppress(OSError):  # the terminal may be closed; print() may be what is interrupted here
+                os.write(2, b"\nsaving after this step; a second Ctrl-C ends at once, without it\n")
 
     def agreed(self) -> int:
         if dist.is_initialized():

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -539,6 +540,15 @@ def test_a_signal_ends_a_preview_and_then_saves(tmp_path, monkeypatch, capsys):
         train.main([*TINY, "--out", str(tmp_path), *words])
     assert len(calls) == 3 and load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
     assert not list(tmp_path.glob("*.gif")) and "no sample clips" not in capsys.readouterr().err
+
+
+def test_ctrl_c_is_heeded_when_nobody_can_be_told(monkeypatch, capfd):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop = train.cli.StopRequest()
+    stop._handle(signal.SIGINT, None)
+    assert stop.signal == signal.SIGINT and "a second Ctrl-C ends at once" in capfd.readouterr().err
+    monkeypatch.setattr(os, "write", Mock(side_effect=OSError("the terminal is closed")))
+    stop._handle(signal.SIGINT, None)
 
 
 def test_what_only_changes_speed_can_be_turned_off_when_a_run_goes_on(tmp_path):
