@@ -12,6 +12,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import numpy as np
@@ -172,7 +173,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def lost_process(error: Exception) -> str:
-    """What to say if the error is that another process is gone, or cannot pass on its clips; else ""."""
+    """What to say if the error is that another process is gone, cannot pass on its clips, or did not compile; else
+    ""."""
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return f"another process of the run has ended ({reason(error)})"
     if "shared memory(shm)" in str(error) or "Bus error" in str(error):
@@ -185,7 +187,7 @@ def lost_process(error: Exception) -> str:
 def failed_compiler(error: Exception) -> str:
     """What to say if the error is the compiler's; else ""."""
     of_compiler = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
-    return f"--compile failed ({reason(error)}): leave it out, or give --no-compile" if of_compiler else ""
+    return f"--compile failed ({reason(error)}): leave it out (with --resume: --no-compile)" if of_compiler else ""
 
 
 def count(number: int, thing: str) -> str:
@@ -201,12 +203,10 @@ def reason(error: Exception) -> str:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Where to write a file, that becomes it if all goes well, and else is removed."""
-    aside = path.with_name(f"unfinished-{path.name}")
-    try:
+    with TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
+        aside = Path(folder, path.name)
         yield aside
         aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -256,7 +256,7 @@ class StopRequest:
         if number == signal.SIGINT and not dist.is_initialized():
             signal.signal(number, signal.SIG_DFL)
             with suppress(OSError):  # the terminal may be closed; print() may be what is interrupted here
-                os.write(2, b"\nsaving after this step; a second Ctrl-C ends at once, without it\n")
+                os.write(2, b"\nsaving, then stopping; a second Ctrl-C ends at once\n")
 
     def agreed(self) -> int:
         if dist.is_initialized():

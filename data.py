@@ -106,8 +106,8 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(eq=False)
 class FolderClips(Dataset):
-    """Random windows of the clips under a folder, searched recursively, (C, frames, H, W): animated GIF, WebP and
-    APNG, folders of numbered stills, videos (with PyAV), or latents (C, T, H, W) in .npy and .pt files.
+    """Random windows of the clips in a folder, and in those below unless hidden, (C, frames, H, W): animated GIF, WebP
+    and APNG, folders of numbered stills, videos (with PyAV), or latents (C, T, H, W) in .npy and .pt files.
 
     Frame j of a window is the picture that is on the screen half a period after `start + j * frame_stride` periods,
     where a period is 1 / fps seconds, or by default what the file's pictures most often last (video.py). Pictures are

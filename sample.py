@@ -31,6 +31,10 @@ FPS = 12  # of what was trained on clips that do not say theirs, as digits
 FEW = 500  # training steps: before, samples may still look like noise, as those of digits do
 
 
+class Stopped(Exception):
+    """A signal ended a preview."""
+
+
 def make_predict(model: torch.nn.Module, labels: Tensor | None, guidance: float, bf16: bool) -> Callable:
     """The sampler's `predict(x, t, k)`: the model, with classifier-free guidance unless it is 1 (arXiv 2207.12598)."""
 
@@ -120,9 +124,9 @@ def generate(
     return pyramid.sample(predict, shape, steps, solver, generators, device, progress=progress, callback=callback)
 
 
-def frame_rate(weights: Weights) -> float:
-    """Frames a second that an MP4 has unless --fps says it: the training clips'. A GIF has MOST_FPS at most."""
-    return max(1.0, weights.fps or FPS)
+def frame_rate(weights: Weights, suffix: str = ".gif") -> float:
+    """Frames a second unless --fps says it: the training clips', 1 at least, and of a GIF MOST_FPS at most."""
+    return min(max(1.0, weights.fps or FPS), MOST_FPS if suffix == ".gif" else math.inf)
 
 
 def enlarged(weights: Weights) -> int:
@@ -133,30 +137,29 @@ def enlarged(weights: Weights) -> int:
 def save_preview(weights: Weights, args: argparse.Namespace, batch: int, stop: cli.StopRequest | None = None) -> None:
     """Writes step-N of a run: --sample-number clips by the EMA weights, 30 Euler steps, as a GIF, or .npy of latents.
     The noises are always the same, so that progress shows. `batch` clips at a time, as training takes, and of large
-    clips fewer: 16 million pixels at most. What goes wrong is said on stderr, and does not end the run. Nothing is
-    written once `stop` has a signal."""
+    clips fewer: 16 million pixels at most. What goes wrong is said on stderr, and does not end the run. A signal
+    that `stop` has heard ends the sampling."""
     height, width = height_width(weights.size)
     number = max(1, min(args.sample_number, MOST_PIXELS // (weights.frames * height * width)))
     pyramid, labels, clips = make_pyramid(weights), choose_labels(weights.classes, number), []
     suffix = ".gif" if weights.latent_scale is None else ".npy"
-    path, aside = args.out / f"step-{weights.step:07d}{suffix}", args.out / f"unfinished{suffix}"
-    fps = min(MOST_FPS, frame_rate(weights))
 
     def give_up(*_) -> None:
-        if stop and stop.signal:
-            raise InterruptedError
+        if stop and stop.signal and weights.step < args.steps:  # the last one cannot be made later
+            raise Stopped
 
     try:
         for first in tqdm(range(0, number, batch), desc=f"sampling {number} clips", unit="batch", leave=False):
             part = labels if labels is None else labels[first : first + batch]
+            give_up()
             options = {"precision": args.precision, "first": first, "callback": give_up}
             clips.append(generate(weights, pyramid, part, min(batch, number - first), **options).cpu())
-        if weights.latent_scale is None:
-            save_gif(torch.cat(clips), aside, min(COLUMNS, number), enlarged(weights), fps)
-        else:
-            save_latents(torch.cat(clips), aside, weights.latent_scale)
-        aside.replace(path)
-    except InterruptedError:
+        with cli.written_whole(args.out / f"step-{weights.step:07d}{suffix}") as aside:
+            if weights.latent_scale is None:
+                save_gif(torch.cat(clips), aside, min(COLUMNS, number), enlarged(weights), frame_rate(weights))
+            else:
+                save_latents(torch.cat(clips), aside, weights.latent_scale)
+    except Stopped:
         return
     except Exception as error:
         tqdm.write(f"step {weights.step}: no sample clips ({cli.reason(error)}); the run goes on", file=sys.stderr)
@@ -177,16 +180,16 @@ def choose_labels(classes: tuple[str, ...], number: int, names: list[str] | None
     return chosen[torch.arange(number) % len(chosen)] if classes else None
 
 
-def check_pictures(weights: Weights, number: int, fps: float | None, suffixes: list[str]) -> None:
-    """Raises ValueError for what files of these kinds cannot hold."""
+def check_pictures(weights: Weights, number: int, fps: float | None, suffix: str) -> None:
+    """Raises ValueError for what a file of this kind cannot hold."""
     sizes, grid = height_width(weights.size), (-(-number // COLUMNS), min(COLUMNS, number))
     height, width = (enlarged(weights) * (count * (size + 2) + 2) for count, size in zip(grid, sizes, strict=True))
-    if max(height, width) > MOST_SIDE.get(suffixes[0], math.inf):
-        most = f"a {suffixes[0]} file has at most {MOST_SIDE[suffixes[0]]} a side: sample fewer"
+    if max(height, width) > MOST_SIDE.get(suffix, math.inf):
+        most = f"a {suffix} file has at most {MOST_SIDE[suffix]} a side: sample fewer"
         raise ValueError(f"--number {number} makes a picture of {width}x{height} pixels, and {most}")
-    if fps and suffixes[0] not in MOST_SIDE:
-        raise ValueError(f"--fps has no meaning for {suffixes[0]} files")
-    if fps and suffixes[0] == ".gif" and fps > MOST_FPS:
+    if fps and suffix not in MOST_SIDE:
+        raise ValueError(f"--fps has no meaning for {suffix} files")
+    if fps and suffix == ".gif" and fps > MOST_FPS:
         raise ValueError(f"--fps {fps:g}: a GIF has at most {MOST_FPS:g} frames a second, an .mp4 more")
 
 
@@ -264,7 +267,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: {path} makes {advice}")
     if suffix == ".mp4":
         import_av(out)  # says what to install
-    check_pictures(weights, number, args.fps, [file.suffix.lower() for file in files])
+    kind = files[0].suffix.lower()
+    check_pictures(weights, number, args.fps, kind)
     if there := [file for file in files if file.exists()]:
         raise ValueError(f"{there[0]} exists already: choose another --out")
     make_folder(out.parent, out)  # what cannot be written shall not be found out after sampling
@@ -278,7 +282,7 @@ def run(args: argparse.Namespace) -> None:
     said = f"{cli.count(number, 'clip')} of {cli.count(weights.frames, 'frame')}"
     print(f"{said}, {(time.perf_counter() - start) / number:.2f} s a clip")
     print(said_cost(counts, pyramid, clips.shape, args))
-    fps = args.fps or (frame_rate(weights) if suffix == ".mp4" else min(MOST_FPS, frame_rate(weights)))
+    fps = args.fps or frame_rate(weights, kind)
     for file in files:
         with cli.written_whole(file) as aside:
             if file.suffix.lower() == ".npy":
@@ -288,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
             else:
                 save = save_video if suffix == ".mp4" else save_gif
                 save(clips, aside, min(COLUMNS, number), enlarged(weights), fps)
-    rate = f", {fps:g} frames a second" * (files[0].suffix.lower() in MOST_SIDE)
+    rate = f", {fps:g} frames a second" * (kind in MOST_SIDE)
     print(f"wrote {' and '.join(map(str, files))}{rate}")
 
 

@@ -85,9 +85,9 @@ def usual_distance(times: list[int]) -> Fraction:
 
 
 def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
-    """All clips under the folder but those beside the index. A file that has not changed since is not opened again. Of
-    the folder of a run its checkpoint stands for all. `series`: stills whose numbers run on are one clip; else each is
-    a clip of one frame."""
+    """All clips under the folder but those beside the index and in hidden folders. A file that has not changed since is
+    not opened again. Of the folder of a run its checkpoint stands for all. `series`: stills whose numbers run on are
+    one clip; else each is a clip of one frame."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
     known, rows = {}, {"format": INDEX_FORMAT}
@@ -139,7 +139,7 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
     to folders elsewhere are followed, to each of them once."""
     root, seen, closed = folder.resolve(), {without}, []
     for directory, below, names in os.walk(folder, onerror=closed.append, followlinks=True):
-        below[:] = sorted(name for name in below if name[0] not in ".@")  # what is deleted, thumbnails of a server
+        below[:] = sorted(name for name in below if name[0] != "." and name != "@eaDir")  # a server's thumbnails
         for name in tuple(below):
             path = Path(directory, name)
             real = path.resolve()
@@ -332,28 +332,28 @@ def read_images(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
             with Image.open(source.files[number]) as image:
                 upright = ImageOps.exif_transpose(image)
                 if upright.size != (size := size or upright.size):
-                    raise DataError(f"is of {size[0]}x{size[1]}, and {image.filename} of another size")
+                    raise DataError(f"goes on with other sizes: {image.filename} is not of {size[0]}x{size[1]}")
                 yield number, upright
     else:
         with Image.open(source.files[0]) as image:
-            own = image.format == "PNG" and image.mode != "I;16"  # 16 bits of grey, where nothing is half transparent
-            pictures = islice(_read_apng(image) if own else ImageSequence.Iterator(image), wanted[-1] + 1)
-            for number, picture in zip(range(wanted[-1] + 1), pictures, strict=True):
+            pictures = _read_apng(image) if image.format == "PNG" else ImageSequence.Iterator(image)
+            for number, picture in zip(range(wanted[-1] + 1), islice(pictures, wanted[-1] + 1), strict=True):
                 if number in wanted:
                     yield number, ImageOps.exif_transpose(picture)
 
 
 def _read_apng(image: Image.Image) -> Iterator[Image.Image]:
-    """Puts an animation's pictures together as the PNG specification says. Pillow mixes half-transparent ones too
-    light, and clears with a colour where nothing should be left."""
+    """Its pictures as the PNG specification puts them together. Pillow errs if one is half transparent or cleared."""
     canvas = Image.new("RGBA", image.size)
-    canvas.info["exif"] = image.info.get("exif")
+    canvas.info["exif"] = image.getexif().tobytes()
     for number in range(int(image.default_image), image.n_frames):
         image.seek(number)
         image.blend_op = Blend.OP_SOURCE  # so Pillow will not mix it
         before, box = canvas.copy(), image.info["bbox"]
-        part = image.crop(box).convert("RGBA")
-        canvas.alpha_composite(part, box[:2]) if image.info["blend"] == Blend.OP_OVER else canvas.paste(part, box)
+        part = image.crop(box)
+        part = part.point(lambda level: level / 256).convert("L") if part.mode == "I;16" else part
+        lay = canvas.alpha_composite if image.info["blend"] == Blend.OP_OVER else canvas.paste
+        lay(part.convert("RGBA"), box[:2])
         yield canvas
         canvas = before if image.info["disposal"] == Disposal.OP_PREVIOUS else canvas
         if image.info["disposal"] == Disposal.OP_BACKGROUND:

@@ -23,6 +23,7 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -155,7 +156,8 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
     if args.resume and not encoded:
         raise ValueError(f"{args.data} holds other clips than when {args.out} began: --resume cannot go on")
     vae = models.load_part(family.vae, args.model, "vae")
-    models.check_frames(family, network, models.latent_shape(family, vae, pyramid, args.frames, args.size)[0])
+    decoded = replace(family, together=1) if args.resume else family  # older runs had clips that decode wrongly
+    models.check_frames(family, network, models.latent_shape(decoded, vae, pyramid, args.frames, args.size)[0])
     if encoded:
         return len(windows)
     accelerator.print(dataset.summary)
@@ -165,10 +167,10 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
     prompts = {"": models.encode_prompts(family, encoder, [""], accelerator.device)[0]}
     begun, first = cache / "begun", accelerator.is_main_process
     if first and not (begun.exists() and begun.read_text() == digest):  # else what is there is of these clips
-        for file in cache.iterdir():
-            file.unlink()
-        begun.write_text(digest)
+        for file in [cache / "digest", *cache.glob("*.safetensors")]:
+            file.unlink(missing_ok=True)
         save_tensors({"prompt": prompts[""]}, cache / "empty.safetensors")
+        begun.write_text(digest)
     accelerator.wait_for_everyone()
     vae.to(accelerator.device).requires_grad_(False)
     mine = range(accelerator.process_index, len(windows), accelerator.num_processes)

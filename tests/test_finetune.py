@@ -353,6 +353,8 @@ def test_clips_that_were_encoded_before_are_refused_by_a_pyramid_that_they_do_no
 
 def test_encoding_goes_on_where_it_was_stopped(places, words, tmp_path, monkeypatch):
     line, encode, encoded = f"{{wan}} {RUN} --steps 1", generate.encode, []
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    (tmp_path / "run" / "cache" / "thesis.tex").touch()
 
     def stopped(vae, clips):
         if len(encoded) == 2:
@@ -368,7 +370,14 @@ def test_encoding_goes_on_where_it_was_stopped(places, words, tmp_path, monkeypa
     finetuned(words(line))
     after = {path.name: path for path in (tmp_path / "run" / "cache").glob("*")}
     assert len(first) == 2 and {path: path.stat().st_mtime_ns for path in first} == first
-    assert after.keys() == {"0.safetensors", "1.safetensors", "2.safetensors", "empty.safetensors", "digest"}
+    assert after.keys() == {
+        "0.safetensors",
+        "1.safetensors",
+        "2.safetensors",
+        "empty.safetensors",
+        "digest",
+        "thesis.tex",
+    }
 
 
 def test_what_shares_gradients_in_another_way_is_refused_and_processes_wait_long(words, monkeypatch, capsys):

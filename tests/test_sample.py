@@ -225,7 +225,7 @@ def test_every_label_that_is_asked_for_gets_a_clip_and_large_clips_are_not_enlar
     assert "12 clips of 16 frames" in capsys.readouterr().out
     weights = load_weights(SHIPPED / "flow-3.pt")
     assert [sample.enlarged(replace(weights, size=size)) for size in (32, (96, 64), (32, 65), 256)] == [3, 3, 1, 1]
-    assert sample.frame_rate(replace(weights, fps=60.0)) == 60
+    assert [sample.frame_rate(replace(weights, fps=60.0), suffix) for suffix in (".gif", ".mp4")] == [50, 60]
 
 
 def test_what_a_compiler_lacks_is_said_in_a_sentence(tmp_path, monkeypatch, capsys):
@@ -234,7 +234,7 @@ def test_what_a_compiler_lacks_is_said_in_a_sentence(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sample, "generate", Mock(side_effect=error))
     assert "--compile failed (no C++ compiler): leave it out" in fails_with_one_line(capsys, sample.main, *words)
     monkeypatch.setattr(train, "optimize", Mock(side_effect=error))
-    with pytest.raises(SystemExit, match="compile failed .*: leave it out, or give --no-compile; start a new run"):
+    with pytest.raises(SystemExit, match="compile failed .*: leave it out .with --resume: --no-compile.; start a new"):
         train.main([*TINY, "--out", str(tmp_path), "--steps", "3"])
 
 

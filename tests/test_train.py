@@ -546,7 +546,9 @@ def test_ctrl_c_is_heeded_when_nobody_can_be_told(monkeypatch, capfd):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     stop = train.cli.StopRequest()
     stop._handle(signal.SIGINT, None)
-    assert stop.signal == signal.SIGINT and "a second Ctrl-C ends at once" in capfd.readouterr().err
+    assert (
+        stop.signal == signal.SIGINT and "saving, then stopping; a second Ctrl-C ends at once" in capfd.readouterr().err
+    )
     monkeypatch.setattr(os, "write", Mock(side_effect=OSError("the terminal is closed")))
     stop._handle(signal.SIGINT, None)
 
