@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from cli import written_whole
 from data import height_width
 from model import DiT, DiTConfig
 from tpdiff import Pyramid
@@ -358,11 +359,8 @@ def start_metrics(path: Path, step: int) -> None:
     for row in rows:
         with suppress(ValueError):
             kept += [row] if json.loads(row)["step"] <= step else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp") if kept else path  # a full disk costs no rows
-    aside.write_text("".join(row + "\n" for row in kept))
-    if kept:
-        os.replace(aside, path)
+    with written_whole(path) as aside:  # a full disk costs no rows
+        aside.write_text("".join(row + "\n" for row in kept))
 
 
 def write_metrics(

@@ -173,15 +173,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def lost_process(error: Exception) -> str:
-    """What to say if the error is that another process is gone, cannot pass on its clips, or did not compile; else
-    ""."""
+    """What to say if the error is that another process is gone, or cannot pass on its clips; else ""."""
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return f"another process of the run has ended ({reason(error)})"
     if "shared memory(shm)" in str(error) or "Bus error" in str(error):
         return "too little shared memory for --workers: --workers 0 needs none, a container gets it by --shm-size"
     if "DataLoader worker (pid" in str(error):
         return f"a process that prepares clips has ended, perhaps for lack of memory; fewer --workers? {reason(error)}"
-    return failed_compiler(error)
+    return ""
 
 
 def failed_compiler(error: Exception) -> str:
@@ -202,7 +201,8 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write a file, that becomes it if all goes well, and else is removed."""
+    """Where to write a file, that becomes it if all goes well, and else is removed. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
         aside = Path(folder, path.name)
         yield aside

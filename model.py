@@ -146,6 +146,8 @@ class Block(nn.Module):
         self.spatial = Attention(width, heads, dim=2)
         self.temporal = Attention(width, heads, dim=1) if temporal else None
         self.neighbours = nn.Conv2d(width, width, 3, padding=1, groups=width) if convolution else None
+        if convolution:  # stored as its input and its gradient are, or DDP warns of it
+            self.neighbours.to(memory_format=torch.channels_last)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.condition = nn.Linear(width, 6 * width)
         self.temporal_condition = nn.Linear(width, 3 * width) if temporal else None

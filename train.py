@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if cli.is_out_of_memory(error):
             parser.error(NO_MEMORY)
-        if not (said := cli.lost_process(error)):
+        if not (said := cli.lost_process(error) or cli.failed_compiler(error)):
             raise
         raise SystemExit(f"train.py: {said}; {disk.how_to_go_on(args.out)}") from None
     finally:

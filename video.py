@@ -22,6 +22,8 @@ from PIL.PngImagePlugin import Blend, Disposal
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import written_whole
+
 STILLS, LATENTS = (".png", ".jpg", ".jpeg"), (".npy", ".pt")
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .flv .wmv .3gp".split())
 CUT_ANYWHERE = (".ts", ".mts", ".m2ts", ".mpg", ".mpeg")  # what is cut off from these does not show in their packets
@@ -96,11 +98,11 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
     known = known if isinstance(known, dict) and known.get("format") == INDEX_FORMAT else {}
 
     def look(files: tuple[Path, ...]) -> Source:
+        if files[0].suffix.lower() in VIDEOS:
+            import_av(files[0])  # also if the index knows the file
         name, key = str(files[0]), [len(files), *(_stamp(files[0]) if os.path.exists(files[0]) else ())]
         same = name in known and known[name]["key"] == key
         source = _from_row(files, known[name]) if same else _probe(files)
-        if source.kind == "video":
-            import_av(files[0])  # also if the index knows the file
         if source.kind != "broken":
             rows[name] = known[name] if same else {"key": key} | vars(replace(source, files=()))
         return source
@@ -118,15 +120,14 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
             shown = (os.fsencode(name).decode(errors="replace") for name in changed[:3])
             few = ", ".join(shown) + ", ..." * (len(changed) > 3)
             tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few})")
-        index.parent.mkdir(parents=True, exist_ok=True)
-        aside = index.with_name(f"{index.name}.{os.getpid()}.tmp")  # on another machine each process writes it
-        aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
-        os.replace(aside, index)
+        with written_whole(index) as aside:
+            aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
     return sources
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    return (status := file.stat()).st_mtime_ns, status.st_size
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _from_row(files: tuple[Path, ...], row: dict) -> Source:
@@ -169,9 +170,8 @@ def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[
 
 
 def _probe(files: tuple[Path, ...]) -> Source:
-    """Reads what a file says of itself. Raises DataError if that needs a package which is missing."""
+    """Reads what a file says of itself."""
     path, suffix = files[0], files[0].suffix.lower()
-    av = import_av(path) if suffix in VIDEOS else None
     try:
         stamp = _stamp(path)
         if path.name == RUN:
@@ -183,8 +183,8 @@ def _probe(files: tuple[Path, ...]) -> Source:
             note = looks if channels not in LATENT_CHANNELS and frames in LATENT_CHANNELS else ""
             return Source(files, "latent", tuple(range(frames)), frames, channels=channels, height=height,
                           width=width, note=note, stamp=stamp)  # fmt: skip
-        if av:
-            return replace(_probe_video(av, path), stamp=stamp)
+        if suffix in VIDEOS:
+            return replace(_probe_video(import_av(path), path), stamp=stamp)
         with Image.open(path) as image:
             shape = {"channels": 3, "height": image.height, "width": image.width, "stamp": stamp}
             durations = [] if image.format in ("JPEG", "MPO") else _durations(image, path)
@@ -394,6 +394,6 @@ def _upright(frame, pixel_aspect) -> Image.Image:
         if data.type.name == "DISPLAYMATRIX":  # x' = a x + c y, y' = b x + d y, each 1, 0 or -1
             a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
             image = image if a else image.transpose(Image.Transpose.TRANSPOSE)
-            image = ImageOps.mirror(image) if (a or c) < 0 else image
-            image = ImageOps.flip(image) if (d or b) < 0 else image
+            image = ImageOps.mirror(image) if a + c < 0 else image  # one of the two is 0
+            image = ImageOps.flip(image) if b + d < 0 else image
     return image

@@ -168,7 +168,7 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(links, tmp_path, monke
     assert {path.name for path in tmp_path.glob("checkpoint*")} == set(names)
 
 
-@pytest.mark.parametrize("rename", range(3, 7))  # those of the save after step 4
+@pytest.mark.parametrize("rename", range(4, 8))  # those of the save after step 4
 def test_a_kill_while_saving_does_not_cost_the_best_checkpoint(rename, tmp_path, monkeypatch):
     calls, real = itertools.count(), os.replace
     words = ["--stages", "1", "--steps", "6", "--save-interval", "2", "--held-out", "0.1"]
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, capsys):
     [(train, "optimize", 4, error) for error in (RuntimeError("killed"), DataError("gone"), MemoryError())]
     + [(train, "optimize", 5, RuntimeError("between rows")), (cli.StopRequest, "agreed", 4, RuntimeError("gloo"))]
     + [(train, "optimize", 3, RuntimeError("just saved"))]
-    + [(os, "replace", number, KeyboardInterrupt()) for number in range(3, 7)],  # the renames of the second save
+    + [(os, "replace", number, KeyboardInterrupt()) for number in range(4, 8)],  # the renames of the second save
 )
 def test_a_run_that_fails_in_a_step_or_is_killed_in_a_save_goes_on_as_if_it_had_not(
     place, name, number, error, whole, tmp_path, capsys, monkeypatch
