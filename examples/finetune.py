@@ -12,8 +12,7 @@ no losses of held-out clips. How much memory real models need was not measured. 
   lora.safetensors   or network/, for generate.py        metrics.jsonl   losses every few steps
   checkpoint.pt      to resume from
 
-Every draw belongs to a step or to a sample number, as in train.py, so a resumed run is the same run. Real weights were
-never loaded here: the tests train small random models of the same classes, on a CPU.
+Every draw belongs to a step or to a sample number, as in train.py, so a resumed run is the same run.
 """
 
 import hashlib
@@ -23,7 +22,6 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,8 +40,8 @@ from train import State, draw_noise, draw_stage, end_step
 
 ORDER = 3  # what a generator is for, beside cli.SAMPLING and so on
 UNSAVED = ("out", "resume", "device")
-MODELS = "model", "motion_adapter"
-FREE = (*MODELS, "data", "steps", "gradient_checkpointing", "log_interval", "save_interval")  # for --resume to change
+# what --resume may change
+FREE = ("model", "motion_adapter", "data", "steps", "gradient_checkpointing", "log_interval", "save_interval")
 NO_MEMORY = "not enough memory: a smaller --size, --frames, --batch or --lora needs less"
 
 
@@ -103,13 +101,12 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
     family = models.family_of(args.model, args.motion_adapter)
     args.frames, args.size = args.frames or family.frames, height_width(args.size or family.size)
     args.fps = family.fps if args.fps is None else args.fps
-    own = family.schedule(args.model).get("shift")
-    args.shift, was["shift"] = args.shift or own, was.get("shift") or own  # older runs have None for the model's
+    args.shift = args.shift or family.schedule(args.model).get("shift")
     args.candidates, args.stage_odds = 8, None  # what train.py's draws also take
-    if args.align == "assignment" and args.batch == 1 and not args.resume:
-        raise ValueError("--align assignment exchanges noises within a batch: --batch 1 needs --align nearest or none")
     args.align = args.align or ("nearest" if args.batch == 1 else "assignment")
-    args.encoded_by = was.setdefault("encoded_by", [was.get(name, getattr(args, name)) for name in MODELS])
+    if args.align == "assignment" and args.batch == 1:
+        raise ValueError("--align assignment exchanges noises within a batch: --batch 1 needs --align nearest or none")
+    args.encoded_by = was.get("encoded_by", [args.model, args.motion_adapter])
     for name, now in settings(args).items():
         if args.resume and name not in FREE and was[name] != now:
             flag, before, now = "--" + name.replace("_", "-"), disk.as_typed(was[name]), disk.as_typed(now)
@@ -156,8 +153,7 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
     if args.resume and not encoded:
         raise ValueError(f"{args.data} holds other clips than when {args.out} began: --resume cannot go on")
     vae = models.load_part(family.vae, args.model, "vae")
-    decoded = replace(family, together=1) if args.resume else family  # older runs had clips that decode wrongly
-    models.check_frames(family, network, models.latent_shape(decoded, vae, pyramid, args.frames, args.size)[0])
+    models.check_frames(family, network, models.latent_shape(family, vae, pyramid, args.frames, args.size)[0])
     if encoded:
         return len(windows)
     accelerator.print(dataset.summary)
@@ -270,13 +266,14 @@ def make_state(args: Namespace, network: Module, accelerator) -> State:
         content = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True)
         if content["world"] != accelerator.num_processes:
             raise ValueError(f"{args.out} was trained by {content['world']} processes, and --resume keeps their number")
+        another = f"{args.model} is not the model that {args.out} was trained on"
+        if not torch.equal(content["frozen"], frozen(network)):
+            raise ValueError(another)
         try:
-            if not torch.equal(content.get("frozen", frozen(network)), frozen(network)):
-                raise ValueError
             network.load_state_dict(content["weights"], strict=False)
             optimizer.load_state_dict(content["optimizer"])
         except (RuntimeError, ValueError):
-            raise ValueError(f"{args.model} is not the model that {args.out} was trained on") from None
+            raise ValueError(another) from None
         state.step, state.seconds, state.skipped = content["step"], content["seconds"], content["skipped"]
     return state
 

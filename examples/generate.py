@@ -2,8 +2,7 @@
 
   python -m examples.generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora runs/wan --prompt "a cat on a skateboard"
 
---model is a name on Hugging Face's hub or a local folder. families.py says which kinds are known. Real weights were
-never loaded here: the tests run this on small random models of the same classes.
+--model is a name on Hugging Face's hub or a local folder. families.py says which kinds are known.
 """
 
 import gc
@@ -115,10 +114,8 @@ def check_frames(family: Family, network: Module, frames: int) -> None:
 
 def latent_scale(vae: Module) -> tuple[Tensor, Tensor]:
     """Mean and deviation of a VAE's latents, which networks see as (latent - mean) / deviation."""
-    config, buffers = vae.config, dict(vae.named_buffers())  # LTX's are buffers
-    mean = config.get("latents_mean") or buffers.get("latents_mean", [0.0])
-    deviation = config.get("latents_std") or buffers.get("latents_std")
-    deviation = [1 / config.scaling_factor] if deviation is None else deviation
+    mean = vae.config.get("latents_mean") or [0.0]
+    deviation = vae.config.get("latents_std") or [1 / vae.config.scaling_factor]
     return tuple(torch.as_tensor(values, device=vae.device).view(1, -1, 1, 1, 1) for values in (mean, deviation))
 
 
@@ -215,7 +212,6 @@ def settle(args: Namespace) -> tuple[Namespace, Family]:
     if not args.model:
         raise ValueError("--model or --lora is needed")
     family = family_of(args.model, args.motion_adapter)
-    saved["shift"] = saved["shift"] or family.schedule(args.model).get("shift")  # older runs have None for the model's
     for name in ("stages", "pyramid", "shift"):
         if args.lora and getattr(args, name) not in (None, saved[name]):
             raise ValueError(f"{args.lora} was trained with --{name} {saved[name]}, not {getattr(args, name)}")
