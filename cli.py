@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from difflib import get_close_matches
@@ -139,20 +139,21 @@ def start_processes(name: str = "auto") -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def in_turn(rank: int, make: Callable):
-    """What `make` returns, called by rank 0 first: others need what it writes. If one fails, all raise ValueError."""
+def in_turn(rank: int, make: Callable, group: dist.ProcessGroup | None = None):
+    """What `make` returns, called by rank 0 first: others need what it writes. If one fails, all raise ValueError.
+    `group`: the one to wait in, if the usual one waits too briefly or is of GPUs alone."""
     result, problem = None, ""
     if rank > 0:
-        dist.barrier()
+        dist.barrier(group)
     try:
         result = make()
     except (ValueError, OSError) as error:
         problem = str(error)
     if rank == 0 and dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
     failed = torch.tensor(float(bool(problem)))
     if dist.is_initialized():
-        dist.all_reduce(failed)
+        dist.all_reduce(failed, group=group)
     if failed:
         raise ValueError(problem or "another process of the run could not go on")
     return result
@@ -192,6 +193,12 @@ def failed_compiler(error: Exception) -> str:
 def count(number: int, thing: str) -> str:
     """ "1 clip", "2 clips"."""
     return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def few(names: Sequence[str | Path]) -> str:
+    """The first three names, as they can be printed."""
+    shown = (os.fsencode(name).decode(errors="replace") for name in names[:3])
+    return ", ".join(shown) + ", ..." * (len(names) > 3)
 
 
 def reason(error: Exception) -> str:

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cli import count, few
 from video import DataError, Source, find_sources, import_av, open_latent, read_images
 
 HELD_OUT_SEED = 2**40  # of digits; --seed is below 2^63, and seldom this
@@ -151,11 +152,11 @@ class FolderClips(Dataset):
         why = f"skipped: {'; '.join(whys) or 'none'}"
         files, used = (sum(len(source.files) for source in sources) for sources in (found, self.sources))
         self.classes = tuple(sorted({self.class_name(source) for source in self.sources})) if self.labels else ()
-        clips = f"{len(self.sources)} clip{'s' * (len(self.sources) != 1)}"
-        clips += f" of {sum(source.frames for source in self.sources)} frames in all"
+        frames = sum(source.frames for source in self.sources)
+        self.summary = f"{name}: {count(files, 'file')} found, {used} used, {count(len(self.sources), 'clip')}"
+        self.summary += f" of {frames} frames in all"
         if apart := usable - len(self.sources):
-            clips += f", {apart} clip{'s' * (apart != 1)} {'to train on' if self.validation else 'held out'}"
-        self.summary = f"{name}: {files} file{'s' * (files != 1)} found, {used} used, {clips}"
+            self.summary += f", {count(apart, 'clip')} {'to train on' if self.validation else 'held out'}"
         if not self.sources and apart:
             raise DataError(f"{self.summary}: none is left to train on")
         if not self.sources:
@@ -183,8 +184,7 @@ class FolderClips(Dataset):
 
     def _few(self, files: list[Path]) -> str:
         """The names of the first three."""
-        names = (os.fsencode(file.relative_to(self.folder)).decode(errors="replace") for file in files[:3])
-        return ", ".join(names) + ", ..." * (len(files) > 3)
+        return few([file.relative_to(self.folder) for file in files[:4]])
 
     def digests_without(self, held_out: float) -> tuple[str, str]:
         """What tells these clips from others, without a share of them that is held out; and the same as older versions

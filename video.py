@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import Blend, Disposal
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import written_whole
+from cli import few, written_whole
 
 STILLS, LATENTS = (".png", ".jpg", ".jpeg"), (".npy", ".pt")
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .flv .wmv .3gp".split())
@@ -117,9 +117,7 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
         sources += [source] if whole else [look((file,)) for file in files]
     if index and rows != known:
         if known and (changed := sorted(name for name in known | rows if known.get(name) != rows.get(name))):
-            shown = (os.fsencode(name).decode(errors="replace") for name in changed[:3])
-            few = ", ".join(shown) + ", ..." * (len(changed) > 3)
-            tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few})")
+            tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few(changed)})")
         with written_whole(index) as aside:
             aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
     return sources

@@ -23,9 +23,11 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
@@ -131,13 +133,13 @@ def read_captions(dataset: FolderClips) -> list[str]:
     return [" ".join(file.read_text(encoding="utf-8").split()) for file in files]
 
 
-def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyramid, accelerator) -> int:
+def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyramid, accelerator, patient) -> int:
     """Fills --out/cache, unless it is full of the same clips, and says how many there are: files NUMBER.safetensors
     with `latent` (C, t, h, w) and `prompt` (tokens, channels), and empty.safetensors with the empty prompt. Of a clip
-    every whole run of --frames is one. Raises ValueError for data or sizes that do not fit."""
-    with accelerator.main_process_first():  # it writes the index that the others read
-        index, fps = args.out / "index.json", args.fps or None
-        dataset = FolderClips(args.data, args.frames, args.size, index=index, fps=fps)
+    every whole run of --frames is one. Processes wait for each other in the group `patient`. Raises ValueError for data
+    or sizes that do not fit."""
+    open_clips = partial(FolderClips, args.data, args.frames, args.size, index=args.out / "index.json")
+    dataset = cli.in_turn(accelerator.process_index, partial(open_clips, fps=args.fps or None), patient)
     if dataset.latent:
         raise DataError(f"{args.data} holds latents: clips of pictures are wanted, which the model's VAE encodes")
     captions, cache = read_captions(dataset), args.out / "cache"
@@ -167,7 +169,7 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
             file.unlink(missing_ok=True)
         save_tensors({"prompt": prompts[""]}, cache / "empty.safetensors")
         begun.write_text(digest)
-    accelerator.wait_for_everyone()
+    wait(patient)
     vae.to(accelerator.device).requires_grad_(False)
     mine = range(accelerator.process_index, len(windows), accelerator.num_processes)
     mine = [number for number in mine if not (cache / f"{number}.safetensors").exists()]
@@ -178,10 +180,15 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
             prompts = {"": prompts[""], caption: encoded}
         latent = models.encode(vae, read_window(dataset, source, start)[None])[0].cpu()
         save_tensors({"latent": latent, "prompt": prompts[caption]}, cache / f"{number}.safetensors")
-    accelerator.wait_for_everyone()
+    wait(patient)
     if first:
         begun.replace(cache / "digest")
     return len(windows)
+
+
+def wait(group: dist.ProcessGroup | None) -> None:
+    if group:
+        dist.barrier(group)
 
 
 def read_window(dataset: FolderClips, source, start: int) -> Tensor:
@@ -311,12 +318,12 @@ def learning_rate(step: int, args: Namespace) -> float:
     return args.lr * min(1.0, (step + 1) / (args.warmup + 1))
 
 
-def train(args: Namespace, family: Family, accelerator) -> int:
+def train(args: Namespace, family: Family, accelerator, patient: dist.ProcessGroup | None) -> int:
     """The whole run. Returns 0, or 128 + the number of the signal that stopped it."""
     pyramid = models.make_pyramid(family, args.model, args.stages, args.pyramid, args.shift)
     first, device = accelerator.is_main_process, accelerator.device
     network = load_trainable(args, family, models.use_bf16(args.precision, device))
-    count = prepare_clips(args, family, network, pyramid, accelerator)
+    count = prepare_clips(args, family, network, pyramid, accelerator, patient)
     state = make_state(args, network, accelerator)
     called = accelerator.prepare_model(network)
     model, metrics = models.make_model(family, network, pyramid, called), args.out / "metrics.jsonl"
@@ -353,28 +360,24 @@ def train(args: Namespace, family: Family, accelerator) -> int:
     return 128 + (stop.signal or 15) if state.step < args.steps else 0
 
 
-def make_accelerator(args: Namespace):
-    """Raises ValueError if accelerate is to share gradients in another way than DDP."""
+def make_accelerator(args: Namespace) -> tuple:
+    """accelerate's, and a group for long waits: while the first process looks at all clips, and until the slowest has
+    encoded its part; None for one process. Raises ValueError if gradients would be shared in another way than DDP's."""
     on_cpu = cli.choose_device(args.device).type == "cpu"
-    # The others wait while the first looks at all clips, and then until the slowest has encoded its part.
-    patience = library("accelerate").InitProcessGroupKwargs(timeout=timedelta(hours=24))
-    accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patience])
+    saving = library("accelerate").InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait meanwhile
+    accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[saving])
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"accelerate's configuration asks for {kind}: run accelerate launch --multi_gpu")
-    return accelerator
+    patient = dist.new_group(timeout=timedelta(hours=24), backend="gloo") if dist.is_initialized() else None
+    return accelerator, patient
 
 
-def claim_together(args: Namespace, accelerator) -> None:
-    """Makes the run's folder this run's alone. If that fails, all processes raise ValueError."""
-    problem, checkpoint = "", args.out / "checkpoint.pt"
-    try:
-        stamp = {"stamp": checkpoint.stat().st_mtime_ns} if args.resume else None  # it is read later
-        disk.claim(args.out, accelerator.process_index, stamp)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    if accelerator.reduce(torch.tensor(float(bool(problem)), device=accelerator.device)):
-        raise ValueError(problem or "another process of the run could not go on")
+def claim(args: Namespace, rank: int) -> None:
+    """Makes the run's folder this run's alone."""
+    checkpoint = args.out / "checkpoint.pt"
+    stamp = {"stamp": checkpoint.stat().st_mtime_ns} if args.resume else None  # it is read later
+    disk.claim(args.out, rank, stamp)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -382,13 +385,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with cli.one_sentence(parser, NO_MEMORY):
             args, family = parse_args(argv)
-            accelerator = make_accelerator(args)
-            claim_together(args, accelerator)
-            raise SystemExit(train(args, family, accelerator))
+            accelerator, patient = make_accelerator(args)
+            rank = accelerator.process_index
+            cli.in_turn(rank, partial(claim, args, rank), patient)
+            raise SystemExit(train(args, family, accelerator, patient))
     finally:
         disk.release()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
