@@ -24,7 +24,6 @@ from conftest import (
     both_modes,
     command,
     fails_with_one_line,
-    pages,
     run_training,
     seeded,
     small_model,
@@ -63,15 +62,9 @@ def with_frames_swapped(x: torch.Tensor, count: int) -> torch.Tensor:
     return x[:, :, order]
 
 
-def with_frames_doubled(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Every second one of the first `count` frames is the one before it again."""
-    numbers = torch.arange(x.shape[2])
-    return x[:, :, numbers.where(numbers >= count, numbers // 2 * 2)]
-
-
 BLURRED, SCATTERED, NOISY, FROZEN = trust.damages(seeded()).values()  # what damages clips, and how strongly
 DAMAGES = {"noisy": (NOISY[0], (0.2, 0.4, 0.8)), "blurred": BLURRED, "scattered": SCATTERED, "frozen": FROZEN}
-DAMAGES |= {"swapped": (with_frames_swapped, (1, 2, 4)), "doubled": (with_frames_doubled, (4, 8, 16))}
+DAMAGES |= {"swapped": (with_frames_swapped, (1, 2, 4))}
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +77,11 @@ def test_judge_distance_grows_with_damage_of_every_kind_and_most_where_no_digit_
     judge, reference, clips = judged
     distance = lambda x: metrics.frechet_distance(judge.features(x), reference)  # noqa: E731
     unharmed, found = distance(clips), {}
-    assert unharmed < 0.3  # near zero: the strongest damage is at 3 to 40, doubled frames at 0.6
+    assert unharmed < 0.3  # near zero: the strongest damage is at 3 to 40
     for kind, (damage, strengths) in DAMAGES.items():
         found[kind] = [distance(damage(clips, strength)) for strength in strengths]
         assert all(less < more for less, more in itertools.pairwise([1.2 * unharmed, *found[kind]])), (kind, found)
-    assert found["scattered"][-1] > 2 * max(found["noisy"][1], found["blurred"][0], found["doubled"][-1])
+    assert found["scattered"][-1] > 2 * max(found["noisy"][1], found["blurred"][0])
 
 
 def test_efficientnet_distance_grows_with_damage_of_every_kind():
@@ -198,8 +191,6 @@ def test_a_figure_names_each_system_by_its_colour_and_each_seed_by_its_dash(tmp_
     assert [text.get_text() for text in legend.get_texts()] == ["vanilla", "pyramid in time", *seeds, *rest]
     looks = [(line.get_color(), line.get_linestyle()) for line in lines[:4]]
     assert looks == [("C0", "-"), ("C1", "-"), ("C0", "--"), ("C1", "--")]
-    figures.draw_curves(curves | {"real": points}, *labels)  # a curve without a seed is one of a kind
-    assert len(saved[-1].legends[0].get_texts()) == 5
     figures.draw_curves(dict(list(curves.items())[:3]), *labels)  # one is missing: each has its own name
     assert len(saved[-1].legends[0].get_texts()) == 3
     figures.draw_bars({"time, a": [1.0], "by chance": [2.0]}, *labels[:2], tmp_path / "a.png", 0.5)
@@ -341,7 +332,7 @@ def test_gains_in_training_work_count_clips_by_their_share_of_a_full_clip(monkey
     assert claims.work_of_a_step("flow-3-space-time", args) == pytest.approx((32 / 64 + 16 / 8 + 4) / 3)
 
 
-def test_every_claim_has_its_table_and_every_figure_its_place_and_the_pages_are_up_to_date(tmp_path, monkeypatch):
+def test_every_claim_has_its_table_and_the_pages_are_up_to_date(tmp_path, monkeypatch):
     report.main(["--check"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="out of date"):
         old = tmp_path / "README.md"
@@ -353,14 +344,12 @@ def test_every_claim_has_its_table_and_every_figure_its_place_and_the_pages_are_
         assert not re.findall(r"\d+\.\d+|\d+%", prose)  # such numbers stand in the tables
     for claim in (*claims.CLAIMS, "real", "conversion"):
         assert (report.RESULTS / f"{claim}.json").exists(), claim
-    shown = "".join(pages().values())
-    figures = {str(path.relative_to(report.RESULTS)) for path in report.RESULTS.rglob("*.png")}
-    assert figures >= set(re.findall(r"results/([\w/-]+\.png)", shown))
 
 
 def test_a_range_on_the_front_page_is_in_order_and_what_no_table_has_or_a_page_leaves_out_is_refused(tmp_path):
     rows, (begin, end) = [["a", "10 [9, 11]"], ["b", "not reached"], ["d", "9.5"], ["e", "9.503"]], report.MARKS
-    report.write_json(tmp_path / "a.json", {"tables": [[["run", "gain"], rows], [["y"], [[2]]]]})
+    made_by = report.provenance("experiments.a", [])
+    report.write_json(tmp_path / "a.json", made_by | {"tables": [[["run", "gain"], rows], [["y"], [[2]]]]})
     for texts, problem in (
         ("", "leave out the tables of a.json"),
         ("{{a.json 2}}", "which has 2"),
@@ -392,7 +381,6 @@ def test_a_table_that_is_stopped_while_it_is_written_is_the_one_before(tmp_path,
         (speed, "step --json {tmp}/no/a.json", "there is no folder"),
         (metrics, "quality --json /dev/null", "is no file"),
         (speed, "step --json {tmp}/a.pt", "a.pt does not end in .json"),
-        (metrics, f"quality --json {'a' * 300}/b", "there is no folder"),
         (metrics, "quality --number 1", "at least 2"),
         (claims, "latency --seeds 1", "unrecognized arguments: --seeds"),
         (metrics, "quality --chekpoint a", "did you mean --checkpoint?"),

@@ -1,4 +1,4 @@
-"""What the pages promise, and how the files of the core know of each other."""
+"""What the pages promise."""
 
 import argparse
 import ast
@@ -21,9 +21,6 @@ from experiments.claims import time_to
 from test_tpdiff import KNOWN_ERRORS, covariance_error
 
 RESULTS = ROOT / "experiments/results"
-# From the bottom up: a file may import any file before it; those of ALLOWED, only the files named there.
-CORE = ["tpdiff", "model", "video", "data", "cli", "checkpoint", "sample", "train"]
-ALLOWED = {"model": set(), "video": set(), "data": {"video"}, "cli": set(), "checkpoint": {"tpdiff", "model", "data"}}
 
 
 def imports(path: Path, inner: bool = True) -> set[str]:
@@ -37,13 +34,7 @@ def imports(path: Path, inner: bool = True) -> set[str]:
     return found
 
 
-def test_the_core_has_these_files_alone_none_imports_upward_and_tpdiff_needs_torch_and_scipy_alone():
-    files = {path.stem for path in ROOT.glob("*.py")}
-    assert files == {*CORE, "test_tpdiff"}
-    of_ours = files | {path.parent.name for path in ROOT.glob("*/*.py")}
-    for index, name in enumerate(CORE):
-        known = imports(ROOT / f"{name}.py") & of_ours
-        assert known <= ALLOWED.get(name, set(CORE[:index])), (name, known)
+def test_tpdiff_needs_torch_and_scipy_alone_and_its_tests_little_more():
     assert imports(ROOT / "tpdiff.py", inner=False) - sys.stdlib_module_names == {"torch", "scipy"}
     assert imports(ROOT / "tpdiff.py") - sys.stdlib_module_names <= {"torch", "scipy", "tqdm"}  # tqdm to show progress
     needed_by_tests = imports(ROOT / "test_tpdiff.py") - sys.stdlib_module_names
@@ -92,8 +83,7 @@ def test_no_line_cuts_a_span_of_code_or_a_formula_in_two():
 
 def parsers_of(module: str) -> list[argparse.ArgumentParser]:
     """A command's parser, and those of its sub-commands."""
-    made = import_module(module).make_parser()
-    parser = made[0] if isinstance(made, tuple) else made
+    parser = import_module(module).make_parser()
     choices = [action.choices for action in parser._actions if action.nargs == argparse.PARSER]
     return [parser, *(choices[0].values() if choices else ())]
 
@@ -266,10 +256,9 @@ def test_every_command_on_the_pages_is_one_that_its_parser_takes():
     text, count = "\n".join(pages().values()).replace("\\\n", "").replace("-->", "\n"), 0
     command = r"(?:python|launch|torchrun \S+) (?:-m )?((?:experiments|examples)\.\w+|\w+\.py)\b( [^\n`#]+)"
     for name, words in re.findall(command, text):
-        module = import_module(name.removesuffix(".py"))
-        if hasattr(module, "make_parser"):
-            made = module.make_parser()
-            _, more = (made[0] if isinstance(made, tuple) else made).parse_known_args(shlex.split(words))
+        name = name.removesuffix(".py")
+        if hasattr(import_module(name), "make_parser"):
+            _, more = parsers_of(name)[0].parse_known_args(shlex.split(words))
             assert not more or name == "experiments.speed", (name, words)
             train.make_parser().parse_args(more)  # what experiments.speed hands on
             count += 1
