@@ -11,7 +11,6 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +39,6 @@ from data import FolderClips, bounce
 from experiments import asked, claims, emoji, figures, metrics, real, report, runs, sizes, speed, trust, variants
 from experiments.timing import in_milliseconds
 from model import Block
-
-with_figures = pytest.mark.skipif(find_spec("matplotlib") is None, reason="pip install matplotlib")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +173,6 @@ def test_distances_flicker_tracks_and_times_are_those_computed_by_hand():
     assert 0.7 < metrics.off_track(path, 10.0) < 1.5
     assert in_milliseconds([0.001 * n for n in range(1, 10)]) == "5.0 [3.0, 7.0]"  # median and quartiles
     assert in_milliseconds([0.002]) == "2.0"
-    assert figures.smooth((1.0, 2.0), 0.5) == [1.0, 1.5]
 
 
 def test_a_figure_names_each_system_by_its_colour_and_each_seed_by_its_dash(tmp_path, monkeypatch):
@@ -313,12 +309,9 @@ def test_gains_in_training_work_count_clips_by_their_share_of_a_full_clip(monkey
     monkeypatch.setattr(claims, "draw_curves", lambda *_, **__: None)
     monkeypatch.setattr(claims, "measured", lambda *_: {"judge_distance": [0.2]})
     rows = [["1", "8", "4", "2", "1 [1, 1]"], ["3", "4", "2", "1", "0.5"], ["3-space-time", "2", "2", "2", "2"]]
-    for claim, mode, length in (
-        ("training", "flow", ""),
-        ("twice", "flow", "-twice"),
-        ("twice-ddim", "ddim", "-twice"),
-    ):
-        made = [[f"{mode}-{system}{length}", "ms", "s", *found] for system, *found in rows]
+    runs_of = {"training": "flow-{}", "twice": "flow-{}-twice", "twice-ddim": "ddim-{}-twice"}
+    for claim, name in runs_of.items():
+        made = [[name.format(system), "ms", "s", *found] for system, *found in rows]
         report.write_json(tmp_path / f"{claim}.json", {"tables": [[], [[], made]]})
     args = SimpleNamespace(out=tmp_path, smoke=False)
     ((_, found),) = claims.work(args)
@@ -382,7 +375,6 @@ def test_a_table_that_is_stopped_while_it_is_written_is_the_one_before(tmp_path,
         (metrics, "quality --json /dev/null", "is no file"),
         (speed, "step --json {tmp}/a.pt", "a.pt does not end in .json"),
         (metrics, "quality --number 1", "at least 2"),
-        (claims, "latency --seeds 1", "unrecognized arguments: --seeds"),
         (metrics, "quality --chekpoint a", "did you mean --checkpoint?"),
         (metrics, "quality --xyz a", "; COMMAND --help lists all"),
         (figures, "windows --out {tmp}/a", "a has no ending such as .png"),
@@ -491,6 +483,7 @@ RUNS, RESULTS = Path("runs/real"), Path("experiments/results")
 def scored_runs(tmp_path_factory) -> Iterator[Path]:
     """A folder with clips, tiny runs of two systems with two seeds and their scores, all where experiments.real looks
     for them and puts them."""
+    pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("real")
     for name in ("train/0", "train/250", "held-out/100", "held-out/150", "settings/50"):
         for file in ("clip.webp", "twin.webp"):
@@ -520,7 +513,6 @@ def scored(scored_runs, tmp_path, monkeypatch, capsys) -> None:
     capsys.readouterr()
 
 
-@with_figures
 def test_systems_train_in_equal_time_and_go_on_with_the_options_they_began_with_alone(scored, monkeypatch, capsys):
     assert len(list(RUNS.glob("*/weights-*.pt"))) == 4 * 2 * 2  # weights, systems, seeds
     for note in RUNS.glob("*/options.txt"):  # what fits into 24 seconds
@@ -539,7 +531,6 @@ def test_systems_train_in_equal_time_and_go_on_with_the_options_they_began_with_
     assert "was begun with other options: move it away" in said
 
 
-@with_figures
 def test_systems_are_scored_once_on_clips_held_out_and_drawn(scored, monkeypatch, capsys):
     assert len(list(RESULTS.glob("real-*.png"))) == 4
     before, drawn = json.loads((RESULTS / "real.json").read_text()), {}
@@ -569,7 +560,6 @@ def test_systems_are_scored_once_on_clips_held_out_and_drawn(scored, monkeypatch
     assert [shown[f"stage {k}"][-1][1] for k in range(3)] == [list(each) for each in zip(*losses, strict=True)]
 
 
-@with_figures
 def test_a_score_is_kept_with_its_loss_alone_and_as_long_as_weights_and_clips_are_the_same(scored, monkeypatch, capsys):
     shutil.copy(RUNS / "vanilla-seed-1/weights-2.pt", RUNS / "vanilla-seed-2/weights-4.pt")
     real.main(SCORES)
@@ -585,7 +575,6 @@ def test_a_score_is_kept_with_its_loss_alone_and_as_long_as_weights_and_clips_ar
     assert (RESULTS / "real-cells.json").read_text() == cells
 
 
-@with_figures
 def test_the_pace_of_systems_is_measured_in_turn_and_counts_in_place_of_their_seconds(scored, monkeypatch, capsys):
     paces, found = RESULTS / "real-pace.json", iter([2, 4, 3, 5])
     monkeypatch.setattr(real, "seconds_a_step", lambda *_: next(found))
@@ -612,7 +601,6 @@ def test_the_pace_of_systems_is_measured_in_turn_and_counts_in_place_of_their_se
     assert [row[2] for row in trained[:9:4]] == ["8", "8", "9"] and [row[1] for row in gains] == ["30", "36"]
 
 
-@with_figures
 def test_choices_of_options_are_compared_on_clips_of_their_own(scored, capsys):
     a, b = (shutil.copytree(RUNS, f"runs/settings/{choice}") for choice in "ab")
     shutil.copy(f"{b}/vanilla-seed-1/weights-2.pt", f"{b}/vanilla-seed-1/weights-8.pt")
@@ -636,7 +624,6 @@ def test_choices_of_options_are_compared_on_clips_of_their_own(scored, capsys):
     assert "CHOICE holds no finished runs" in said
 
 
-@with_figures
 def test_damaged_clips_and_samples_have_a_row_each_by_their_distance_and_by_their_names(scored):
     weights = RUNS / "vanilla-seed-1/weights.pt"
     real.main(f"distance --number 2 --steps 3 --checkpoint {weights}".split())

