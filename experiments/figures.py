@@ -64,7 +64,7 @@ def draw_curves(
     after it, if it is the same for all systems, has one dash. `real`: what real clips have, a line across; `goals`:
     more lines, what vanilla has at its ends. Both axes are logarithmic, or `from_zero`: y linear from 0 on."""
     groups = list(dict.fromkeys(name.split(", ")[0] for name in curves))
-    kinds = list(dict.fromkeys(kind for kind in (name.partition(", ")[2] for name in curves) if kind))
+    kinds = list(dict.fromkeys(name.partition(", ")[2] for name in curves))
     table = min(len(groups), len(kinds)) > 1 and len(groups) * len(kinds) == len(curves)  # its legend: colours, dashes
     entries = [*groups, *kinds] if table else list(curves)
     columns = 2 if max(map(len, map(in_words, entries))) < 32 else 1
