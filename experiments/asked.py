@@ -35,8 +35,6 @@ from experiments.variants import FAST
 from model import DiT
 from tpdiff import Pyramid, randn, split_steps, upsample
 
-SYSTEMS = {"vanilla": "flow-1", "time": "flow-3", "space and time": "flow-3-space-time"}
-
 
 def draw_cells(
     cells: dict[str, list[Cell]], title: str, metric: tuple[str, str], name: str, args: argparse.Namespace
@@ -74,7 +72,8 @@ def real_data(frames: int, fast: bool = False) -> MovingDigits:
 
 def longer(args: argparse.Namespace) -> list:
     """Clips of 32 frames by models trained on 16, beside clips of 16: the pyramids and vanilla, nine Euler steps."""
-    rows, runs = [], [run + seed for run in SYSTEMS.values() for seed in training_seeds(args)]
+    rows, systems = [], ("flow-1", "flow-3", "flow-3-space-time")
+    runs = [run + seed for run in systems for seed in training_seeds(args)]
     for run, frames in product([*runs, "real"], (16, 32)):
         metrics = partial(digit_metrics, reference=args.reference, data=real_data(frames))
         if run == "real":

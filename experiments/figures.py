@@ -64,9 +64,8 @@ def draw_curves(
     after it, if it is the same for all systems, has one dash. `real`: what real clips have, a line across; `goals`:
     more lines, what vanilla has at its ends. Both axes are logarithmic, or `from_zero`: y linear from 0 on."""
     groups = list(dict.fromkeys(name.split(", ")[0] for name in curves))
-    kinds = list(dict.fromkeys(kind for kind in (name.partition(", ")[2] for name in curves) if kind))
-    alone = sum(", " not in name for name in curves)
-    table = (len(groups) - alone) * len(kinds) == len(curves) - alone > len(groups) - alone > 1  # names colours, dashes
+    kinds = list(dict.fromkeys(name.partition(", ")[2] for name in curves))
+    table = min(len(groups), len(kinds)) > 1 and len(groups) * len(kinds) == len(curves)  # its legend: colours, dashes
     entries = [*groups, *kinds] if table else list(curves)
     columns = 2 if max(map(len, map(in_words, entries))) < 32 else 1
     height = 2.8 + 0.15 * math.ceil((len(entries) + 1) / columns)  # fits a column of a paper, with the legend below
@@ -77,7 +76,7 @@ def draw_curves(
     dash_of = dict(zip(kinds, itertools.cycle(("-", "--", ":")), strict=False))
     for name, points in curves.items():
         group, _, kind = name.partition(", ")
-        dash = dash_of.get(kind, "-.") if table else next(dashes[group])
+        dash = dash_of[kind] if table else next(dashes[group])
         draw_curve(axes, points, centre, colours[group], dash, None if table else in_words(name))
     for group in groups if table else ():
         axes.plot([], [], color=colours[group], label=in_words(group))
@@ -198,7 +197,6 @@ def draw_losses(args: argparse.Namespace) -> None:
 
 
 def smooth(values: tuple[float, ...], decay: float = 0.8) -> list[float]:
-    """A running mean."""
     mean, found = values[0], []
     for value in values:
         mean = decay * mean + (1 - decay) * value

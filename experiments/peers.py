@@ -66,7 +66,6 @@ def closest(make: Callable, sizes: range, parameters: int) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The numbers that a model learns."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -50,7 +50,6 @@ def spread(values: list[float], form: str = ".3g") -> str:
 
 
 def markdown(header: list, rows: list[list]) -> str:
-    """The table as Markdown, a line for each row."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
@@ -141,14 +140,13 @@ def publish(tables: list[Table], made_by: dict, path: Path | None) -> None:
 
 def made_by(name: str, content: dict) -> str:
     """A line of what made the tables of a file, and its name. A command is shown by its present name."""
-    command = content.get("command", "")
+    command = content["command"]
     for old, new in RENAMED.items():
         command = command.replace(old, new)
-    words = [f"`{command}`"] if command else []
-    words += [content[key] for key in ("machine", "date") if key in content]
-    words += [f"torch {content['torch']}"] if "torch" in content else []
-    words += [content["note"]] if "note" in content else []
-    words += [f"[{name}](results/{name})"]
+    words = [f"`{command}`", content["machine"], content["date"], f"torch {content['torch']}"]
+    if "note" in content:
+        words.append(content["note"])
+    words.append(f"[{name}](results/{name})")
     return re.sub(r"\b1 threads", "1 thread", ", ".join(words)) + ":\n"
 
 

@@ -22,7 +22,7 @@ from data import bounce, draw_digit
 from experiments.figures import draw_bars, draw_curves
 from experiments.metrics import REAL, digit_metrics, other_clips
 from experiments.report import spread
-from experiments.runs import LATER, stored, variant_of, weights_of
+from experiments.runs import LATER, SCORES, stored, variant_of, weights_of
 from tpdiff import Pyramid, randn
 
 PATHS, BEST, NEAR = 10**6, 200, 10**5  # random paths; the most probable of them; new ones near those
@@ -191,6 +191,5 @@ def straight(args: argparse.Namespace) -> list:
         table.append([run, *(f"{loss:.4f}" for loss in found)])
     title, labels = "Losses at the noisiest stage", ("time t; 1 is noise", "loss")
     draw_curves(curves, title, *labels, args.out / "straight-loss.png", from_zero=True)
-    scores = ["judge's distance", "legible", "one digit", "straight", "off track, px"]
     header = ["loss of stage 2", *(f"t = {t}" for t in TIMES)]
-    return [(["run", "begun at", "steps a stage", *scores], rows), (header, table)]
+    return [(["run", "begun at", "steps a stage", *SCORES[: len(names)]], rows), (header, table)]

@@ -2,7 +2,7 @@
 whether samples repeat training clips. Most are commands of experiments.real."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -163,6 +163,15 @@ def distance(args: argparse.Namespace) -> None:
     publish([(["damage", "strength", *features], rows)], args.made_by, args.out / "distance.json")
 
 
+def some_with_twins(labels: list[str], classes: Sequence[str], args: argparse.Namespace) -> list[int]:
+    """Numbers of at most --number files, drawn from those with a label of `classes` that another file has, too."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    found = [number for number in order if labels.count(labels[number]) > 1 and labels[number] in classes]
+    if not found:
+        raise ValueError(f"{args.data} holds no known label with two clips or more, which this compares")
+    return found[: args.number]
+
+
 def names(args: argparse.Namespace) -> None:
     """How often a clip is named rightly, after the nearest training clip: damaged training clips, their own files
     apart, and samples of --checkpoint by solver steps and guidance. A good score falls with every damage and rises as
@@ -171,10 +180,7 @@ def names(args: argparse.Namespace) -> None:
     weights, device = load_weights(weight_file(args.checkpoint), choose_device()), choose_device()
     known, rows = FolderClips(args.data / "train", weights.frames, weights.size, labels=True), []
     folders = [known.class_name(source) for source in known.sources]
-    order = torch.randperm(len(folders), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    own = [number for number in order if folders.count(folders[number]) > 1][: args.number]
-    if not own:
-        raise ValueError(f"{args.data / 'train'} holds no label with two clips or more, which this compares")
+    own = some_with_twins(folders, known.classes, args)
     wanted = [folders[number] for number in own]
     labels = torch.tensor([known.classes.index(name) for name in wanted])
     named = naming(known, partial(placed_features, load_efficientnet().to(device)), device)
@@ -210,10 +216,7 @@ def copies(args: argparse.Namespace) -> None:
     parts = [FolderClips(args.data / name, *shape, labels=True) for name in ("train", "settings")]
     files = [(part, source, part.class_name(source)) for part in parts for source in part.sources]
     labels = [label for _, _, label in files]
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    own = [each for each in order if labels.count(labels[each]) > 1 and labels[each] in weights.classes][: args.number]
-    if not own:
-        raise ValueError(f"{args.data} holds no label of the model's with two clips or more, which this compares")
+    own = some_with_twins(labels, weights.classes, args)
     real = torch.stack([data.window(source, 0) for data, source, _ in (files[each] for each in own)])
     held_out = real_clips(0, len(own), FolderClips(args.data / "held-out", *shape))
     labels = sample.choose_labels(weights.classes, len(own), [labels[each] for each in own])

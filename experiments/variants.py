@@ -9,7 +9,6 @@ first   only the noisiest stage is trained
 The weights of all but `fast` have a format of their own: sample.py refuses them, in place of making bad clips of them.
 """
 
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -62,11 +61,10 @@ def varied(name: str | None) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="experiments.variants", description=__doc__)
     parser.add_argument("variant", choices=VARIANTS, help="what is changed; options of train.py follow")
     parser.epilog = "example: python -m experiments.variants fast --steps 3000"
-    args, options = parser.parse_known_args(words)
+    args, options = parser.parse_known_args(argv)
     alone = ["--workers", "0"] if args.variant == "first" else []  # a worker might draw the usual stages
     with varied(args.variant):
         train.main([*options, *alone])

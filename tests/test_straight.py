@@ -81,21 +81,18 @@ def test_the_exact_answer_knows_the_clip_where_there_is_little_noise(monkeypatch
 
 def test_random_paths_are_drawn_as_those_of_the_data(monkeypatch):
     monkeypatch.setattr(straight, "PATHS", 100_000)
-    own = {axis: [] for axis in (0, 1)}
-    for number in range(20_000):
-        (label, *places), *_ = REAL.tracks(number)
-        if label == 3:
-            for axis, place in enumerate(places):
-                own[axis].append((place[0], place[4], place[12]))
+    tracks = (REAL.tracks(number)[0] for number in range(20_000))
+    own = np.array([places for label, *places in tracks if label == 3])[:, :, [0, 4, 12]]  # (N, down and across, T)
     shown, columns = straight.random_places(3, 4)[[0, 1, 3]].numpy(), int(straight.rooms(3)[1] / straight.APART) + 1
-    for axis, drawn in enumerate((shown // columns, shown % columns)):
-        drawn = drawn.T * straight.APART
-        for first, then in ((0, 1), (1, 2), (0, 2)):
-            moves = [np.abs(np.subtract(*np.asarray(each).T[[then, first]])) for each in (own[axis], drawn)]
-            quantiles = [np.quantile(each, np.linspace(0.05, 0.95, 10)) for each in moves]
-            assert quantiles[0] == pytest.approx(quantiles[1], abs=0.4)
-        starts = [np.quantile(np.asarray(each)[:, 0], np.linspace(0.05, 0.95, 10)) for each in (own[axis], drawn)]
-        assert starts[0] == pytest.approx(starts[1], abs=0.6)
+    drawn = np.stack([shown // columns, shown % columns]).transpose(2, 0, 1) * straight.APART
+
+    def assert_alike(one: np.ndarray, other: np.ndarray, tolerance: float) -> None:
+        one, other = (np.quantile(each, np.linspace(0.05, 0.95, 10), axis=0) for each in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+
+    assert_alike(own[:, :, 0], drawn[:, :, 0], 0.6)
+    for first, then in ((0, 1), (1, 2), (0, 2)):
+        assert_alike(*(abs(each[:, :, then] - each[:, :, first]) for each in (own, drawn)), 0.4)
 
 
 def test_new_paths_are_even_in_cells_that_do_not_overlap_and_weigh_as_much_as_the_data_has_of_them():
