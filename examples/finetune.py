@@ -129,7 +129,7 @@ def read_captions(dataset: FolderClips) -> list[str]:
     files = [source.files[0].with_suffix(".txt") for source in dataset.sources]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise DataError(f"{len(missing)} clips have no caption, the first of them {missing[0]} (it may be empty)")
+        raise DataError(f"no caption for {cli.count(len(missing), 'clip')}, first {missing[0]} (it may be empty)")
     return [" ".join(file.read_text(encoding="utf-8").split()) for file in files]
 
 
