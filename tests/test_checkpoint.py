@@ -71,7 +71,8 @@ def make_older(run: Path, **args) -> None:
     """Makes a run's checkpoint one from before some flags; a later version took --time-shift."""
     content = load_checkpoint(run / "checkpoint.pt")
     for name in ("stage_odds", "pyramid", "shift", "ends"):
-        content["args"].pop(name, None), content.pop(name, None)
+        content["args"].pop(name, None)
+        content.pop(name, None)
     content["config"].pop("factor", None)
     torch.save(content | {"args": content["args"] | args}, run / "checkpoint.pt")
 
