@@ -95,6 +95,11 @@ def test_training_loss_is_that_of_algorithm_2(mode, alignment, shift):
         assert label is None
 
 
+def test_random_draws_differ_with_each_number():
+    draws = {torch.rand((), generator=generator_for(*n)).item() for n in itertools.product(range(3), repeat=3)}
+    assert len(draws) == 27
+
+
 def test_labels_are_dropped_at_the_given_rate():
     x0, labels, args = torch.zeros(400, 1, 4, 8, 8), torch.full((400,), 7), arguments("--label-dropout", "0.25")
     labels = train.draw(x0, labels, 10, Pyramid("flow"), 2, range(400), args)[3]
