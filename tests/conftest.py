@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 
 import train
-from checkpoint import FORMAT, make_pyramid
 from data import open_data
 from model import DiT, DiTConfig
 from test_tpdiff import ROOT, assert_exact, both_modes, clips, gamma_sigma, seeded  # noqa: F401  (for the other files)
-from tpdiff import Pyramid
 
 # ---- Models and runs
 
@@ -35,15 +33,11 @@ def small_model(classes: int = 0, live: bool = True, **options) -> DiT:
     return model
 
 
-def pyramid_of(mode: str, stages: int, pyramid: str = "time", shift: float = 1.0) -> Pyramid:
-    return make_pyramid(argparse.Namespace(mode=mode, stages=stages, pyramid=pyramid, shift=shift, ends=None))
-
-
-def run_training(out: Path, *options: str) -> dict:
-    """train.py in this process, and the checkpoint it leaves."""
+def run_training(out: Path, *options: str, code: int = 0) -> dict:
+    """train.py in this process, the code that it ends with, and the checkpoint it leaves."""
     with pytest.raises(SystemExit) as stopped:
         train.main([*TINY, "--out", str(out), *options])
-    assert stopped.value.code == 0
+    assert stopped.value.code == code
     checkpoint, weights = (torch.load(out / name, weights_only=True) for name in ("checkpoint.pt", "weights.pt"))
     assert all(torch.equal(weights["ema"][name], value.bfloat16()) for name, value in checkpoint["ema"].items())
     return checkpoint
@@ -126,22 +120,3 @@ def clip_folder(tmp_path) -> Path:
     (folder / "empty.webp").write_bytes(b"")
     (folder / "notes.txt").write_text("not a clip")
     return folder
-
-
-class Hostile:
-    """A pickle that leaves a file when it is read by what runs the code in it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def save_hostile(path: Path) -> None:
-    torch.save({"format": FORMAT, "ema": Hostile(path.parent / "run-by-hostile-code")}, path)
-
-
-def decompression_bomb() -> bytes:
-    """A picture of a few bytes that says it has 60,000 x 60,000 pixels."""
-    return b"P5 60000 60000 255\n"

