@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,6 +66,15 @@ def assert_same_weights(a: dict, b: dict, **tolerance) -> None:
 def command(*words: str | Path, **options) -> subprocess.Popen:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, words)], **streams, **options)
+
+
+def start_two(*words: str | Path) -> list[subprocess.Popen]:
+    """Two processes of one run, as torchrun starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in "01"]
+    return [command(*words, env=rank) for rank in ranks]
 
 
 def fails_with_one_line(capsys, main, *words: str | Path) -> str:

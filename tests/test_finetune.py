@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, animation, fails_with_one_line, rows_of, tables_of
+from conftest import ROOT, animation, fails_with_one_line, rows_of, start_two, tables_of
 
 from cli import SAMPLING, generator_for
 from examples import finetune, generate
@@ -366,6 +366,18 @@ def test_what_shares_gradients_in_another_way_is_refused(words, monkeypatch, cap
     monkeypatch.setattr(finetune.library("accelerate").Accelerator, "distributed_type", kinds.DEEPSPEED)
     said = fails_with_one_line(capsys, finetune.main, *words(f"{{wan}} {RUN}"))
     assert "accelerate's configuration asks for DEEPSPEED: run accelerate launch --multi_gpu" in said
+
+
+def test_two_processes_train_as_one_with_two_micro_batches(words, tmp_path):
+    line = f"{{wan}} {RUN} --batch 1 --steps 3"
+    one = finetuned(words(f"{line} --accumulate 2 --out {{tmp}}/one"))
+    for process in start_two("-m", "examples.finetune", *words(line)):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    two = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert (two["step"], two["world"]) == (3, 2)
+    for key, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-4)
 
 
 def test_a_prompt_whose_end_is_cut_off_is_told(places):

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from conftest import (
     run_training,
     small_model,
     small_state,
+    start_two,
 )
 from torch._dynamo.testing import CompileCounter
 
@@ -230,23 +230,14 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_ten_in_a_row_end_the
     assert {int(state["step"]) for state in states if "step" in state} == {3}  # of the 22, AdamW took three
 
 
-def start_two(*words) -> list:
-    """Two processes of one run, as torchrun starts them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in "01"]
-    return [command(train.__file__, *TINY, *words, env=rank) for rank in ranks]
-
-
 def test_one_process_with_two_micro_batches_goes_on_with_what_two_processes_began(tmp_path):
     words = ["--steps", "6", "--device", "cpu", "--batch", *BY_STAGE, "--warmup", "0"]
-    words += ["--save-interval", "3", "--log-interval", "1"]
+    words += ["--save-interval", "3", "--log-interval", "1", "--convolution"]
     one, two = tmp_path / "one", tmp_path / "two"
     whole = run_training(one, *words, "--accumulate", "2")
-    for process in start_two(*words, "--out", two):
+    for process in start_two(train.__file__, *TINY, *words, "--out", two):
         _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        assert process.returncode == 0 and "Warning" not in err, err
     (two / "checkpoint-previous.pt").replace(two / "checkpoint.pt")  # after step 3
     resumed = run_training(two, *words, "--resume", "--accumulate", "2")
     assert (resumed["step"], resumed["world"], resumed["args"]["accumulate"]) == (6, 1, 2)
@@ -314,7 +305,9 @@ def test_a_run_that_lacks_shared_memory_ends_in_one_sentence(tmp_path, monkeypat
 
 
 def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_so(tmp_path):
-    ranks = start_two("--steps", 10**6, "--save-interval", 2, "--device", "cpu", "--out", tmp_path)
+    ranks = start_two(
+        train.__file__, *TINY, "--steps", 10**6, "--save-interval", 2, "--device", "cpu", "--out", tmp_path
+    )
     wait_for(tmp_path / "checkpoint.pt", ranks[0])
     ranks[1].kill()
     _, err = ranks[0].communicate(timeout=60)
@@ -401,7 +394,7 @@ def test_a_second_process_in_a_run_s_folder_is_refused(tmp_path, capsys):
         other.stdout.readline()
         error = fails_with_one_line(capsys, train.main, *TINY, "--steps", 1, "--out", tmp_path)
         assert f"another process trains in {tmp_path}" in error and not (tmp_path / "metrics.jsonl").exists()
-        for process in start_two("--steps", "1", "--device", "cpu", "--out", tmp_path):
+        for process in start_two(train.__file__, *TINY, "--steps", "1", "--device", "cpu", "--out", tmp_path):
             error = process.communicate(timeout=120)[1]
             assert process.returncode == 2 and error.count("\n") == 1 and "another process" in error, error
         other.kill()
