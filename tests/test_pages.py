@@ -182,14 +182,15 @@ def test_the_front_page_s_other_numbers_by_hand_are_those_of_the_code_and_of_the
 
 
 def test_what_the_pages_say_by_hand_of_two_hours_of_training_is_in_their_tables():
-    front, page = in_one_line("README.md"), in_one_line("experiments/README.md")
+    page = in_one_line("experiments/README.md")
     (_, runs), (_, ways), (_, ends) = tables_of(RESULTS / "two-hours/real.json")
     seconds = {row[0]: float(row[1]) for row in ends}
     assert "space trains a tenth longer than vanilla" in page and round(seconds["space"] / seconds["vanilla"], 1) == 1.1
     assert sum(row[0].startswith("space-seed") for row in runs) == 4
     thirty = {row[0]: row[4] for row in ways if row[1] in ("30", "10-10-10") and row[2] == "euler"}
     vanilla, least, most = map(int, re.findall(r"\d+", thirty["vanilla"]))  # of two training seeds
-    assert "(no lead with thirty sampling steps)" in front and vanilla - int(thirty["time"].split()[0]) < most - least
+    assert "With thirty it differs from vanilla less than two training seeds do" in page
+    assert vanilla - int(thirty["time"].split()[0]) < most - least
     one, other = (int(row[3]) for row in runs if row[0].startswith("space-time") and row[1] == 1691)
     assert "two seeds of the pyramid differ by ninety" in page and one - other == 90
 
@@ -208,8 +209,23 @@ def test_what_the_results_say_by_hand_of_chosen_batch_and_rate_is_in_their_table
     shares = {row[0]: row[4] for row in untuned}
     (distance, seconds) = next((float(row[2].split()[0]), float(row[1])) for row in untuned if row[0] == "vanilla")
     tuned = [(float(row[2]), [float(row[3])]) for row in runs[1] if row[0] == "vanilla-seed-1"]
-    assert "as does vanilla with [batch and rate tuned]" in in_one_line("README.md")
+    assert "Tuned, vanilla needs three quarters of the time that it needs with B = 4 to the same distance" in page
     assert shares["time"] == shares["space"] == "0.75" and abs(time_to(distance, tuned) / seconds - 0.75) < 0.02
+
+
+def test_what_the_results_say_by_hand_of_the_pyramid_in_time_with_chosen_batch_and_rate_is_in_their_tables():
+    page, tables = in_one_line("experiments/README.md"), tables_of(RESULTS / "plain/real.json")
+    (_, (_, ways), (_, ends)), (_, _, (_, above)) = tables, tables_of(RESULTS / "tuned/real.json")
+    calls, far = ({" ".join(row[:3]): float(row[number]) for row in ways} for number in (3, 4))
+    (system, time, _, with_nine, share), (_, seconds, distance, *_) = ends
+    assert system == "time" and "Both took the same time" in page and abs(float(time) / float(seconds) - 1) < 0.01
+    assert "four fifths of vanilla's after the same time, with thirty nine tenths. It reaches" in page
+    assert 0.78 < float(with_nine) < 0.83 and 0.88 < far["time 10-10-10 euler"] / far["vanilla 30 euler"] < 0.92
+    assert "in two thirds of vanilla's time (B = 4: three quarters)" in page and 0.64 < float(share) < 0.69
+    assert "With 5-3-1 steps of `ab2`, for an eighth of the cost" in page
+    assert round(calls["vanilla 30 euler"] / calls["time 5-3-1 ab2"]) == 8
+    assert abs(far["time 5-3-1 ab2"] / far["vanilla 30 euler"] - 1) < 0.02
+    assert "within a hundredth of the one there" in page and abs(float(distance) / float(above[1][2]) - 1) < 0.01
 
 
 def test_what_the_results_say_by_hand_of_the_choices_for_the_pyramid_in_time_is_in_their_tables():

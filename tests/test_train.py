@@ -33,7 +33,7 @@ from torch._dynamo.testing import CompileCounter
 import sample
 import train
 from checkpoint import load_checkpoint, make_pyramid
-from cli import TRAINING, choose_device, generator_for
+from cli import TRAINING, choose_device, generator_for, start_processes
 from data import MovingDigits, open_data
 from model import Block, Captured, DiT
 from tpdiff import Pyramid, align, draw_nearest, randn
@@ -323,6 +323,15 @@ def test_devices_that_are_not_there_are_refused(tmp_path, monkeypatch, capsys):
     for device in ("cuda", "mps"):
         said = fails_with_one_line(capsys, train.main, "--out", tmp_path / "run", "--device", device)
         assert f"--device {device}: torch {torch.__version__} finds no such device" in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "process 1 of this machine finds 1 GPU(s): " in fails_with_one_line(capsys, train.main, "--out", "nowhere")
+
+
+def test_a_cluster_s_variable_of_processes_starts_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert start_processes("cpu")[:2] == (0, 1)
 
 
 BAD_NUMBERS = "--size 16 0, --batch 8 4 0, --shift nan, --steps 1e3, --frames 1.5, --seed 99999999999999999999, --ema 2"
