@@ -228,6 +228,17 @@ def test_what_the_results_say_by_hand_of_the_pyramid_in_time_with_chosen_batch_a
     assert "within a hundredth of the one there" in page and abs(float(distance) / float(above[1][2]) - 1) < 0.01
 
 
+def test_what_the_pages_say_by_hand_of_samples_that_repeat_training_clips_is_in_their_tables():
+    ((_, shipped),), ((_, early),) = (tables_of(RESULTS / f"{folder}copies.json") for folder in ("", "two-hours/"))
+    samples, twins, others = ([float(number) for number in row[1:]] for row in shipped)  # least, 10%, median, 90%
+    page = in_one_line("experiments/README.md")
+    assert "about as near to training clips" in in_one_line("README.md") and 0.9 < samples[2] / twins[2] < 1
+    assert "In the median a sample is a little nearer to a training clip than such a twin is" in page
+    assert "The nearest twins are nearer than the nearest sample" in page and twins[0] < samples[0]
+    assert "other labels and are more than twice as far" in page and others[2] > 2 * twins[2]
+    assert "more than twice as far from the nearest training clip" in page and float(early[0][3]) > 2 * twins[2]
+
+
 def test_what_the_results_say_by_hand_of_the_choices_for_the_pyramid_in_time_is_in_their_tables():
     page, found = in_one_line("experiments/README.md"), {}
     for folder in ("two-hours", "tuned"):
