@@ -392,6 +392,6 @@ def _upright(frame, pixel_aspect) -> Image.Image:
         if data.type.name == "DISPLAYMATRIX":  # x' = a x + c y, y' = b x + d y, each 1, 0 or -1
             a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
             image = image if a else image.transpose(Image.Transpose.TRANSPOSE)
-            image = ImageOps.mirror(image) if a + c < 0 else image  # one of the two is 0
-            image = ImageOps.flip(image) if b + d < 0 else image
+            image = ImageOps.mirror(image) if (a or c) < 0 else image
+            image = ImageOps.flip(image) if (d or b) < 0 else image
     return image

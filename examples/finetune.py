@@ -273,14 +273,14 @@ def make_state(args: Namespace, network: Module, accelerator) -> State:
         content = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True)
         if content["world"] != accelerator.num_processes:
             raise ValueError(f"{args.out} was trained by {content['world']} processes, and --resume keeps their number")
-        another = f"{args.model} is not the model that {args.out} was trained on"
-        if not torch.equal(content["frozen"], frozen(network)):
-            raise ValueError(another)
         try:
+            if not torch.equal(content["frozen"], frozen(network)):
+                raise ValueError
             network.load_state_dict(content["weights"], strict=False)
             optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError):
-            raise ValueError(another) from None
+        except (KeyError, RuntimeError, ValueError):  # older versions did not keep what tells models apart
+            another = f"{args.model} is not the model that {args.out} was trained on"
+            raise ValueError(f"{another}, or an older version trained it: begin a new run") from None
         state.step, state.seconds, state.skipped = content["step"], content["seconds"], content["skipped"]
     return state
 

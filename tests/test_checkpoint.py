@@ -311,6 +311,15 @@ def test_code_in_a_file_of_tensors_is_never_run(tmp_path, capsys):
     assert mark.exists()
 
 
+def test_labels_in_weights_are_never_paths(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    torch.save(shipped(classes=["../x", *"123456789"]), "names.pt")
+    sample.main(["--checkpoint", "names.pt", "--label", "../x", "--number", "1", "--steps", "3"])
+    assert sorted(path.name for path in Path("samples").iterdir()) == ["names-000.gif", "names-000.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_full_disk_costs_no_rows_of_losses_when_a_run_goes_on(tmp_path, monkeypatch):
     def fills(path: Path, text: str) -> None:
         path.write_bytes(b"half")

@@ -209,6 +209,22 @@ def test_encoded_clips_are_decoded_to_what_their_vae_makes_of_them(name, places)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("frames", [13, 31])
+@each_model
+def test_loss_falls_on_one_clip_at_every_stage_whatever_the_frames(name, frames, places):
+    torch.manual_seed(0)
+    _, network, p, model, prompt = prepared(places, name, lora=8)
+    x0, optimizer = torch.randn(1, 4, frames, 4, 4), torch.optim.AdamW(finetune.trained(network).values(), 2e-2)
+    for k in range(len(p)):
+        noise, losses = torch.randn(p.shape(x0.shape, k)), []
+        for _ in range(20):
+            losses.append(finetune.training_loss(model, p, k, x0, noise, torch.tensor([0.6]), prompt))
+            losses[-1].backward(), optimizer.step(), optimizer.zero_grad()
+        assert losses[-1] < 0.95 * losses[0]
+    clips = p.sample(generate.guided(model, prompt, prompt, 1), x0.shape, 3)
+    assert clips.shape == x0.shape and clips.isfinite().all()
+
+
 POSITIONS = {  # the kind of layer that knows of positions, and what of its input and output they are
     "wan": ("WanRotaryPosEmbed", lambda inputs, options, output: output),
     "cogvideox-2b": ("CogVideoXPatchEmbed", lambda inputs, options, output: [output[0, 226:]]),
@@ -366,6 +382,14 @@ def test_what_shares_gradients_in_another_way_is_refused(words, monkeypatch, cap
     monkeypatch.setattr(finetune.library("accelerate").Accelerator, "distributed_type", kinds.DEEPSPEED)
     said = fails_with_one_line(capsys, finetune.main, *words(f"{{wan}} {RUN}"))
     assert "accelerate's configuration asks for DEEPSPEED: run accelerate launch --multi_gpu" in said
+
+
+def test_processes_wait_for_clips_longer_than_for_a_step(words, monkeypatch):
+    made = SimpleNamespace(is_initialized=lambda: True, new_group=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setattr(finetune, "dist", made)
+    accelerator, patient = finetune.make_accelerator(SimpleNamespace(device="cpu"))
+    assert accelerator.init_handler.timeout.total_seconds() == 2 * 3600 and patient.backend == "gloo"
+    assert patient.timeout.total_seconds() == 24 * 3600
 
 
 def test_two_processes_train_as_one_with_two_micro_batches(words, tmp_path):

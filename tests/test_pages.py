@@ -226,6 +226,10 @@ def test_what_the_results_say_by_hand_of_the_pyramid_in_time_with_chosen_batch_a
     assert round(calls["vanilla 30 euler"] / calls["time 5-3-1 ab2"]) == 8
     assert abs(far["time 5-3-1 ab2"] / far["vanilla 30 euler"] - 1) < 0.02
     solvers = [(name, name.replace("euler", "ab2")) for name in far if "euler" in name and "1-1-1" not in name]
+    named = [round(96 * float(row[4])) for row in tables[0][1][3:8:4]]
+    before = [float(row[4]) for row in tables_of(RESULTS / "two-hours/real.json")[0][1] if row[0].startswith("time")]
+    assert "four against nine of 96 clips, and hardly above vanilla's three" in page and named == [4, 3]
+    assert [round(96 * share) for share in before[3::4]] == [9, 9]
     assert "The second-order solver has lower distances than Euler for both" in page
     assert len(solvers) == 10 and all(far[second] < far[first] for first, second in solvers)
     assert "within a hundredth of the one there" in page and abs(float(distance) / float(above[1][2]) - 1) < 0.01
@@ -235,7 +239,8 @@ def test_what_the_pages_say_by_hand_of_samples_that_repeat_training_clips_is_in_
     ((_, shipped),), ((_, early),) = (tables_of(RESULTS / f"{folder}copies.json") for folder in ("", "two-hours/"))
     samples, twins, others = ([float(number) for number in row[1:]] for row in shipped)  # least, 10%, median, 90%
     page = in_one_line("experiments/README.md")
-    assert "about as near to training clips" in in_one_line("README.md") and 0.9 < samples[2] / twins[2] < 1
+    assert "its samples are about as near to training clips as these are to each other" in page
+    assert 0.9 < samples[2] / twins[2] < 1
     assert "In the median a sample is a little nearer to a training clip than such a twin is" in page
     assert "The nearest twins are nearer than the nearest sample" in page and twins[0] < samples[0]
     assert "other labels and are more than twice as far" in page and others[2] > 2 * twins[2]
