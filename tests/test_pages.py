@@ -218,10 +218,11 @@ def test_what_the_results_say_by_hand_of_the_pyramid_in_time_with_chosen_batch_a
     (_, (_, ways), (_, ends)), (_, _, (_, above)) = tables, tables_of(RESULTS / "tuned/real.json")
     calls, far = ({" ".join(row[:3]): float(row[number]) for row in ways} for number in (3, 4))
     (system, time, _, with_nine, share), (_, seconds, distance, *_) = ends
-    assert system == "time" and "Both took the same time" in page and abs(float(time) / float(seconds) - 1) < 0.01
+    assert system == "time" and "A step of both takes about as long" in page
+    assert abs(float(time) / float(seconds) - 1) < 0.03
     assert "four fifths of vanilla's after the same time, with thirty nine tenths. It reaches" in page
     assert 0.78 < float(with_nine) < 0.83 and 0.88 < far["time 10-10-10 euler"] / far["vanilla 30 euler"] < 0.92
-    assert "about two thirds of vanilla's time (B = 4: three quarters)" in page and 0.63 < float(share) < 0.7
+    assert "in two thirds of vanilla's time (B = 4: three quarters)" in page and 0.65 < float(share) < 0.68
     assert "With 5-3-1 steps of `ab2`, for an eighth of the cost" in page
     assert round(calls["vanilla 30 euler"] / calls["time 5-3-1 ab2"]) == 8
     assert abs(far["time 5-3-1 ab2"] / far["vanilla 30 euler"] - 1) < 0.02
