@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from cli import written_whole
+from cli import write_text_whole
 from data import height_width
 from model import DiT, DiTConfig
 from tpdiff import Pyramid
@@ -359,8 +359,7 @@ def start_metrics(path: Path, step: int) -> None:
     for row in rows:
         with suppress(ValueError):
             kept += [row] if json.loads(row)["step"] <= step else []
-    with written_whole(path) as aside:  # a full disk costs no rows
-        aside.write_text("".join(row + "\n" for row in kept))
+    write_text_whole(path, "".join(row + "\n" for row in kept))  # a full disk costs no rows
 
 
 def write_metrics(

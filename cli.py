@@ -216,6 +216,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         aside.replace(path)
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes a file of text; if that fails, what was there stays."""
+    with written_whole(path) as aside:
+        aside.write_text(text)
+
+
 @contextmanager
 def one_sentence(parser: Parser, no_memory: str) -> Iterator[None]:
     """Bad input and a lack of memory end the command with one sentence on stderr and exit code 2; Ctrl-C with 130.

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import time
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from PIL.PngImagePlugin import Blend, Disposal
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import few, written_whole
+from cli import few, write_text_whole
 
 STILLS, LATENTS = (".png", ".jpg", ".jpeg"), (".npy", ".pt")
 VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .flv .wmv .3gp".split())
@@ -30,6 +31,7 @@ CUT_ANYWHERE = (".ts", ".mts", ".m2ts", ".mpg", ".mpeg")  # what is cut off from
 RUN = "checkpoint.pt"  # in the folder of a run of train.py, whose samples are no data
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
 INDEX_FORMAT = 3  # of the file that keeps what the headers said; raised when old ones can no longer be read
+KEEP_SECONDS = 300  # how much of a long look at many files a kill may cost
 LATENT_CHANNELS = (4, 8, 12, 16, 24, 32, 48, 64, 128, 256)  # that VAEs have
 
 
@@ -107,30 +109,30 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
             rows[name] = known[name] if same else {"key": key} | vars(replace(source, files=()))
         return source
 
-    sources, without = [], index.parent.resolve() if index else None
+    sources, without, kept = [], index.parent.resolve() if index else None, time.monotonic()
     for files in tqdm(_groups(folder, without, series), desc="looking at files", unit="clip", delay=2):
-        source = look(files)
-        while source.kind == "broken" and len(files) > 1:  # a damaged picture does not cost those after it
+        while (source := look(files)).kind == "broken" and len(files) > 1:  # does not cost the pictures after it
             sources, files = [*sources, replace(source, files=files[:1])], files[1:]
-            source = look(files)
         whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
         sources += [source] if whole else [look((file,)) for file in files]
+        if index and time.monotonic() - kept > KEEP_SECONDS:
+            write_text_whole(index, json.dumps(known | rows, default=Fraction.as_integer_ratio))
+            kept = time.monotonic()
     if index and rows != known:
         if known and (changed := sorted(name for name in known | rows if known.get(name) != rows.get(name))):
             tqdm.write(f"new, gone or changed since the last start: {len(changed)} ({few(changed)})")
-        with written_whole(index) as aside:
-            aside.write_text(json.dumps(rows, default=Fraction.as_integer_ratio))
+        write_text_whole(index, json.dumps(rows, default=Fraction.as_integer_ratio))
     return sources
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_mtime_ns, status.st_size
 
 
 def _from_row(files: tuple[Path, ...], row: dict) -> Source:
     row = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name != "key"}
     return Source(**row | {"files": files} | {name: Fraction(*row[name]) for name in ("unit", "period")})
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:

@@ -1,6 +1,7 @@
 """Clips: moving digits, and a folder's pictures, animations, videos and latents; and how clips are saved."""
 
 import errno
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -339,6 +340,30 @@ def test_the_index_spares_files_that_have_not_changed_and_names_the_others(clip_
     for _ in range(2):
         assert "of 37 frames" in indexed().summary and "a.gif" not in index.read_text()
         index.write_text("[")  # damaged: written anew
+
+
+def test_a_look_at_files_that_is_stopped_goes_on_where_it_was(clip_folder, monkeypatch):
+    index, opened, probe, stop_at = clip_folder / "run" / "index.json", [], video._probe, ["still.gif"]
+
+    def stopped(files):
+        opened.append(files[0].name)
+        if files[0].name in stop_at:
+            raise KeyboardInterrupt
+        return probe(files)
+
+    monkeypatch.setattr(video, "_probe", stopped)
+    monkeypatch.setattr(video, "KEEP_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        FolderClips(clip_folder, 6, 8, index=index)
+    assert opened == ["a.gif", "broken.gif", "clear.webp", "empty.webp", "short.gif", "still.gif"]
+    stop_at.clear()
+    assert FolderClips(clip_folder, 6, 8, index=index).summary == FolderClips(clip_folder, 6, 8).summary
+    assert opened[6:12] == ["broken.gif", "empty.webp", "still.gif", "still.png", "b.webp", "c.png"]
+    known = json.loads(index.read_text())
+    stop_at.append("empty.webp")
+    with pytest.raises(KeyboardInterrupt):
+        FolderClips(clip_folder, 6, 8, index=index)
+    assert json.loads(index.read_text()) == known  # also of those that it had not come to
 
 
 def test_a_series_of_stills_of_different_sizes_as_they_are_shown_is_named_and_skipped(tmp_path, capsys):
