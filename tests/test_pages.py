@@ -240,7 +240,7 @@ def test_what_the_pages_say_by_hand_of_samples_that_repeat_training_clips_is_in_
     ((_, shipped),), ((_, early),) = (tables_of(RESULTS / f"{folder}copies.json") for folder in ("", "two-hours/"))
     samples, twins, others = ([float(number) for number in row[1:]] for row in shipped)  # least, 10%, median, 90%
     page = in_one_line("experiments/README.md")
-    assert "its samples are about as near to training clips as these are to each other" in page
+    assert "its samples are about as near to training clips as those of one label are to each other" in page
     assert 0.9 < samples[2] / twins[2] < 1
     assert "In the median a sample is a little nearer to a training clip than such a twin is" in page
     assert "The nearest twins are nearer than the nearest sample" in page and twins[0] < samples[0]
