@@ -150,7 +150,7 @@ def test_down_takes_every_stride_th_frame_and_up_repeats_each_frame():
     assert upsample(downsample(x, (3, 1, 1)), (3, 1, 1), 8).flatten().tolist() == [0, 0, 3, 3, 3, 6, 6, 6]
     assert upsample(downsample(x[:, :, :5], (2, 1, 1)), (2, 1, 1), 5).flatten().tolist() == [0, 2, 2, 4, 4]
     for frames in (4, 7):
-        with pytest.raises(ValueError, match=f"3 frames, 2 times each, cannot become {frames}"):
+        with pytest.raises(ValueError, match=rf"2 times the frames of .*\(1, 1, 3, 1, 1\) cannot become {frames}"):
             upsample(x[:, :, :3], (2, 1, 1), frames)
 
 
@@ -159,8 +159,12 @@ def test_down_averages_blocks_of_pixels_and_up_repeats_them():
     down = downsample(x, (2, 2, 3))
     assert down.tolist() == [[[[[4.0, 7.0]]]]]
     assert torch.equal(upsample(down, (2, 2, 3)), down.expand(-1, -1, 2, 2, -1).repeat_interleave(3, 4))
-    with pytest.raises(ValueError, match="6 does not divide by 4"):
+    with pytest.raises(ValueError, match=r"\(1, 1, 2, 2, 6\) does not divide into blocks of \(1, 1, 4\)"):
         downsample(x, (1, 1, 4))
+    for resize in (downsample, upsample):
+        for clip, factor in ((x[0], (2, 1, 1)), (x, (2, 1))):  # else height would be taken for time, or width left
+            with pytest.raises(ValueError, match=r"\(1, 2, ., 6\)|zip"):
+                resize(clip, factor)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,8 @@ def test_a_pyramid_s_settings_are_attributes():
     p = Pyramid("flow")
     assert (p.mode, p.stages, p.factor, p.ends) == ("flow", 3, (2, 1, 1), (0, 1 / 3, 2 / 3))
     assert (p.shift, p.prediction, p.alphas_cumprod) == (1, None, None) and sum(p.lengths) == pytest.approx(1)
-    p = Pyramid("ddim", 2, COSINE, factor=[2, 1, 4], ends=[0, 0.25], shift=3, prediction="sample")
+    p = Pyramid("ddim", 2, given := COSINE.clone(), factor=[2, 1, 4], ends=[0, 0.25], shift=3, prediction="sample")
+    given.zero_()  # a scheduler's own, which may go on to another: the pyramid keeps what its windows are made of
     assert (p.mode, p.stages, p.factor, p.ends) == ("ddim", 2, (2, 1, 4), (0, 0.25))
     assert (p.shift, p.prediction) == (3, "sample") and torch.equal(p.alphas_cumprod, COSINE)
     assert Pyramid("ddim").prediction == "epsilon" and len(Pyramid("ddim").alphas_cumprod) == 1000
@@ -671,7 +676,7 @@ def test_renoising_adds_opposite_noise_to_the_two_frames_of_a_pair():
     assert torch.equal(odd, injected[:, :, 1:])
     with pytest.raises(ValueError, match="stage 0"):
         p.renoise(injected, 0)
-    with pytest.raises(ValueError, match="4 frames.*cannot become 6"):
+    with pytest.raises(ValueError, match="4, 64, 64.* cannot become 6"):
         p.renoise(injected[:, :, :4], 1, frames=6)
 
 
@@ -767,9 +772,12 @@ def test_any_pyramid_s_steps_add_up(p, dtype, seed, spare):
 MUTATIONS = """
 x[:, :, :: stride[0]] -> x[:, :, stride[0] - 1 :: stride[0]]
 (1, *stride[1:]) -> (1, 1, 1)
+if x.ndim != 5 or x.shape[dim] % size: -> if x.shape[dim] % size:
+.detach().clone() -> .detach()
 x = x.repeat_interleave(copies, dim) if copies > 1 -> x = torch.cat([x] * copies, dim) if copies > 1
 return x[:, :, whole - frames :] -> return x[:, :, :frames]
-if not whole - factor[0] < frames <= whole: -> if not 0 < frames <= whole: -> if not whole - factor[0] < frames:
+x.ndim != 5 or not whole -> not whole
+factor[0] < frames <= whole: -> factor[0] < frames: -> factor[0] - whole < frames <= whole:
 .mean(dim + 1) if size > 1 -> .sum(dim + 1) if size > 1 -> .select(dim + 1, 0) if size > 1
 linear_sum_assignment(cost.detach().tolist()) -> linear_sum_assignment((-cost).detach().tolist())
 _, columns = linear_sum_assignment -> columns, _ = linear_sum_assignment
@@ -778,7 +786,7 @@ randn(shape[1:], g, g.device, dtype) -> randn(shape[1:], generator[0], g.device,
 range(candidates - 1) -> range(candidates)
 < (_precise(x) - noise).flatten(1).norm(dim=1) -> > (_precise(x) - noise).flatten(1).norm(dim=1)
 k / stages for k in range(stages) -> k / (stages + 1) for k in range(stages)
-if self.prediction == "epsilon" and abar[-1] == 0: -> if False:
+if self.prediction == "epsilon" and abar[-1] < 1e-30: -> if False:
 torch.atan2((1 - abar).sqrt(), abar.sqrt()) -> torch.atan2(1 - abar, abar)
 torch.cat([abar.new_ones(1), abar]) -> torch.cat([abar[:1], abar])
 place = t * (len(self._angles) - 1) -> place = t * len(self._angles)
@@ -864,7 +872,7 @@ while sum(counts) > steps: -> while False:
 counts[counts.index(max(counts))] -= 1 -> counts[0] -= 1
 return x.to(torch.promote_types(x.dtype, torch.float32)) -> return x
 or output.shape != x.shape: -> or False:
-if not is_tensor or -> if
+if not isinstance(output, Tensor) or -> if
 return output.to(x.dtype, copy=True) -> return output
 return x if replaced is None else -> return x if True else
 """

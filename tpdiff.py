@@ -33,7 +33,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 def downsample(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Down of Eq. 7-8: frames 0, stride[0], 2 stride[0], ...; in space the means of stride[1] x stride[2] pixels.
-    (B, C, T, H, W) -> (B, C, ceil(T / stride[0]), H / stride[1], W / stride[2]). Raises ValueError for a remainder."""
+    (B, C, T, H, W) -> (B, C, ceil(T / stride[0]), H / stride[1], W / stride[2]). ValueError if pixels are left."""
     return _block_mean(x[:, :, :: stride[0]], (1, *stride[1:]))
 
 
@@ -41,29 +41,29 @@ def upsample(x: Tensor, factor: Sequence[int] = (2, 1, 1), frames: int | None = 
     """Up of Eq. 7 and 14, nearest: every frame factor[0] times, every pixel factor[1] x factor[2] times.
     (B, C, T, H, W) -> (B, C, frames, factor[1] H, factor[2] W). `frames` is factor[0] T by default. If it is less, the
     first frame has fewer copies: 6 become 11, frame 0 once and each later one twice, as in causal video VAEs.
-    Raises ValueError if downsampling so many frames would not give T."""
+    Raises ValueError for other clips, or if downsampling so many frames would not give T."""
     whole = factor[0] * x.shape[2]
     frames = whole if frames is None else frames
-    if not whole - factor[0] < frames <= whole:
-        raise ValueError(f"{x.shape[2]} frames, {factor[0]} times each, cannot become {frames}")
-    for dim, copies in enumerate(factor, start=2):
+    if x.ndim != 5 or not whole - factor[0] < frames <= whole:
+        raise ValueError(f"{factor[0]} times the frames of (B, C, T, H, W) = {tuple(x.shape)} cannot become {frames}")
+    for dim, copies in zip((2, 3, 4), factor, strict=True):
         x = x.repeat_interleave(copies, dim) if copies > 1 else x
     return x[:, :, whole - frames :]
 
 
 def _block_mean(x: Tensor, block: Sequence[int]) -> Tensor:
     """The mean of each block of block[0] frames, block[1] rows and block[2] columns."""
-    for dim, size in enumerate(block, start=2):
-        if size > 1 and x.shape[dim] % size:
-            raise ValueError(f"a size of {x.shape[dim]} does not divide by {size}: the shape is {tuple(x.shape)}")
+    for dim, size in zip((2, 3, 4), block, strict=True):
+        if x.ndim != 5 or x.shape[dim] % size:
+            raise ValueError(f"(B, C, T, H, W) = {tuple(x.shape)} does not divide into blocks of {tuple(block)}")
         x = x.unflatten(dim, (-1, size)).mean(dim + 1) if size > 1 else x
     return x
 
 
 def align(x: Tensor, noise: Tensor) -> Tensor:
-    """Data-noise alignment, Algorithm 1: `noise` permuted along the batch to be near `x`, clips at a stage's rate.
-    The permutation minimizes the sum of the distances ||x_i - noise_i|| and is found on the CPU, in float32 also under
-    autocast. Raises ValueError if the shapes differ or a distance is NaN."""
+    """Data-noise alignment, Algorithm 1: `noise` permuted along the batch to be near `x`, clips at a stage's rate. They
+    keep their order, so prompts need not move. The permutation minimizes the sum of the distances ||x_i - noise_i||,
+    in float32 also under autocast. Raises ValueError if the shapes differ or a distance is NaN."""
     if x.shape != noise.shape:
         raise ValueError(f"clips of shape {tuple(x.shape)} cannot be aligned with noise of {tuple(noise.shape)}")
     cost = torch.cdist(x.flatten(1).float(), noise.flatten(1).float(), compute_mode="use_mm_for_euclid_dist")
@@ -83,7 +83,7 @@ def randn(shape: Sequence[int], generator: Generators = None, device=None, dtype
 
 
 def draw_nearest(x: Tensor, candidates: int, generator: Generators = None) -> Tensor:
-    """For each clip of `x` the nearest of as many noises, drawn for it alone: alignment at any batch size. Past the
+    """For each clip the nearest of `candidates` noises, drawn for it alone: alignment at any batch size. Past the
     paper: "KNN noise selection" of Improved Immiscible Diffusion (arXiv 2505.18521). Not exactly Gaussian: with m the
     mean of x^2, c the expected maximum of as many normal numbers and s = sqrt(D (2 + 4 m)), in clips of many elements D
     the mean of noise^2 is about 1 - 2 c / s, and of x * noise 2 c m / s. Raises ValueError if there is no candidate."""
@@ -113,10 +113,11 @@ class Pyramid:
                     (2, 2, 2) PyramidalWan. Frames may be any number, height and width divide by factor^(K - 1).
     ends            the stages' end times t by index, rising from 0. Default: k / K, as in Pyramid Flow. The starts
                     follow by Eq. 16', so neighbouring windows overlap in t.
-    shift           a of t = a v / (1 + (a - 1) v): training times and the sampler's steps are uniform in v.
+    shift           a of t = a v / (1 + (a - 1) v): training times and sampling steps are uniform in v. In diffusers
+                    `flow_shift`, `shift` or, if dynamic, exp(mu) of the whole clip. shift_terminal is not modelled.
     prediction      ddim only, the target: "epsilon" (Eq. 11, the default), "velocity" gamma eps_k - sigma X_k (arXiv
-                    2202.00512), or "sample" X_k. In flow mode the target is v_k (Eq. 13).
-    All are attributes to read, as is `lengths`, the unshifted time of [ends[k], ends[k + 1]]. `p[k]` is the `Stage` k.
+                    2202.00512), or "sample" X_k. In flow mode it is v_k (Eq. 13): (t_start - t_end) times dx/dt.
+    All are attributes to read. `lengths[k]` is the unshifted time from ends[k] to the next or 1, `p[k]` stage k.
     Raises ValueError for other values, or for a schedule without noise enough for a stage's start."""
 
     def __init__(
@@ -142,11 +143,11 @@ class Pyramid:
         if mode == "ddim":
             ddpm = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")).cumprod(0)
             given = ddpm if alphas_cumprod is None else alphas_cumprod
-            abar = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
-            if abar.ndim != 1 or len(abar) < 1 or not ((abar >= 0) & (abar < 1)).all() or not (abar.diff() < 0).all():
-                raise ValueError(f"alphas_cumprod {tuple(abar.shape)} must decrease (float16 may not), inside [0, 1)")
+            abar = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach().clone()
+            if not (abar.ndim == 1 and len(abar) and (abar.diff() < 0).all() and 0 <= abar[-1] <= 0.5 and abar[0] < 1):
+                raise ValueError(f"alphas_cumprod {tuple(abar.shape)} must fall (float16 may not) from < 1 to [0, 0.5]")
             self.prediction, self.alphas_cumprod = prediction or "epsilon", abar
-            if self.prediction == "epsilon" and abar[-1] == 0:
+            if self.prediction == "epsilon" and abar[-1] < 1e-30:
                 raise ValueError('where alphas_cumprod is 0, noise says nothing of the clip: use prediction="velocity"')
             abar = torch.cat([abar.new_ones(1), abar])  # t = 0: clean data
             self._angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
@@ -202,7 +203,7 @@ class Pyramid:
         ValueError for another number of sizes, no frame, or a height or width not divisible by factor^(K - 1)."""
         blocks = [n ** (self.stages - 1) for n in self.factor[1:]]
         if len(shape) != 5 or shape[2] < 1 or any(size % n for size, n in zip(shape[3:], blocks, strict=True)):
-            need = f"a frame at least, height and width divisible by {blocks}: not (B, C, T, H, W) = {tuple(shape)}"
+            need = f"(B, C, T, H, W) with T > 0, H and W divisible by {blocks}, not {tuple(shape)}"
             raise ValueError(f"{self.stages} stages of factor {self.factor} need {need}")
         return (*shape[:2], *(-(-size // n) for size, n in zip(shape[2:], self[k].stride, strict=True)))
 
@@ -213,8 +214,8 @@ class Pyramid:
 
     def endpoints(self, x0: Tensor, noise: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Eq. 7-8: stage k's noisy start and cleaner end, both from the same noise.
-        `x0` (B, C, T, H, W) is at the full rate; `noise` and both results are of the shape `p.shape(x0.shape, k)`, or
-        ValueError is raised."""
+        `x0` (B, C, T, H, W) is at the full rate; `noise`, Gaussian of variance 1, and both results are of the shape
+        `p.shape(x0.shape, k)`, or ValueError is raised."""
         stage, x0_end = self[k], self.down(x0, k)
         if noise.shape != x0_end.shape:
             raise ValueError(f"stage {k} needs noise of shape {tuple(x0_end.shape)}, not {tuple(noise.shape)}")
@@ -228,10 +229,10 @@ class Pyramid:
     def interpolate(self, x_start: Tensor, x_end: Tensor, k: int, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 10-13: a training point of stage k. Returns `x_t`, the target at it, and its time `t` (B,).
         `u` (B,) in [0, 1] places each clip between the stage's end (0) and start (1), evenly in unshifted time. Keep it
-        on the CPU: times and coefficients are computed there in float64. Raises ValueError for any other u."""
+        on the CPU: times and coefficients are computed there in float64. ValueError for other u or differing shapes."""
         s = self[k]
-        if u.shape != x_start.shape[:1] or not ((u >= 0) & (u <= 1)).all():
-            raise ValueError(f"u must be {len(x_start)} numbers in [0, 1], one per clip, not {u.ravel()[:9].tolist()}")
+        if x_end.shape != x_start.shape or u.shape != x_start.shape[:1] or not ((u >= 0) & (u <= 1)).all():
+            raise ValueError(f"x_start and x_end need one shape, u numbers in [0, 1], one per clip: {u.tolist()}")
         x_start, x_end = _precise(x_start), _precise(x_end)
         v_start, v_end = self._unshifted(s.t_start), self._unshifted(s.t_end)
         t = self._shifted(v_end + u.detach().cpu().double() * (v_start - v_end))
@@ -257,7 +258,7 @@ class Pyramid:
         """Eq. 14-16: from stage k's end (B, C, T, H, W) to stage k - 1's start, k >= 1, of `frames` frames: factor[0]
         T by default; of clips of any length p.shape(shape, k - 1)[2]. Upsampling gives a block of n elements (2 frames
         in the paper) one noise. Fresh noise less its mean over the block makes them independent, with the variance of
-        stage k - 1. In a pair it is +n, -n of variance 1/2: Eq. 15. ValueError for stage 0, or as `upsample`."""
+        stage k - 1. In a pair it is +d, -d of variance 1/2: Eq. 15. ValueError for stage 0, or as `upsample`."""
         stage = self[k]
         if stage.index == 0:
             raise ValueError("stage 0 is the last: no stage follows to renoise for")
@@ -273,14 +274,14 @@ class Pyramid:
         device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
         progress: bool = False, callback: Callable[[Tensor, Tensor, int], Tensor | None] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Section 3.5: clips of `shape` (B, C, T, H, W) from noise, stage by stage, renoised in between.
+        """Section 3.5: clips of `shape` (B, C, T, H, W) from noise (drawn first), stage by stage, renoised in between.
         predict    predict(x, t, k) -> the target's prediction, of x's shape. `x` has stage k's shape and `dtype`, `t`
                    (B,) is in float32 or more. One call a step, without gradients. It may change x, t and its output.
-        steps      a total, shared by `split_steps`, or one count per stage, noisiest first; uniform in unshifted time.
-        solver     "euler" (Eq. 3 in ddim mode), or "ab2": two-step Adams-Bashforth along the stage's line, Euler
-                   for a first step (two if gamma begins with 0). Past the paper: an order more accurate in many steps.
+        steps      one count per stage, noisiest first (best if `shift` is large), or a total, shared by unshifted time.
+        solver     "euler" (Eq. 3 in ddim mode), or, past the paper, "ab2": two-step Adams-Bashforth along the stage's
+                   line, of second order. Its first step is Euler's (first two, if gamma starts at 0).
         generator  one, or a list of one per clip, which makes a clip independent of its batch; on any device.
-        device, dtype  what `predict` takes and the result has; None: the generator's. Between steps float32 or more.
+        device, dtype  what `predict` takes and the result has; device None: the generator's, or torch's default.
         callback   callback(x, t, k), after every step and every renoising, with the time (B,) that x now has. What it
                    returns, if not None, replaces x: to hold a first frame, for instance. `progress` needs tqdm.
         Raises ValueError if shape, steps or solver do not fit, or a function returns another shape, NaN or infinity."""
@@ -299,15 +300,15 @@ class Pyramid:
         self, predict: Callable, x: Tensor, k: int, steps: int, solver: str = "euler", t: float | None = None,
         dtype: torch.dtype | None = None, callback: Callable | None = None,
     ) -> Tensor:  # fmt: skip
-        """Eq. 9-10: stage k alone, to its end, from its start `x` or from a time `t` in it. As in `sample`, but x stays
-        in float32 or more, `dtype` is x's by default, and gradients are recorded. ValueError for another `t`, too."""
+        """Eq. 9-12: stage k alone, to its end, from its start `x` or from a time `t` in it. As in `sample`, but x stays
+        in float32 or more, `dtype` is x's by default, and gradients are recorded. ValueError if `t` is outside it."""
         stage, dtype, x = self[k], dtype or x.dtype, _precise(x)
         k, t = stage.index, stage.t_start if t is None else t
         if solver not in ("euler", "ab2"):
             raise ValueError(f'solver must be "euler" or "ab2", not {solver!r}')
         if steps < 1 or not stage.t_end < t <= stage.t_start + 1e-6:  # as float32 rounds it
-            window = f"{stage.t_end:.4g} < t <= {stage.t_start:.4g}"
-            raise ValueError(f"stage {k} needs at least one step, and {window}, not {steps} steps from t = {t}")
+            need = f"needs at least one step, from {stage.t_end:.4g} < t <= {stage.t_start:.4g}"
+            raise ValueError(f"stage {k} {need}, not {steps} steps from t = {t}")
         grid = [self._unshifted(min(t, stage.t_start)), self._unshifted(stage.t_end)]
         times = self._shifted(torch.linspace(*grid, steps + 1, dtype=torch.float64, device="cpu"))
         gammas, sigmas = self.gamma_sigma(times)
@@ -355,9 +356,8 @@ def _per_clip(value: Tensor, like: Tensor) -> Tensor:
 
 def _checked(output: Tensor, x: Tensor, where: str, who: str = "predict") -> Tensor:
     """A copy of what `who` returned for `x`, in x's dtype. Raises ValueError if it cannot be a prediction."""
-    is_tensor = isinstance(output, Tensor)
-    if not is_tensor or output.shape != x.shape:
-        got = f"shape {tuple(output.shape)}" if is_tensor else f"{type(output).__name__}, not a tensor,"
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"no tensor but {type(output).__name__}"
         hint = "if it is a diffusers model's, return .sample, or with return_dict=False what it gives at [0]"
         raise ValueError(f"{who} returned {got} for x of {tuple(x.shape)} at {where}: {hint}")
     if not output.isfinite().all():

@@ -3,6 +3,10 @@
 Facts come from diffusers 0.42 (file and class named beside them) and from each model's own configuration, which is
 read from its folder. Real weights were never loaded here: tests/test_finetune.py builds small random models of the
 same classes.
+
+A row is enough for a family whose time shift is fixed, whose network takes no mask of the prompt, and whose VAE has the
+statistics of its latents in its configuration and decodes with `vae.decode(z)`. LTX is none of these: `Pyramid` takes
+its shift, exp(mu), but the commands would have to change.
 """
 
 import importlib

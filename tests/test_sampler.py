@@ -157,13 +157,15 @@ def test_sampling_hands_predict_the_asked_dtype_and_keeps_more_between_the_steps
 @pytest.mark.parametrize("mode, settings, message", [
     ("edm", {}, "edm"), ("flow", {"stages": 0}, "0"), ("flow", {"stages": 2.5}, "2.5"),
     ("flow", {"alphas_cumprod": [0.9, 0.5]}, "alphas_cumprod"), ("flow", {"prediction": "velocity"}, "velocity"),
-    ("ddim", {"prediction": "noise"}, "noise"), ("ddim", {"alphas_cumprod": [0.5, 0.9]}, "decrease"),
-    ("ddim", {"alphas_cumprod": [0.9, -0.1]}, "inside"), ("ddim", {"alphas_cumprod": [1.0, 0.5]}, "inside"),
+    ("ddim", {"prediction": "noise"}, "noise"), ("ddim", {"alphas_cumprod": [0.5, 0.9]}, "must fall"),
+    ("ddim", {"alphas_cumprod": [0.9, -0.1]}, "must fall"), ("ddim", {"alphas_cumprod": [1.0, 0.5]}, "from < 1"),
     ("ddim", {"alphas_cumprod": [[0.9, 0.5]]}, r"\(1, 2\)"), ("ddim", {"alphas_cumprod": [0.5, 0.49]}, "fewer stages"),
+    ("ddim", {"stages": 1, "alphas_cumprod": 1 - torch.linspace(1e-4, 0.02, 1000)}, "0.5"),  # alphas
+    ("ddim", {"alphas_cumprod": [0.9, 0.1, 1e-31]}, 'use prediction="velocity"'),
     ("flow", {"factor": (2, 2)}, r"factor.*\(2, 2\)"), ("flow", {"factor": (2, 0, 1)}, "factor.*2, 0, 1"),
     ("flow", {"ends": (0, 0.5)}, "ends must be 3"), ("flow", {"ends": (0.1, 0.5, 0.7)}, "begin with 0"),
     ("flow", {"ends": (0, 0.7, 0.7)}, "rise"), ("flow", {"ends": (0, 0.7, 1)}, "below 1"),
-    ("flow", {"shift": 0}, "shift.*0"), ("ddim", {"alphas_cumprod": [0.9, math.nan]}, "inside"),
+    ("flow", {"shift": 0}, "shift.*0"), ("ddim", {"alphas_cumprod": [0.9, math.nan]}, "must fall"),
 ])  # fmt: skip
 def test_a_pyramid_that_cannot_be_is_refused_with_the_numbers(mode, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -177,14 +179,15 @@ FLOW, SPACE, CLIPS = Pyramid("flow"), Pyramid("flow", factor=(2, 2, 1)), clips(2
 @pytest.mark.parametrize("call, message", [
     (lambda: align(CLIPS / 0, CLIPS), "invalid numeric|infeasible"),
     (lambda: FLOW.endpoints(CLIPS[:, :, :6], CLIPS[:, :, :6], 1), "3, 2, 2.*6, 2, 2"),
-    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.ones(3)), r"u must be 2 numbers .*, one per clip, not \[1.0, 1"),
-    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, 1.5])), r"in \[0, 1\].* not \[0.5, 1.5\]"),
-    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, math.nan])), "not .*nan"),
+    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.ones(3)), r"u numbers in .*, one per clip: \[1.0, 1"),
+    (lambda: FLOW.interpolate(CLIPS, CLIPS[:, :, :1], 0, torch.ones(2)), "x_start and x_end need one shape"),
+    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, 1.5])), r"in \[0, 1\].*: \[0.5, 1.5\]"),
+    (lambda: FLOW.interpolate(CLIPS, CLIPS, 0, torch.tensor([0.5, math.nan])), "per clip: .*nan"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 0), "stage 1 needs at least one step"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_end), "stage 1 needs at least one step"),
     (lambda: FLOW.integrate(same, CLIPS, 1, 1, t=FLOW[1].t_start + 1e-5), "stage 1 needs .* t <= 0.7"),
-    (lambda: SPACE.shape((1, 1, 0, 4, 4), 0), "frame.*1, 1, 0, 4, 4"),
-    (lambda: FLOW.down(CLIPS[0], 1), r"not \(B, C, T, H, W\) = \(1, 8, 2, 2\)"),
+    (lambda: SPACE.shape((1, 1, 0, 4, 4), 0), r"T > 0, .*\(1, 1, 0, 4, 4"),
+    (lambda: FLOW.down(CLIPS[0], 1), r"need \(B, C, T, H, W\) .* not \(1, 8, 2, 2\)"),
     (lambda: FLOW.gamma_sigma(500.0), r"times must be in \[0, 1\], not \[500.0\]"),
     (lambda: FLOW.gamma_sigma(math.nan), "not .*nan"),
     (lambda: SPACE.sample(same, (1, 1, 3, 6, 4)), r"3 stages.*\(2, 2, 1\).*divisible by \[4, 1\].*1, 1, 3, 6, 4"),
