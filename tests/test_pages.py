@@ -205,6 +205,11 @@ def test_what_the_results_say_by_hand_of_chosen_batch_and_rate_is_in_their_table
     assert 0.64 < with_nine < 0.69 and 0.77 < far[ours] / far[vanilla] < 0.83
     assert "a little more than half of vanilla's time, as with B = 4. With 2-2-2 Euler steps, for a thirteenth" in page
     assert 0.5 < time < 0.6 and far[cheap] < far[vanilla] and round(calls[vanilla] / calls[cheap]) == 13
+    assert "vanilla in that run (6% shorter)" in in_one_line("README.md")
+    assert round(100 - 100 * float(ends[1][1]) / float(ends[0][1])) == 6
+    for folder in ("two-hours", "tuned", "plain"):
+        found = {" ".join(row[:3]): float(row[4].split()[0]) for row in tables_of(RESULTS / folder / "real.json")[1][1]}
+        assert "15 steps of `ab2`" in page and found["vanilla 15 ab2"] <= found[vanilla]
     *_, (_, untuned) = tables_of(RESULTS / "two-hours/real.json")
     shares = {row[0]: row[4] for row in untuned}
     (distance, seconds) = next((float(row[2].split()[0]), float(row[1])) for row in untuned if row[0] == "vanilla")
@@ -258,6 +263,10 @@ def test_what_the_results_say_by_hand_of_the_choices_for_the_pyramid_in_time_is_
         "With vanilla's six choices the pyramid in time, too, is best with B = 1" in page
         and time.keys() == vanilla.keys()
     )
+    assert "the pyramid's leads three others by less, vanilla's all five" in page  # less than two hundred
+    for run, count in (("space-time-seed-1", 3), ("vanilla-seed-1", 5)):
+        least, *others = sorted(found[run].values())
+        assert sum(each - least < 200 for each in others) == count
     one, other, *_ = sorted(time, key=time.get)
     assert "B = 1 with 4e-3 and 2e-3, are too near to tell. Both lead vanilla's best by more than two hundred" in page
     assert [one, other] == ["clips-1-lr-4e-3", "clips-1-lr-2e-3"] and time[other] - time[one] < 100
