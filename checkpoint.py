@@ -15,6 +15,7 @@ intact. They are read with weights_only: no code in them is run.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -156,6 +157,8 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
             raise ValueError(f"{out} was trained with {flag} {was}; --resume cannot change it to {now}")
     if os.environ.get("RANK", "0") == "0":
         note = "; a larger --steps trains it on" if checkpoint["step"] >= args.steps else ""
+        if (made_by := checkpoint.get("torch", torch.__version__)) != torch.__version__:
+            note += f"; torch {made_by} saved it, {torch.__version__} goes on, so numbers may differ"
         print(f"resuming {out}, which has {checkpoint['step']} of {args.steps} steps{note}")
     return args, checkpoint
 
@@ -171,8 +174,8 @@ def make_folder(folder: Path, out: Path) -> None:
 
 def claim(out: Path, rank: int = 0, checkpoint: dict | None = None) -> None:
     """Makes a run's folder. In rank 0 it keeps other runs out of it until `release`, or until the process ends, however
-    it ends. Raises ValueError if another is there, or has been since the `checkpoint` was read, or since there was
-    none. Where the system or the file system has no such locks, none is kept out."""
+    it ends. Raises ValueError if another is there, or wrote to it after the `checkpoint` was read (or none was there).
+    Where the system or the file system has no such locks, none is kept out."""
     make_folder(out, out)
     if rank > 0:
         return
@@ -310,20 +313,19 @@ def save(
     state, dataset: Dataset, args: Namespace, world: int, due: bool = False, held_out: list[float] | None = None
 ) -> None:
     """Writes a run's `state` (train.State): weights.pt (the EMA in bf16) to sample from and to ship, then checkpoint.pt
-    to resume from. The one before it stays as checkpoint-previous.pt. Of those that were `due`, and not made because a
-    run was stopped, the one with the lowest loss stays as checkpoint-best.pt: the mean of the stages' `held_out`, or
-    else of their training losses since the last that was due. Raises OSError."""
-    newest, best = args.out / "checkpoint.pt", state.best
-    sums, counts = state.since_judged
-    if due and (held_out or counts.all() and not args.held_out):
-        state.best = min(mean(held_out) if held_out else (sums / counts).mean().item(), best)
-        state.since_judged.zero_()
+    to resume from. The one before it stays as checkpoint-previous.pt. Of those made on schedule (`due`) the one with
+    the lowest loss stays as checkpoint-best.pt: the mean of the stages' `held_out`, or else of their training losses
+    since the last that was due. Raises OSError."""
+    newest, best, since = args.out / "checkpoint.pt", state.best, state.since_judged
+    if due and (held_out or since[1].all() and not args.held_out):
+        best = min(mean(held_out) if held_out else (since[0] / since[1]).mean().item(), best)
+        since = torch.zeros_like(since)
     about = {name: value for name, value in vars(weights_of(state, dataset, args)).items() if name != "model"}
     head = {"format": FORMAT, "config": asdict(state.model.config)} | about
     ema = state.ema.state_dict()
     whole = head | {"ema": ema, "model": state.model.state_dict(), "world": world}
-    whole |= {name: getattr(state, name) for name in COUNTS}
-    whole |= {"losses": torch.stack([state.losses, state.since_judged])}
+    whole |= {name: getattr(state, name) for name in COUNTS} | {"best": best, "torch": str(torch.__version__)}
+    whole |= {"losses": torch.stack([state.losses, since])}
     whole |= {"optimizers": [optimizer.state_dict() for optimizer in state.optimizers]}
     whole |= {"args": {name: value for name, value in vars(args).items() if name not in ("out", "resume")}}
     write_whole(head | {"ema": {name: value.bfloat16() for name, value in ema.items()}}, args.out / "weights.pt")
@@ -332,7 +334,8 @@ def save(
     if newest.exists():
         keep_as(newest, "checkpoint-previous.pt")
     # Last, so that --resume makes anew whatever a kill before this kept from being written.
-    write_whole(whole, newest, "checkpoint-best.pt" if state.best < best else None)
+    write_whole(whole, newest, "checkpoint-best.pt" if best < state.best else None)
+    state.best, state.since_judged = best, since  # only now: what failed is tried again
 
 
 def check_new(out: Path, data: str | None) -> None:
@@ -376,6 +379,8 @@ def write_metrics(
     by_stage = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
     row = {"step": state.step, "loss": loss, "loss_by_stage": by_stage, "lr": lr}
     row |= {"clips_per_second": round(rate, 2), "seconds": round(state.seconds, 4), "skipped": state.skipped}
+    norm = math.inf if state.norm is None else state.norm.item()
+    row |= {"gradient_norm": round(norm, 6) if math.isfinite(norm) else None}  # of the last step, before clipping
     row |= {"held_out_by_stage": held_out} if held_out else {}
     if first:
         with open(path, "a") as file:

@@ -96,6 +96,13 @@ def real_number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def refuse_idle(parser: Parser, args: argparse.Namespace, idle: dict[str, str]) -> None:
+    """Raises ValueError for an option that was given and would do nothing. `idle` says where each has no meaning."""
+    for name, where in idle.items():
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
+
+
 class OneOrMore(argparse.Action):
     """For nargs="+": one value is kept as it is, several as a tuple."""
 
@@ -159,6 +166,13 @@ def in_turn(rank: int, make: Callable, group: dist.ProcessGroup | None = None):
     return result
 
 
+def leave_group(_worker: int) -> None:
+    """For a process that prepares clips. Ctrl-C signals the whole group, a scheduler each process of a job, and the
+    main one still needs its workers to finish a step and save."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def keep_memory() -> None:
     """Makes glibc keep the memory of freed tensors for the next ones: to ask the kernel for every large tensor anew,
     and have it cleared page by page, took a fifth of a training step on CPU."""
@@ -208,7 +222,7 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write a file, that becomes it if all goes well, and else is removed. Its folder is made."""
+    """A path to write to. It replaces `path` if all goes well, else it is removed. The folder of `path` is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
         aside = Path(folder, path.name)

@@ -79,7 +79,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
     else:
-        pairs = pairs.to(rotation.dtype)  # complex numbers of bf16 there are none
+        pairs = pairs.to(rotation.dtype)  # there are no complex numbers of bf16
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
     return turned.flatten(-2).to(x.dtype)
 
@@ -229,7 +229,7 @@ class DiT(nn.Module):
         self.load_state_dict(weights, strict=False)
 
     def compile_blocks(self) -> None:
-        """torch.compile, one graph a stage for all blocks: the whole model would compile each anew, no faster."""
+        """torch.compile, one graph a stage (of eight at most) for all blocks: the whole model would take longer."""
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -242,7 +242,7 @@ class DiT(nn.Module):
         """x (B, C, T, H, W) as large as `stage` has it (1 / factor^stage of the full size), t (B,) in [0, 1],
         y (B,) labels in [0, classes], where `classes` is the null label, as is y = None. Returns x's shape and dtype.
         Raises ValueError if H or W does not divide by the patch, the channels differ, the stage is unknown, or labels
-        are given to an unconditional model."""
+        are given to an unconditional model. Under autocast to bf16 what the blocks hand on is bf16, too."""
         channels, patch = self.config.channels, self.config.patch
         (B, C, T, H, W), dtype = x.shape, x.dtype
         if channels != C or H % patch or W % patch:
@@ -292,8 +292,8 @@ class Captured(nn.Module):
     kernels are over before Python has launched the next: on an H100 a step of the default run took 8 ms in place of 26.
 
     `inputs`: for each stage a batch (x, t) or (x, t, y) on the GPU; all later batches have these shapes. `bf16`: record
-    under autocast. The graphs keep their memory: the activations of the largest stage, and gradients for each. A replay
-    writes over the last one's gradients, so there must be one backward pass a step and no more."""
+    under autocast. The graphs keep their memory: the activations of the largest stage, and gradients for each. Replays
+    overwrite gradients: one backward pass a step, no more."""
 
     def __init__(self, model: DiT, inputs: list[tuple[Tensor, ...]], bf16: bool):
         super().__init__()

@@ -9,7 +9,6 @@ process. So a resumed run is the same run, and n processes draw as one with n ti
 
 import copy
 import math
-import os
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
@@ -61,7 +60,7 @@ def make_parser() -> cli.Parser:
     add("--labels", choices=["folder"], help="folder: the names of --data's sub-folders are the classes [no labels]")
     add("--fps", type=real_number(0.01, 1000), help="frames a second to read clips of --data at [each at its own]")
     add("--from-start", action="store_true", help="take each clip's first frames, as latents of causal VAEs need")
-    add("--held-out", type=real_number(0, 0.5), default=0.0, help="share of clips kept for a loss at every save")
+    add("--held-out", type=real_number(0, 0.5), default=0.0, help="share of clips kept; 64 windows of them give a loss")
     add("--frame-stride", type=positive_int, default=1, help="2 takes every second frame of --data, and so on")
     add("--flip", action="store_true", help="mirror half of the clips of --data")
     add("--grayscale", action="store_true", help="one channel from --data instead of three")
@@ -82,7 +81,7 @@ def make_parser() -> cli.Parser:
     add("--steps", type=positive_int, default=3000, help="optimizer steps; a change on --resume moves --lr's curve")
     batch = "clips a process in one forward pass: one number, or one for each stage, noisiest first"
     add("--batch", type=positive_int, nargs="+", action=cli.OneOrMore, default=4, help=batch)
-    add("--accumulate", type=positive_int, default=1, help="micro-batches a step; CUDA graphs need 1, and a single GPU")
+    add("--accumulate", type=positive_int, default=1, help="micro-batches a step; CUDA graphs need 1 and no torchrun")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="for the blocks' matrices; AdamW for the rest")
     add("--lr", type=real_number(0, 10), default=2e-3, help="peak learning rate")
     add("--warmup", type=non_negative_int, default=100, help="steps of linear warm-up, on top of half a cosine to 0")
@@ -118,10 +117,9 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     idle = {"digits": "with --data"} if args.data else dict.fromkeys(DATA_ONLY, "without --data")
     idle |= {} if args.align == "nearest" else {"candidates": f"with --align {args.align}"}
     idle |= {} if args.resume or args.labels or not args.data else {"label_dropout": "without --labels"}
-    idle |= {} if args.resume or args.stages > 1 else {"pyramid": "with --stages 1"}
-    for name, where in idle.items():
-        if getattr(args, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning {where}")
+    idle |= {} if args.resume or args.stages > 1 else dict.fromkeys(["pyramid", "stage_odds"], "with --stages 1")
+    idle |= {} if args.resume or args.frames > 1 else {"frame_stride": "with --frames 1"}
+    cli.refuse_idle(parser, args, idle)
     args.out, stages, given = out, args.stages, disk.as_typed(args.batch)
     if len(batch_sizes(args)) != stages:
         raise ValueError(f"--batch needs one number, or one for each of --stages {stages}, not {given}")
@@ -182,13 +180,9 @@ def make_batches(
     batches = TrainingBatches(dataset, args, rank, world, stage)
     micros = range(start * args.accumulate, args.steps * args.accumulate)
     options = {"num_workers": usual if args.workers is None else args.workers, "pin_memory": gpu}
-    for x_start, x_end, u, y in DataLoader(batches, None, sampler=micros, worker_init_fn=_leave_group, **options):
+    for x_start, x_end, u, y in DataLoader(batches, None, sampler=micros, worker_init_fn=cli.leave_group, **options):
         x_start, x_end = (each.to(device, non_blocking=True) for each in (x_start, x_end))
         yield x_start, x_end, u, y if y is None else y.to(device, non_blocking=True)
-
-
-def _leave_group(_worker: int) -> None:
-    os.setpgrp()  # Ctrl-C and torchrun signal the whole group, and the main process still needs its workers then
 
 
 def draw_stage(step: int, args: Namespace) -> int:
@@ -264,6 +258,8 @@ class State:
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
     best: float = math.inf  # lowest loss of a checkpoint, the mean of the stages' means on the way to it
+    norm: Tensor | None = None  # of the last gradient, before it was clipped
+    moving: bool = False  # an optimizer step is half done: what is there belongs to no step
 
 
 def make_model(dataset: Dataset, args: Namespace) -> DiT:
@@ -292,8 +288,8 @@ def make_state(model: DiT, args: Namespace, device: torch.device, checkpoint: di
 @torch.no_grad()
 def held_out_loss(model: DiT, pyramid: Pyramid, clips: Dataset | None, args, stop=None) -> list[float] | None:
     """The EMA model's loss at each stage, k = 0 first, on clips that training never sees, with the same noise and times
-    at every call. Checkpoints can be compared by it, also those of runs that differ in --seed or --steps alone. None
-    without such clips, once `stop` has a signal, or, as is said then, if something fails: it shall not cost the run."""
+    at every call. Checkpoints can be compared by it, also those of runs that differ in --seed or --steps alone. None if
+    there are no such clips, `stop` has a signal, or something fails, which is printed: the run goes on."""
     losses, fixed = [], {"seed": 0, "label_dropout": float(args.label_dropout == 1), "workers": 0, "accumulate": 1}
     try:
         for k, size in enumerate(batch_sizes(args) if clips else ()):
@@ -325,8 +321,9 @@ def optimize(state: State, model, pyramid: Pyramid, batches: Iterator, k: int, a
 def end_step(state: State, losses: Tensor, k: int, lr: float, args: Namespace) -> None:
     """Moves the weights by the gradient that is there, or leaves them as they are if it is NaN or infinite. Raises
     SystemExit after MOST_SKIPPED such steps in a row. `losses` is the sum of those of the micro-batches."""
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
-    if norm.isfinite():  # the same on all ranks, as the gradient is
+    state.norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip or math.inf)
+    state.moving = True
+    if state.norm.isfinite():  # the same on all ranks, as the gradient is
         state.losses[0, k] += losses
         state.losses[1, k] += args.accumulate
         state.skipped_in_a_row = 0
@@ -340,7 +337,7 @@ def end_step(state: State, losses: Tensor, k: int, lr: float, args: Namespace) -
         state.skipped += 1
         state.skipped_in_a_row += 1
     state.model.zero_grad()
-    state.step += 1
+    state.step, state.moving = state.step + 1, False
     if state.skipped_in_a_row == MOST_SKIPPED:
         last = next((f"the last checkpoint is {path}" for path in args.out.glob("checkpoint.pt")), "nothing saved yet")
         when = f"{MOST_SKIPPED} steps in a row, last at step {state.step}, stage {k}"
@@ -359,6 +356,7 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
     if checkpoint and checkpoint["digest"] not in dataset.digests:
         advice = f"a new run with --init {args.out} and another --out can"
         raise ValueError(f"{args.data} holds other clips than when {args.out} began: --resume cannot go on, {advice}")
+    args.precision = "bf16" if use_bf16(args.precision, device) else "fp32"  # a resumed run keeps it
     model = make_model(dataset, args)
     if args.init and not checkpoint:
         disk.start_from_file(model, dataset, args)
@@ -368,8 +366,10 @@ def set_up(args: Namespace, checkpoint: dict | None) -> tuple:
         list_held_out(dataset, args.out / "held-out.txt")
         print(dataset.summary)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
-        kind = f"{'bf16' if use_bf16(args.precision, device) else 'fp32'} on {world} x {device.type}"
+        kind = f"{args.precision} on {world} x {device.type}"
         print(f"{args.mode}, {cli.count(args.stages, 'stage')}, {size:.2f} M parameters, {kind}")
+        if args.warmup >= args.steps:
+            print(f"note: --warmup {args.warmup} is not over after --steps {args.steps}: --lr is never reached")
         if args.align == "assignment" and 1 in batch_sizes(args):
             print("note: one clip has no other to exchange noises with; --align nearest draws several and takes one")
     return dataset, state, rank, world, device
@@ -404,9 +404,9 @@ def train(args: Namespace, dataset: Dataset, state: State, rank: int, world: int
                     if sample_due and first and args.sample_number:
                         save_preview(disk.weights_of(state, dataset, args), args, batch_sizes(args)[0], stop)
                     mark, clips = time.perf_counter(), 0
-            except Exception:  # clips, a loader's or another process are gone, or memory is short: the steps are kept
+            except Exception:  # clips or a process are lost, or memory is short: save the finished steps
                 bar.close()  # or what is said now stands in its line
-                if first and state.step > saved:
+                if first and state.step > saved and not state.moving:
                     state.seconds += time.perf_counter() - mark
                     disk.save(state, dataset, args, world)
                     print(f"step {state.step}: saved, as then something failed", file=sys.stderr)

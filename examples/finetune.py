@@ -339,7 +339,7 @@ def train(args: Namespace, family: Family, accelerator, patient: dist.ProcessGro
                 optimize(state, called, model, pyramid, batches, accelerator, args)
                 stopped = accelerator.reduce(torch.tensor(float(stop.signal > 0), device=device)).item() > 0
             except Exception:
-                if first and state.step > 0:  # the steps before the one that failed
+                if first and state.step > 0 and not state.moving:  # the steps before the one that failed
                     state.seconds += time.perf_counter() - mark
                     save(state, args, accelerator.num_processes)
                 raise

@@ -15,6 +15,7 @@ import torch
 from conftest import TINY, animation, assert_same_weights, both_modes, fails_with_one_line, rows_of, run_training
 from PIL import Image
 
+import checkpoint
 import cli
 import sample
 import train
@@ -105,6 +106,11 @@ def test_resume_says_how_far_a_run_is_and_refuses_other_processes_and_a_damaged_
     train.parse_args(["--resume", "--out", str(run)])
     out = capsys.readouterr().out
     assert f"resuming {run}, which has 6 of 6 steps; a larger --steps trains it on" in out
+    content = load_checkpoint(run / "checkpoint.pt")
+    assert "numbers may differ" not in out and content["args"]["precision"] in ("bf16", "fp32")  # not "auto": kept
+    torch.save(content | {"torch": "2.9.0"}, run / "checkpoint.pt")
+    train.parse_args(["--resume", "--out", str(run)])
+    assert f"; torch 2.9.0 saved it, {torch.__version__} goes on, so numbers may differ" in capsys.readouterr().out
     resume = capsys, train.main, "--resume", "--out", run
     with monkeypatch.context() as patch:
         patch.setattr(cli, "start_processes", lambda device: (0, 2, torch.device("cpu")))
@@ -150,6 +156,22 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(links, tmp_path, monke
     contents = [load_checkpoint(tmp_path / name) for name in names]
     assert [content["step"] for content in contents] == [7, 6, 4] and contents[0]["best"] == 1.5
     assert {path.name for path in tmp_path.glob("checkpoint*")} == set(names)
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_counted_as_one(tmp_path, monkeypatch):
+    words, real, failures = "--stages 1 --save-interval 2".split(), checkpoint.write_whole, [OSError("full"), None]
+
+    def write(content, path, also=None):
+        if also and (error := failures.pop(0)):
+            raise error
+        real(content, path, also)
+
+    monkeypatch.setattr(checkpoint, "write_whole", write)
+    run_training(tmp_path, *words, "--steps", "2", code=2)  # then saved, as something failed
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["best"] == math.inf
+    assert not (tmp_path / "checkpoint-best.pt").exists()
+    best = run_training(tmp_path, *words, "--steps", "4", "--resume")["best"]
+    assert load_checkpoint(tmp_path / "checkpoint-best.pt")["best"] == best < math.inf
 
 
 @pytest.mark.parametrize("rename", range(4, 8))  # those of the save after step 4, which is the best
@@ -199,6 +221,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run, capsys):
         (train, "optimize", 3, 3),
         (train, "optimize", 4, 4),
         (train, "optimize", 5, 5),
+        (train, "update_ema", 4, 3),  # half-way through a step, which is no step's end
         (cli.StopRequest, "agreed", 4, 5),
     ],
 )

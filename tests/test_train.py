@@ -222,6 +222,8 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_ten_in_a_row_end_the
     assert last in str(stopped.value) and f"the last checkpoint is {tmp_path}/checkpoint.pt" in str(stopped.value)
     rows = rows_of(tmp_path)
     assert [row["loss"] is None for row in rows] == [step in bad for step in range(23)]
+    assert [row["gradient_norm"] is None for row in rows] == [step in bad for step in range(23)]
+    assert all(row["gradient_norm"] > 0 for row in rows if row["gradient_norm"] is not None)
     assert [row["skipped"] for row in rows] == [len(bad & {*range(step + 1)}) for step in range(23)]
     content = load_checkpoint(tmp_path / "checkpoint.pt")
     assert (content["step"], content["skipped"], content["skipped_in_a_row"]) == (22, 19, 8)
@@ -270,11 +272,15 @@ def wait_for(path: Path, process) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_saves_first(number, tmp_path):
-    """As Ctrl-C in a terminal and torchrun send it: the process that prepares the clips must live on meanwhile."""
+def test_a_signal_to_the_whole_group_or_job_saves_first(number, tmp_path):
+    """As Ctrl-C in a terminal sends it, and a scheduler to each process of a job: the one that prepares the clips must
+    live on meanwhile."""
     words = [train.__file__, *TINY, "--workers", 1, "--steps", 10**6, "--out", tmp_path]
     process = command(*words, start_new_session=True)
     wait_for(tmp_path / "metrics.jsonl", process)
+    if number == signal.SIGTERM:
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), number)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "--resume" in out and "Traceback" not in err
@@ -368,6 +374,8 @@ def folder(tmp_path_factory) -> Path:
         ("--labels folder", "--labels has no meaning without --data"),
         ("--data {data} --label-dropout 0.5", "--label-dropout has no meaning without --labels"),
         ("--stages 1 --pyramid space", "--pyramid has no meaning with --stages 1"),
+        ("--stages 1 --stage-odds 3", "--stage-odds has no meaning with --stages 1"),
+        ("--data {data} --frames 1 --stages 1 --frame-stride 2", "--frame-stride has no meaning with --frames 1"),
         ("--width 30", "width 30 must be a multiple of 16, 4 times the number of heads"),
         ("--width 1099511627776", "not enough memory"),
         ("--mode ddim --ends 0.999 0.998 0", "use fewer stages, lower end times or a noisier schedule"),
