@@ -131,7 +131,7 @@ class FolderClips(Dataset):
     fps: float | None = None  # the rate at which frames are counted; None: each file's own
     from_start: bool = False  # True: all windows begin with their clip, whose first latent alone stands for one frame
     held_out: float = 0.0  # the share of the clips, by file, that is kept for validation
-    validation: bool = False  # True: these are the clips that are kept, not the others
+    validation: bool = False  # True: the clips held out; False: the others
 
     def __post_init__(self):
         name, self.folder = self.folder, Path(self.folder)
@@ -380,7 +380,7 @@ def save_video(clips: Tensor, path: Path, columns: int | None = None, scale: int
     with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
         stream.width, stream.height = (size + size % 2 for size in frames[0].size)  # 4:2:0 wants even numbers
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 6, 1  # BT.601, or players guess by the size
         for frame in frames:
             even = ImageOps.expand(frame, (0, 0, frame.width % 2, frame.height % 2), frame.getpixel((0, 0)))
             container.mux(stream.encode(av.VideoFrame.from_image(even)))

@@ -44,7 +44,7 @@ ORDER = 3  # what a generator is for, beside cli.SAMPLING and so on
 UNSAVED = ("out", "resume", "device")
 # what --resume may change
 FREE = ("model", "motion_adapter", "data", "steps", "gradient_checkpointing", "log_interval", "save_interval")
-NO_MEMORY = "not enough memory: a smaller --size, --frames, --batch or --lora needs less"
+NO_MEMORY = "not enough memory: a smaller --size, --frames (also while encoding), --batch or --lora needs less"
 
 
 def make_parser() -> cli.Parser:
@@ -64,7 +64,7 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument_group("data").add_argument
     add("--data", help="folder of videos or animations, each beside its caption, a .txt of its name")
     add("--frames", type=cli.positive_int, help="longer files become several clips [Wan 81, CogVideoX 49, else 16]")
-    add("--size", type=cli.positive_int, nargs="+", action=cli.OneOrMore, help="height and width [the model's]")
+    add("--size", type=cli.positive_int, nargs="+", action=cli.OneOrMore, help="clips are cropped to it [the model's]")
     add("--fps", type=cli.real_number(0, 1000), help="rate to count frames at; 0: each file's own [the model's]")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=cli.positive_int, default=5000, help="optimizer steps; --resume may change it")

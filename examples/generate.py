@@ -184,7 +184,7 @@ def make_parser() -> cli.Parser:
     add("--negative-prompt", default="", help="what guidance leads away from [nothing]")
     add("--steps", type=cli.positive_int, nargs="+", action=cli.OneOrMore, default=30,
         help="a total, or one count per stage, noisiest first")  # fmt: skip
-    add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: as many network calls, second order")
+    add("--solver", choices=["euler", "ab2"], default="euler", help="ab2: second order, with as many network calls")
     add("--guidance", type=cli.real_number(-100, 100), help="scale; 1 halves the cost [5 Wan, 6 CogVideoX, else 7.5]")
     add("--stages", type=cli.positive_int, help="1 is vanilla [the run's, else 1]")
     add("--pyramid", choices=FACTORS, help="what a stage halves [the run's, else time]")
@@ -276,7 +276,13 @@ def run(args: Namespace) -> None:
     if args.tiling:
         vae.enable_tiling()
         vae.enable_slicing()
-    clips = torch.cat([decode(vae, latent).cpu() for latent in latents])
+    try:
+        clips = torch.cat([decode(vae, latent).cpu() for latent in latents])
+    except torch.OutOfMemoryError:
+        print("note: too little memory to decode clips whole: decoded in tiles, as with --tiling")
+        vae.enable_tiling()
+        vae.enable_slicing()
+        clips = torch.cat([decode(vae, latent).cpu() for latent in latents])
     save = save_video if args.out.suffix == ".mp4" else save_gif
     with cli.written_whole(args.out) as aside:
         save(clips, aside, scale=1, fps=args.fps)

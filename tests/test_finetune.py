@@ -153,6 +153,20 @@ def test_all_weights_or_lora_s_are_finetuned_in_bf16_and_sampled(name, lora, pla
     generate.main(words("--lora {tmp}/run --prompt cat --steps 3 --precision bf16 --device cpu --out {tmp}/a.gif"))
 
 
+def test_clips_that_do_not_fit_in_memory_whole_are_decoded_in_tiles(words, monkeypatch, capsys):
+    real, failures = generate.decode, [torch.OutOfMemoryError("full")]
+
+    def decode(vae, latents):
+        if failures:
+            raise failures.pop()
+        assert vae.use_tiling
+        return real(vae, latents)
+
+    monkeypatch.setattr(generate, "decode", decode)
+    generate.main(words(f"{{wan}} --prompt cat --steps 2 {CLIPS} --out {{tmp}}/a.gif"))
+    assert "decoded in tiles, as with --tiling" in capsys.readouterr().out
+
+
 def own_pipeline(places: dict, name: str):
     """The model in diffusers' own pipeline, with a first-order solver of its own over the times that ours takes."""
     _, model, *adapter = places[name].split()

@@ -255,6 +255,7 @@ def test_out_mp4_writes_a_video_that_plays_everywhere(tmp_path, capsys, fps):
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream, frames = container.streams.video[0], list(container.decode(video=0))
         assert (stream.codec_context.name, stream.codec_context.pix_fmt, len(frames)) == ("h264", "yuv420p", 16)
+        assert (stream.codec_context.colorspace, stream.codec_context.color_range) == (6, 1)  # as it was converted
         assert float(stream.average_rate) == fps and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
