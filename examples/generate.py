@@ -11,6 +11,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -276,9 +277,10 @@ def run(args: Namespace) -> None:
     if args.tiling:
         vae.enable_tiling()
         vae.enable_slicing()
-    try:
+    clips = None
+    with suppress(torch.OutOfMemoryError):  # the error holds what was decoded so far: on only when it is gone
         clips = torch.cat([decode(vae, latent).cpu() for latent in latents])
-    except torch.OutOfMemoryError:
+    if clips is None:
         print("note: too little memory to decode clips whole: decoded in tiles, as with --tiling")
         vae.enable_tiling()
         vae.enable_slicing()
