@@ -149,6 +149,7 @@ def args_to_resume(parser: ArgumentParser, argv: list[str] | None, out: Path, fr
         raise ValueError(f"{out} was trained with --time-shift, which is no longer supported: begin a new run")
     parser.set_defaults(**{"shift": checkpoint["args"].pop("time_shift", 1.0)} | checkpoint["args"])
     args = parser.parse_args(argv)
+    args.precision = parser.get_default("precision") if args.precision == "auto" else args.precision
     for name in vars(args).keys() - free:
         was, now, flag = parser.get_default(name), getattr(args, name), "--" + name.replace("_", "-")
         moved = name == "data" and was and now  # whether it holds the same clips is seen when they are read

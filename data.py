@@ -1,4 +1,4 @@
-"""Clips to train on, and clips to look at. Nothing here knows about diffusion or about the model.
+"""Clips to train on. Nothing here knows about diffusion or about the model.
 
 Both datasets are endless: sample number n, for every n >= 0, is one (clip, label), and the same number gives the
 same clip in every process. So ranks share the data by counting, and a run resumes at the number it had reached.
@@ -9,11 +9,13 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache, reduce
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cli import count, few
-from video import DataError, Source, find_sources, import_av, open_latent, read_images
+from cli import count, few, is_out_of_memory
+from video import RUN, STILLS, SUFFIXES, DataError, Source, find_sources, open_latent, read_images
 
 HELD_OUT_SEED = 2**40  # of digits; --seed is below 2^63, and seldom this
 DATA_ONLY = ("labels", "fps", "from_start", "frame_stride", "flip", "grayscale", "latent_scale")  # of no use for digits
@@ -105,6 +107,43 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return _random(seed, epoch).permutation(count)
 
 
+def clip_files(folder: Path, index: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
+    """The files of each clip under the folder but those beside the index and in hidden folders, in order: one file, or
+    with `series` the stills whose numbers run on. Links to folders elsewhere are followed, to each of them once. Of the
+    folder of a run its checkpoint stands for all. Raises DataError if there is no such folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
+    root, seen, closed = folder.resolve(), {index.parent.resolve() if index else None}, []
+    for directory, below, names in os.walk(folder, onerror=closed.append, followlinks=True):
+        below[:] = sorted(name for name in below if name[0] != "." and name != "@eaDir")  # a server's thumbnails
+        for name in tuple(below):
+            path = Path(directory, name)
+            real = path.resolve()
+            if real in seen or path.is_symlink() and real.is_relative_to(root):
+                below.remove(name)
+            else:
+                seen.add(real)
+        if RUN in names:
+            below[:], names = [], [RUN]
+        numbered = defaultdict(list)
+        for path in (Path(directory, name) for name in sorted(names)):
+            suffix, match = path.suffix.lower(), re.fullmatch(r"(.*?)(\d+)", path.stem)
+            there = os.path.exists(path)  # not of a broken link, or one into what may not be read
+            if suffix not in SUFFIXES or there and not path.is_file():
+                continue
+            if there and series and suffix in STILLS and match:
+                numbered[match[1], suffix].append((int(match[2]), match[2] != str(int(match[2])), path))
+            else:
+                yield (path,)
+        for members in numbered.values():
+            twice = len({number for number, *_ in members}) < len(members)  # a_1 and a_01: whose is a_10?
+            places = sorted(((zeros, len(path.stem)) * twice, number, path) for number, zeros, path in members)
+            # what runs on keeps its distance from the place in the list
+            for _, run in groupby(enumerate(places), key=lambda each: (each[1][0], each[1][1] - each[0])):
+                yield tuple(path for _, (_, _, path) in run)
+    yield from ((Path(error.filename),) for error in closed)
+
+
 @dataclass(eq=False)
 class FolderClips(Dataset):
     """Random windows of the clips in a folder, and in those below unless hidden, (C, frames, H, W): animated GIF, WebP
@@ -137,7 +176,7 @@ class FolderClips(Dataset):
         name, self.folder = self.folder, Path(self.folder)
         self.span = (self.frames - 1) * self.frame_stride + 1
         self.cache, self.room, self.passed_over = {}, self.cache_bytes, set()
-        found = find_sources(self.folder, self.index, series=self.span > 1)
+        found = find_sources(clip_files(self.folder, self.index, series=self.span > 1), self.index)
         found = [source.at_rate(self.fps) if self.fps and source.unit else source for source in found]
         moving = {source.files[0].parent for source in found if source.kind in ("video", "animation")}
         self.sources, skipped = [], defaultdict(list)
@@ -146,6 +185,8 @@ class FolderClips(Dataset):
             self.sources += [] if reason else [source]
             skipped[reason].extend(source.files)
         usable = len(self.sources)
+        if usable:
+            self._settle_channels()
         if self.held_out:
             self.sources = self._part(self.held_out, self.validation)
         whys = [f"{len(files)} {reason} ({self._few(files)})" for reason, files in sorted(skipped.items()) if reason]
@@ -160,8 +201,8 @@ class FolderClips(Dataset):
         if not self.sources and apart:
             raise DataError(f"{self.summary}: none is left to train on")
         if not self.sources:
-            raise DataError(f"{self.summary}; {why}. Wanted: pictures, videos, latents, {self.span}+ frames (--frames)")
-        self._settle_channels()
+            wanted = ".gif, .webp, .apng, .png, .jpg, videos, and latents in .npy or .pt"
+            raise DataError(f"{self.summary}; {why}. Wanted: {wanted}, of {self.span}+ frames (--frames)")
         self.summary += self._described(why)
         self.digests = self.digests_without(0)
         rates = sorted(float(1 / (source.period * source.unit)) for source in self.sources if source.unit)
@@ -173,7 +214,7 @@ class FolderClips(Dataset):
         too_small, rate = source.height < height or source.width < width, f" at --fps {self.fps:g}" if self.fps else ""
         reasons = {
             f"unusable: {source.note}": source.kind == "broken",
-            "of one picture, with no next number beside it (--frames 1 takes it)": stills and source.frames == 1,
+            "of one picture, no .png or .jpg of a next number (--frames 1 takes it)": stills and source.frames == 1,
             "beside videos or animations": stills and source.files[0].parent in moving,
             "without times, which --fps needs": self.fps and not source.unit,
             f"shorter than {self.span} frames{rate}": source.frames < self.span,
@@ -226,6 +267,10 @@ class FolderClips(Dataset):
         for source in self.sources:
             notes[source.note].append(source.files[0])
         warned = [f"{self._few(files)} {note}" for note, files in notes.items() if note]
+        shown = {source: np.diff([*source.times, source.end]) / float(source.period) for source in self.sources}
+        held = [source.files[0] for source, each in shown.items() if each[each > self.span].sum() > each.sum() / 10]
+        if held:
+            warned.append(f"{self._few(held)} often show one picture for longer than {self.span} frames")
         if self.latent:
             some = self.sources[:: max(1, len(self.sources) // 8)][:8]
             deviations = {source.files[0]: open_latent(source.files[0]).float().std() for source in some}
@@ -270,7 +315,8 @@ class FolderClips(Dataset):
         kept = before = self.cache.get(name, {})
         if not kept.keys() >= set(wanted):
             distinct = sorted(set(wanted))
-            read = list(range(distinct[-1] + 1)) if source.kind == "animation" else distinct  # from its beginning on
+            keep_all = source.kind == "animation" and self.room > 0  # it is decoded from its beginning on
+            read = list(range(distinct[-1] + 1)) if keep_all else distinct
             new = {number: self._picture(image) for number, image in read_images(source, read) if number not in before}
             together = np.stack(list(new.values()))  # small arrays that stay would keep the heap from being used again
             kept = before | dict(zip(new, together, strict=True))
@@ -304,6 +350,8 @@ class FolderClips(Dataset):
                 starts = 1 if self.from_start else source.frames - self.span + 1
                 window = self.window(source, int(random.integers(starts)))
             except Exception as error:
+                if is_out_of_memory(error):  # no fault of the file's
+                    raise
                 file = source.files[0]
                 if file not in self.passed_over:  # once in each process; a new line, lest it stand in a progress bar
                     reason = str(error) if isinstance(error, DataError) else f"cannot be decoded: {error}"
@@ -341,59 +389,3 @@ def list_held_out(dataset: Dataset, path: Path) -> None:
     """Writes the files of a folder's clips that are held out, a line each; of numbered stills the first."""
     if isinstance(dataset.judged_on, FolderClips):
         path.write_bytes(b"".join(os.fsencode(source.files[0]) + b"\n" for source in dataset.judged_on.sources))
-
-
-def to_images(clips: Tensor) -> np.ndarray:
-    """(B, C, T, H, W) with pixels in [-1, 1] -> (B, T, H, W, 3) uint8. Raises ValueError if C is not 1 or 3."""
-    if clips.shape[1] not in (1, 3):
-        raise ValueError(f"clips of {clips.shape[1]} channels are not pictures: 1 or 3 can be shown")
-    pixels = ((clips.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 4, 1).expand(-1, -1, -1, -1, 3).numpy()
-
-
-def tile(images: np.ndarray, columns: int, scale: int) -> Image.Image:
-    """(N, H, W, 3) -> one picture, row by row, enlarged, with grey gaps unless there is one image alone."""
-    missing, gap = -len(images) % columns, 2 if len(images) > 1 else 0
-    cells = np.pad(images, [(0, missing), (gap, 0), (gap, 0), (0, 0)], constant_values=128)
-    rows = cells.reshape(-1, columns, *cells.shape[1:]).swapaxes(1, 2)
-    picture = np.pad(rows.reshape(-1, columns * cells.shape[2], 3), [(0, gap), (0, gap), (0, 0)], constant_values=128)
-    return ImageOps.scale(Image.fromarray(picture), scale, Image.Resampling.NEAREST)
-
-
-def grid_frames(clips: Tensor, columns: int | None, scale: int) -> list[Image.Image]:
-    """Clips (B, C, T, H, W) as the frames of one picture, a grid of `columns` (default: about square)."""
-    images = to_images(clips)
-    return [tile(frame, columns or int(np.ceil(len(images) ** 0.5)), scale) for frame in images.swapaxes(0, 1)]
-
-
-def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale: int = 3, fps: float = 12) -> None:
-    """A grid of clips (B, C, T, H, W) as one looping animated GIF. Its frames last whole hundredths of a second, so
-    that they are as long as asked for on the average. Of equal frames in a row Pillow writes one that lasts longer."""
-    frames = grid_frames(clips, columns, scale)
-    durations = [10 * (round(100 * (number + 1) / fps) - round(100 * number / fps)) for number in range(len(frames))]
-    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def save_video(clips: Tensor, path: Path, columns: int | None = None, scale: int = 3, fps: float = 12) -> None:
-    """The same as MP4, with PyAV: H.264 in 4:2:0, which plays everywhere. Raises DataError without PyAV."""
-    av, frames = import_av(path), grid_frames(clips, columns, scale)
-    with av.open(f"file:{path}", "w", format="mp4") as container:
-        stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
-        stream.width, stream.height = (size + size % 2 for size in frames[0].size)  # 4:2:0 wants even numbers
-        stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 6, 1  # BT.601, or players guess by the size
-        for frame in frames:
-            even = ImageOps.expand(frame, (0, 0, frame.width % 2, frame.height % 2), frame.getpixel((0, 0)))
-            container.mux(stream.encode(av.VideoFrame.from_image(even)))
-        container.mux(stream.encode(None))
-
-
-def save_strip(clips: Tensor, path: str | Path, scale: int = 2) -> None:
-    """Clips (B, C, T, H, W) as one PNG for papers: a clip a row, time to the right."""
-    images = to_images(clips)
-    tile(images.reshape(-1, *images.shape[2:]), images.shape[1], scale).save(path, format="PNG")
-
-
-def save_latents(clips: Tensor, path: str | Path, latent_scale: float) -> None:
-    """Clips (B, C, T, H, W) as one .npy file, float32, at the scale that their VAE gave and takes."""
-    with open(path, "wb") as file:  # or numpy adds .npy to other endings
-        np.save(file, (clips.detach().float().cpu() / latent_scale).numpy())

@@ -8,16 +8,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 import cli
 from checkpoint import FACTORS, Weights, find_weights, load_weights, make_folder, make_pyramid, weight_file
 from cli import generator_for, non_negative_int, positive_int, real_number, use_bf16
-from data import height_width, save_gif, save_latents, save_strip, save_video
+from data import height_width
 from tpdiff import Pyramid, split_steps
 from video import SUFFIXES, import_av
 
@@ -191,6 +194,62 @@ def check_pictures(weights: Weights, number: int, fps: float | None, suffix: str
         raise ValueError(f"--fps has no meaning for {suffix} files")
     if fps and suffix == ".gif" and fps > MOST_FPS:
         raise ValueError(f"--fps {fps:g}: a GIF has at most {MOST_FPS:g} frames a second, an .mp4 more")
+
+
+def to_images(clips: Tensor) -> np.ndarray:
+    """(B, C, T, H, W) with pixels in [-1, 1] -> (B, T, H, W, 3) uint8. Raises ValueError if C is not 1 or 3."""
+    if clips.shape[1] not in (1, 3):
+        raise ValueError(f"clips of {clips.shape[1]} channels are not pictures: 1 or 3 can be shown")
+    pixels = ((clips.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 4, 1).expand(-1, -1, -1, -1, 3).numpy()
+
+
+def tile(images: np.ndarray, columns: int, scale: int) -> Image.Image:
+    """(N, H, W, 3) -> one picture, row by row, enlarged, with grey gaps unless there is one image alone."""
+    missing, gap = -len(images) % columns, 2 if len(images) > 1 else 0
+    cells = np.pad(images, [(0, missing), (gap, 0), (gap, 0), (0, 0)], constant_values=128)
+    rows = cells.reshape(-1, columns, *cells.shape[1:]).swapaxes(1, 2)
+    picture = np.pad(rows.reshape(-1, columns * cells.shape[2], 3), [(0, gap), (0, gap), (0, 0)], constant_values=128)
+    return ImageOps.scale(Image.fromarray(picture), scale, Image.Resampling.NEAREST)
+
+
+def grid_frames(clips: Tensor, columns: int | None, scale: int) -> list[Image.Image]:
+    """Clips (B, C, T, H, W) as the frames of one picture, a grid of `columns` (default: about square)."""
+    images = to_images(clips)
+    return [tile(frame, columns or int(np.ceil(len(images) ** 0.5)), scale) for frame in images.swapaxes(0, 1)]
+
+
+def save_gif(clips: Tensor, path: str | Path, columns: int | None = None, scale: int = 3, fps: float = 12) -> None:
+    """A grid of clips (B, C, T, H, W) as one looping animated GIF. Its frames last whole hundredths of a second, so
+    that they are as long as asked for on the average. Of equal frames in a row Pillow writes one that lasts longer."""
+    frames = grid_frames(clips, columns, scale)
+    durations = [10 * (round(100 * (number + 1) / fps) - round(100 * number / fps)) for number in range(len(frames))]
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def save_video(clips: Tensor, path: Path, columns: int | None = None, scale: int = 3, fps: float = 12) -> None:
+    """The same as MP4, with PyAV: H.264 in 4:2:0, which plays everywhere. Raises DataError without PyAV."""
+    av, frames = import_av(path), grid_frames(clips, columns, scale)
+    with av.open(f"file:{path}", "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
+        stream.width, stream.height = (size + size % 2 for size in frames[0].size)  # 4:2:0 wants even numbers
+        stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 6, 1  # BT.601, or players guess by the size
+        for frame in frames:
+            even = ImageOps.expand(frame, (0, 0, frame.width % 2, frame.height % 2), frame.getpixel((0, 0)))
+            container.mux(stream.encode(av.VideoFrame.from_image(even)))
+        container.mux(stream.encode(None))
+
+
+def save_strip(clips: Tensor, path: str | Path, scale: int = 2) -> None:
+    """Clips (B, C, T, H, W) as one PNG for papers: a clip a row, time to the right."""
+    images = to_images(clips)
+    tile(images.reshape(-1, *images.shape[2:]), images.shape[1], scale).save(path, format="PNG")
+
+
+def save_latents(clips: Tensor, path: str | Path, latent_scale: float) -> None:
+    """Clips (B, C, T, H, W) as one .npy file, float32, at the scale that their VAE gave and takes."""
+    with open(path, "wb") as file:  # or numpy adds .npy to other endings
+        np.save(file, (clips.detach().float().cpu() / latent_scale).numpy())
 
 
 def free_name(stem: Path) -> Path:

@@ -1,18 +1,18 @@
-"""Files become frames with times: animations, numbered stills, videos (with PyAV), latents. `find_sources` says which
-clips a folder holds, `read_images` and `open_latent` read them."""
+"""Files become frames with times: animations, numbered stills, videos (with PyAV), latents. `find_sources` says what is
+in them, `read_images` and `open_latent` read them."""
 
 import json
 import math
 import os
-import re
+import struct
 import time
 from bisect import bisect
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain, groupby, islice, pairwise
+from io import BytesIO
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from statistics import median_low, multimode
 
@@ -88,12 +88,8 @@ def usual_distance(times: list[int]) -> Fraction:
     return Fraction(sum(alike), len(alike)) if 2 * len(alike) >= len(distances) else Fraction(median_low(distances))
 
 
-def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[Source]:
-    """All clips under the folder but those beside the index and in hidden folders. A file that has not changed since is
-    not opened again. Of the folder of a run its checkpoint stands for all. `series`: stills whose numbers run on are
-    one clip; else each is a clip of one frame."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: --data wants one with clips in it")
+def find_sources(clips: Iterable[tuple[Path, ...]], index: Path | None) -> list[Source]:
+    """The clips that these files hold. The index says it of those that have not changed since; it is written anew."""
     known, rows = {}, {"format": INDEX_FORMAT}
     with suppress(OSError, ValueError):  # there is none yet, or it is damaged: it will be written anew
         known = json.loads(index.read_text()) if index else {}
@@ -109,8 +105,8 @@ def find_sources(folder: Path, index: Path | None, series: bool = True) -> list[
             rows[name] = known[name] if same else {"key": key} | vars(replace(source, files=()))
         return source
 
-    sources, without, kept = [], index.parent.resolve() if index else None, time.monotonic()
-    for files in tqdm(_groups(folder, without, series), desc="looking at files", unit="clip", delay=2):
+    sources, kept = [], time.monotonic()
+    for files in tqdm(clips, desc="looking at files", unit="clip", delay=2):
         while (source := look(files)).kind == "broken" and len(files) > 1:  # does not cost the pictures after it
             sources, files = [*sources, replace(source, files=files[:1])], files[1:]
         whole = len(files) == 1 or source.kind == "stills"  # else: animations whose names happen to be numbered
@@ -133,40 +129,6 @@ def _from_row(files: tuple[Path, ...], row: dict) -> Source:
 def _stamp(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_mtime_ns, status.st_size
-
-
-def _groups(folder: Path, without: Path | None, series: bool) -> Iterator[tuple[Path, ...]]:
-    """The files of each clip under the folder, in order: one, or with `series` the stills whose numbers run on. Links
-    to folders elsewhere are followed, to each of them once."""
-    root, seen, closed = folder.resolve(), {without}, []
-    for directory, below, names in os.walk(folder, onerror=closed.append, followlinks=True):
-        below[:] = sorted(name for name in below if name[0] != "." and name != "@eaDir")  # a server's thumbnails
-        for name in tuple(below):
-            path = Path(directory, name)
-            real = path.resolve()
-            if real in seen or path.is_symlink() and real.is_relative_to(root):
-                below.remove(name)
-            else:
-                seen.add(real)
-        if RUN in names:
-            below[:], names = [], [RUN]
-        numbered = defaultdict(list)
-        for path in (Path(directory, name) for name in sorted(names)):
-            suffix, match = path.suffix.lower(), re.fullmatch(r"(.*?)(\d+)", path.stem)
-            there = os.path.exists(path)  # not of a broken link, or one into what may not be read
-            if suffix not in SUFFIXES or there and not path.is_file():
-                continue
-            if there and series and suffix in STILLS and match:
-                numbered[match[1], suffix].append((int(match[2]), match[2] != str(int(match[2])), path))
-            else:
-                yield (path,)
-        for members in numbered.values():
-            twice = len({number for number, *_ in members}) < len(members)  # a_1 and a_01: whose is a_10?
-            places = sorted(((zeros, len(path.stem)) * twice, number, path) for number, zeros, path in members)
-            # what runs on keeps its distance from the place in the list
-            for _, run in groupby(enumerate(places), key=lambda each: (each[1][0], each[1][1] - each[0])):
-                yield tuple(path for _, (_, _, path) in run)
-    yield from ((Path(error.filename),) for error in closed)
 
 
 def _probe(files: tuple[Path, ...]) -> Source:
@@ -208,9 +170,13 @@ def _durations(image: Image.Image, path: Path) -> list[float]:
             if name == b"ANMF" and place + 8 + size <= len(content):  # after its picture's place and size: three bytes
                 found.append(int.from_bytes(content[place + 20 : place + 23], "little"))
             place += 8 + size + size % 2
+    elif image.format == "GIF":
+        with suppress(Exception):  # cut off: what is there is a shorter clip
+            for part, *_ in _gif_parts(image):
+                found.append(part.info["duration"])
     else:
         numbers = range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))  # past a poster
-        with suppress(Exception):  # cut off: what is there is a shorter clip
+        with suppress(Exception):  # cut off, too
             for number in numbers:
                 image.seek(number)
                 found.append(image.info.get("duration", 0))
@@ -336,28 +302,62 @@ def read_images(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.
                 yield number, upright
     else:
         with Image.open(source.files[0]) as image:
-            pictures = _read_apng(image) if image.format == "PNG" else ImageSequence.Iterator(image)
+            ours = {"GIF": _gif_parts, "PNG": _apng_parts}.get(image.format)
+            pictures = _put_together(image, ours(image)) if ours else ImageSequence.Iterator(image)
             for number, picture in zip(range(wanted[-1] + 1), islice(pictures, wanted[-1] + 1), strict=True):
                 if number in wanted:
                     yield number, ImageOps.exif_transpose(picture)
 
 
-def _read_apng(image: Image.Image) -> Iterator[Image.Image]:
-    """Its pictures as the PNG specification puts them together. Pillow errs if one is half transparent or cleared."""
-    canvas = Image.new("RGBA", image.size)
-    canvas.info["exif"] = image.getexif().tobytes()
+def _gif_parts(image: Image.Image) -> Iterator[tuple]:
+    """For `_put_together`: each picture is made a GIF of its own. Raises IndexError where the file is cut off."""
+    content, none = Path(image.filename).read_bytes(), b"!\xf9\4\0\0\0\0\0"
+
+    def after_palette(flags: int) -> int:  # the place after these flags and the palette that they may promise
+        return flags + 1 + (3 << (content[flags] & 7) + 1 if content[flags] & 128 else 0)
+
+    place, control = after_palette(10) + 2, none
+    shared = content[10:place]
+    while (kind := content[place : place + 1]) in (b"!", b","):
+        start = place
+        place = after_palette(place + 9) + 1 if kind == b"," else place + 2
+        while size := content[place]:  # of a piece of data
+            place += 1 + size
+        place += 1
+        block = content[start:place]
+        if block[:2] == none[:2]:  # control of the picture that follows (GIF89a, section 23)
+            control = block
+        if kind == b",":
+            kept = none[:3] + bytes([control[3] & 1]) + control[4:]  # all but the disposal
+            alone = content[:6] + block[5:9] + shared + kept + b",\0\0\0\0" + block[5:] + b";"
+            disposal = (control[3] >> 2 & 7) - 1  # PNG's numbers are one less
+            yield Image.open(BytesIO(alone)), struct.unpack("<2H", block[1:5]), True, disposal
+            control = none
+
+
+def _apng_parts(image: Image.Image) -> Iterator[tuple]:
+    """For `_put_together`."""
     for number in range(int(image.default_image), image.n_frames):
         image.seek(number)
         image.blend_op = Blend.OP_SOURCE  # so Pillow will not mix it
-        before, box = canvas.copy(), image.info["bbox"]
-        part = image.crop(box)
+        part = image.crop(image.info["bbox"])
         part = part.point(lambda level: level / 256).convert("L") if part.mode == "I;16" else part
-        lay = canvas.alpha_composite if image.info["blend"] == Blend.OP_OVER else canvas.paste
-        lay(part.convert("RGBA"), box[:2])
+        over = image.info["blend"] == Blend.OP_OVER
+        yield part, image.info["bbox"][:2], over, image.info["disposal"]
+
+
+def _put_together(image: Image.Image, parts: Iterator[tuple]) -> Iterator[Image.Image]:
+    """Pictures as browsers show them. Of each part: its corner, whether it is laid over what is there or put in its
+    place, and its disposal, as PNG numbers it. Pillow errs where one is transparent, cleared or not a whole picture."""
+    canvas = Image.new("RGBA", image.size)
+    canvas.info["exif"] = image.getexif().tobytes()
+    for part, corner, over, disposal in parts:
+        before = canvas.copy()
+        (canvas.alpha_composite if over else canvas.paste)(part.convert("RGBA"), corner)
         yield canvas
-        canvas = before if image.info["disposal"] == Disposal.OP_PREVIOUS else canvas
-        if image.info["disposal"] == Disposal.OP_BACKGROUND:
-            canvas.paste((0, 0, 0, 0), box)
+        canvas = before if disposal == Disposal.OP_PREVIOUS else canvas
+        if disposal == Disposal.OP_BACKGROUND:
+            canvas.paste((0, 0, 0, 0), (*corner, corner[0] + part.width, corner[1] + part.height))
 
 
 def _read_video(source: Source, wanted: list[int]) -> Iterator[tuple[int, Image.Image]]:

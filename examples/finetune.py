@@ -98,6 +98,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, Family]:
         was = json.loads((args.out / "run.json").read_text())
         parser.set_defaults(**{name: value for name, value in was.items() if name != "step"})
         args = parser.parse_args(argv)
+        args.precision = was["precision"] if args.precision == "auto" else args.precision
     if not args.model or not args.data:
         raise ValueError("--model and --data are needed")
     family = models.family_of(args.model, args.motion_adapter)
@@ -160,7 +161,7 @@ def prepare_clips(args: Namespace, family: Family, network: Module, pyramid: Pyr
         return len(windows)
     accelerator.print(dataset.summary)
     cache.mkdir(parents=True, exist_ok=True)
-    dtype = torch.bfloat16 if models.use_bf16(args.precision, accelerator.device) else torch.float32
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     encoder = models.load_text_encoder(family, args.model, dtype).to(accelerator.device)
     prompts = {"": models.encode_prompts(family, encoder, [""], accelerator.device)[0]}
     begun, first = cache / "begun", accelerator.is_main_process
@@ -291,9 +292,7 @@ def save(state: State, args: Namespace, world: int) -> None:
         state.model.save_lora_adapter(args.out, weight_name="lora.safetensors")
     else:
         state.model.save_pretrained(args.out / "network")
-    aside = args.out / "run.json.tmp"  # --resume needs a whole one
-    aside.write_text(json.dumps(settings(args) | {"step": state.step}))
-    aside.replace(args.out / "run.json")
+    cli.write_text_whole(args.out / "run.json", json.dumps(settings(args) | {"step": state.step}))
     content = {"weights": trained(state.model), "optimizer": state.optimizers[0].state_dict(), "world": world}
     content |= {name: getattr(state, name) for name in ("step", "seconds", "skipped")} | {"frozen": frozen(state.model)}
     disk.write_whole(content, args.out / "checkpoint.pt")
@@ -301,7 +300,7 @@ def save(state: State, args: Namespace, world: int) -> None:
 
 def optimize(state: State, called: Module, model: Callable, pyramid: Pyramid, batches: Iterator, accelerator, args):
     """One optimizer step. Raises what `end_step` does."""
-    k, bf16 = draw_stage(state.step, args), models.use_bf16(args.precision, accelerator.device)
+    k, bf16 = draw_stage(state.step, args), args.precision == "bf16"
     total = torch.zeros((), device=accelerator.device)
     for micro, batch in enumerate(batches):
         last = micro == args.accumulate - 1
@@ -322,7 +321,8 @@ def train(args: Namespace, family: Family, accelerator, patient: dist.ProcessGro
     """The whole run. Returns 0, or 128 + the number of the signal that stopped it."""
     pyramid = models.make_pyramid(family, args.model, args.stages, args.pyramid, args.shift)
     first, device = accelerator.is_main_process, accelerator.device
-    network = load_trainable(args, family, models.use_bf16(args.precision, device))
+    args.precision = "bf16" if models.use_bf16(args.precision, device) else "fp32"  # a resumed run keeps it
+    network = load_trainable(args, family, args.precision == "bf16")
     count = prepare_clips(args, family, network, pyramid, accelerator, patient)
     state = make_state(args, network, accelerator)
     called = accelerator.prepare_model(network)
@@ -375,9 +375,8 @@ def make_accelerator(args: Namespace) -> tuple:
 
 def claim(args: Namespace, rank: int) -> None:
     """Makes the run's folder this run's alone."""
-    checkpoint = args.out / "checkpoint.pt"
-    stamp = {"stamp": checkpoint.stat().st_mtime_ns} if args.resume else None  # it is read later
-    disk.claim(args.out, rank, stamp)
+    stamp = (args.out / "checkpoint.pt").stat().st_mtime_ns if args.resume else None  # it is read later
+    disk.claim(args.out, rank, {"stamp": stamp} if args.resume else None)
 
 
 def main(argv: list[str] | None = None) -> None:

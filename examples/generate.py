@@ -20,9 +20,9 @@ from torch.nn import Module
 
 import cli
 from checkpoint import FACTORS, make_folder
-from data import height_width, save_gif, save_video
+from data import height_width
 from examples.families import FAMILIES, Family, check_packages, library
-from sample import said_cost
+from sample import said_cost, save_gif, save_video
 from tpdiff import Pyramid, split_steps
 from video import import_av
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from checkpoint import SHIPPED, load_weights, make_pyramid
 from cli import SAMPLING, Parser, generator_for, one_sentence
-from data import height_width, tile, to_images
+from data import height_width
 from experiments.report import add_command, file_to_write
-from sample import make_predict
+from sample import make_predict, tile, to_images
 from tpdiff import Pyramid, randn
 
 COLOURS = {"vanilla": "C0", "time": "C1", "space": "C2", "space-time": "C3", "space and time": "C3", "real": "black"}

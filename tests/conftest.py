@@ -114,7 +114,7 @@ def animation(path: Path, frames: int, size: tuple[int, int] = (20, 30), mode: s
     colors = [(10 * i, green, 200) + ((0,) if mode == "RGBA" else ()) for i in range(frames)]
     images = [Image.new(mode, size, color) for color in colors]
     path.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=80, **options)
+    images[0].save(path, save_all=True, append_images=images[1:], **{"duration": 80} | options)
 
 
 @pytest.fixture

@@ -109,7 +109,8 @@ def test_resume_says_how_far_a_run_is_and_refuses_other_processes_and_a_damaged_
     content = load_checkpoint(run / "checkpoint.pt")
     assert "numbers may differ" not in out and content["args"]["precision"] in ("bf16", "fp32")  # not "auto": kept
     torch.save(content | {"torch": "2.9.0"}, run / "checkpoint.pt")
-    train.parse_args(["--resume", "--out", str(run)])
+    args, _ = train.parse_args(["--resume", "--out", str(run), "--precision", "auto"])
+    assert args.precision == content["args"]["precision"]  # what "auto" chose at first
     assert f"; torch 2.9.0 saved it, {torch.__version__} goes on, so numbers may differ" in capsys.readouterr().out
     resume = capsys, train.main, "--resume", "--out", run
     with monkeypatch.context() as patch:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 import train
 import video
-from data import DataError, FolderClips, MovingDigits, height_width, list_held_out, open_data, save_gif, save_strip
+from data import DataError, FolderClips, MovingDigits, height_width, list_held_out, open_data
+from sample import save_gif, save_strip
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (16, 48), (48, 16)])
@@ -66,7 +67,7 @@ def numbered_stills(folder: Path, numbers, suffix: str = ".png") -> None:
 def test_folder_finds_animations_and_counts_what_it_skips(clip_folder):
     data = FolderClips(clip_folder, frames=6, size=8)
     found = "9 files found, 4 used, 4 clips of 33 frames in all (4 animations)"
-    assert data.summary.startswith(f"{clip_folder}: {found}; skipped: 2 of one picture, with no next number b")
+    assert data.summary.startswith(f"{clip_folder}: {found}; skipped: 2 of one picture, no .png or .jpg of a n")
     assert "takes it) (still.gif, still.png); 1 shorter than 6 frames (short.gif); 2 unusable: " in data.summary
     windows = [data[n][0] for n in range(40)]
     assert all(w.shape == (3, 6, 8, 8) and w.min() >= -1 and w.max() <= 1 for w in windows)
@@ -235,6 +236,44 @@ def test_latents_are_cropped_at_the_centre_and_scaled_from_any_frame_on_or_the_f
     (tmp_path / "a.npy").unlink()
     torch.save(latent.bfloat16().requires_grad_(), tmp_path / "a.pt")
     assert torch.equal(FolderClips(tmp_path, frames=9, size=8)[0][0], latent[..., 2:10].bfloat16().float())
+
+
+def test_a_latent_that_is_held_out_must_be_as_the_others(tmp_path):
+    for number in range(8):
+        np.save(tmp_path / f"{number}.npy", np.zeros((4, 5, 8, 8), np.float32))
+    data, held_out = (FolderClips(tmp_path, 5, None, held_out=0.1, validation=each) for each in (False, True))
+    assert len(data.sources) == 7 and data.size == held_out.size == 8
+    other = held_out.sources[0].files[0]
+    for shape, message in (((8, 5, 8, 8), "of one number of channels"), ((4, 5, 8, 10), "--size crops them alike")):
+        np.save(other, np.zeros(shape, np.float32))
+        with pytest.raises(DataError, match=message):
+            FolderClips(tmp_path, 5, None, held_out=0.1)
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_file(clip_folder, monkeypatch):
+    def window(*_):
+        raise MemoryError
+
+    data = FolderClips(clip_folder, 6, 8)
+    monkeypatch.setattr(data, "window", window)
+    with pytest.raises(MemoryError):
+        data[0]
+
+
+def test_without_room_to_keep_them_only_the_pictures_of_a_window_are_made_small(clip_folder, monkeypatch):
+    data, made = FolderClips(clip_folder, 4, 8, cache_bytes=0), []
+    (source,) = [source for source in data.sources if source.files[0].name == "b.webp"]
+    small = data._picture
+    monkeypatch.setattr(data, "_picture", lambda image: made.append(1) or small(image))
+    data.window(source, 3)
+    assert len(made) == 4
+
+
+def test_clips_that_stand_still_for_longer_than_a_window_are_named(tmp_path):
+    for name, last in (("a", 100), ("long", 3000)):
+        animation(tmp_path / f"{name}.webp", 10, duration=[100] * 9 + [last])
+    data = FolderClips(tmp_path, 6, 8)
+    assert data.summary.endswith("\nwarning: long.webp often show one picture for longer than 6 frames")
 
 
 def test_what_latents_were_understood_to_be_is_said(tmp_path):

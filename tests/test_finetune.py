@@ -86,7 +86,8 @@ def test_a_model_is_finetuned_resumed_and_sampled(name, places, words, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(generate, "encode", None)  # what was encoded stays
         finetuned(words("--resume --out {tmp}/run --steps 3 --model {tmp}/moved"))
-        resumed = finetuned(words("--resume --out {tmp}/run --steps 4"))
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["precision"] == "fp32"  # what "auto" chose
+        resumed = finetuned(words("--resume --out {tmp}/run --steps 4 --precision auto"))
     capsys.readouterr()
     for file in (tmp_path / "moved").glob("transformer/*.safetensors"):  # another model of the same shapes
         weights = safetensors.load_file(file)

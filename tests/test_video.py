@@ -17,7 +17,7 @@ from PIL import Image
 
 import train
 import video
-from data import DataError, FolderClips
+from data import DataError, FolderClips, clip_files
 
 
 def picture(number: int, noise: int = 0) -> Image.Image:
@@ -215,6 +215,42 @@ def test_pictures_of_an_animated_png_lie_over_one_another_as_its_specification_s
     assert np.abs(shown - np.stack(expected)).max() < 4
 
 
+def write_gif(path: Path, parts: list[tuple]) -> None:
+    """Of 4 x 4 pixels, each the number of one of 8 greys. Of each picture its corner (x, y), its disposal, the number
+    that is transparent or None, its pixels (H, W). Nothing is compressed: the table of codes is cleared in time."""
+    content = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x82, 7, 0) + bytes(np.arange(8, dtype=np.uint8).repeat(3) * 36)
+    for x, y, disposal, clear, pixels in parts:
+        control = struct.pack("<BHB", disposal << 2 | (clear is not None), 10, clear or 0)
+        codes = [code for row in pixels.tolist() for code in (8, *row)] + [9]
+        bits = "".join(f"{code:04b}" for code in codes[::-1])  # each in 4 bits, the first one last
+        data = int(bits, 2).to_bytes((len(bits) + 7) // 8, "little")
+        place = struct.pack("<4HB", x, y, *pixels.shape[::-1], 0)
+        content += b"!\xf9\4" + control + b"\0," + place + bytes([3, len(data)]) + data + b"\0"
+    path.write_bytes(content + b";")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pictures_of_an_animated_gif_lie_over_one_another_as_its_specification_says(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    canvas, parts, expected = np.full((4, 4), 255), [], []  # white where nothing is
+    for number in range(8):
+        y, x = random.integers(0, 3, 2) if number or seed % 2 else (0, 0)
+        pixels = random.integers(0, 8, random.integers(1, 5 - max(y, x) if number == 0 else 4, 2))
+        disposal, clear = int(random.integers(0, 4)), random.choice([None, 3])
+        parts.append((x, y, disposal, clear, pixels))
+        before, there = canvas.copy(), (slice(y, y + pixels.shape[0]), slice(x, x + pixels.shape[1]))
+        inside = pixels[: 4 - y, : 4 - x]  # what sticks out of the canvas is cut off
+        canvas[there] = np.where(inside == clear, canvas[there], inside * 36)
+        expected.append(canvas.copy())
+        if disposal == 2:
+            canvas[there] = 255
+        canvas = before if disposal == 3 else canvas
+    write_gif(tmp_path / "a.gif", parts)
+    data, source = opened(tmp_path, size=4)
+    shown = np.concatenate([data._picture(image)[None] for _, image in video.read_images(source, list(range(8)))])
+    assert np.array_equal(shown[..., 0], expected)
+
+
 def test_an_animated_png_of_16_bits_has_its_brightness(tmp_path):
     levels = [65535, 5000, 10000, 15000]
     write_apng(tmp_path / "a.png", None, [(0, 0, 0, 0, np.full((4, 4), level, ">u2")) for level in levels])
@@ -353,6 +389,7 @@ def test_a_video_without_pyav_says_what_to_install(tmp_path, monkeypatch, capsys
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "av", None)
         assert "a.mp4 is a video, which needs PyAV: pip install av" in fails_with_one_line(capsys, train.main, *words)
-    video.find_sources(clips, tmp_path / "run" / "index.json")
+    index = tmp_path / "run" / "index.json"
+    video.find_sources(clip_files(clips, index, True), index)
     monkeypatch.setitem(sys.modules, "av", None)  # gone again, with an index that knows the file
     assert "which needs PyAV: pip install av" in fails_with_one_line(capsys, train.main, *words)
