@@ -4,6 +4,7 @@ in them, `read_images` and `open_latent` read them."""
 import json
 import math
 import os
+import re
 import struct
 import time
 from bisect import bisect
@@ -318,13 +319,12 @@ def _gif_parts(image: Image.Image) -> Iterator[tuple]:
 
     place, control = after_palette(10) + 2, none
     shared = content[10:place]
-    while (kind := content[place : place + 1]) in (b"!", b","):
-        start = place
-        place = after_palette(place + 9) + 1 if kind == b"," else place + 2
+    while (begins := re.compile(b"[!,;]").search(content, place)) and begins[0] != b";":  # Pillow's are at times padded
+        kind, start = begins[0], begins.start()
+        place = after_palette(start + 9) + 1 if kind == b"," else start + 2
         while size := content[place]:  # of a piece of data
             place += 1 + size
-        place += 1
-        block = content[start:place]
+        block, place = content[start : place + 1], place + 1
         if block[:2] == none[:2]:  # control of the picture that follows (GIF89a, section 23)
             control = block
         if kind == b",":

@@ -219,6 +219,7 @@ def write_gif(path: Path, parts: list[tuple]) -> None:
     """Of 4 x 4 pixels, each the number of one of 8 greys. Of each picture its corner (x, y), its disposal, the number
     that is transparent or None, its pixels (H, W). Nothing is compressed: the table of codes is cleared in time."""
     content = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x82, 7, 0) + bytes(np.arange(8, dtype=np.uint8).repeat(3) * 36)
+    content += b"\0\0"  # colors too many, as Pillow writes some files
     for x, y, disposal, clear, pixels in parts:
         control = struct.pack("<BHB", disposal << 2 | (clear is not None), 10, clear or 0)
         codes = [code for row in pixels.tolist() for code in (8, *row)] + [9]
