@@ -221,12 +221,13 @@ def write_gif(path: Path, parts: list[tuple]) -> None:
     content = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x82, 7, 0) + bytes(np.arange(8, dtype=np.uint8).repeat(3) * 36)
     content += b"\0\0"  # colors too many, as Pillow writes some files
     for x, y, disposal, clear, pixels in parts:
-        control = struct.pack("<BHB", disposal << 2 | (clear is not None), 10, clear or 0)
+        control = struct.pack("<BHB", (disposal or 0) << 2 | (clear is not None), 10, clear or 0)
         codes = [code for row in pixels.tolist() for code in (8, *row)] + [9]
         bits = "".join(f"{code:04b}" for code in codes[::-1])  # each in 4 bits, the first one last
         data = int(bits, 2).to_bytes((len(bits) + 7) // 8, "little")
         place = struct.pack("<4HB", x, y, *pixels.shape[::-1], 0)
-        content += b"!\xf9\4" + control + b"\0," + place + bytes([3, len(data)]) + data + b"\0"
+        content += b"" if disposal is clear is None else b"!\xf9\4" + control + b"\0"
+        content += b"," + place + bytes([3, len(data)]) + data + b"\0"
     path.write_bytes(content + b";")
 
 
@@ -237,7 +238,7 @@ def test_pictures_of_an_animated_gif_lie_over_one_another_as_its_specification_s
     for number in range(8):
         y, x = random.integers(0, 3, 2) if number or seed % 2 else (0, 0)
         pixels = random.integers(0, 8, random.integers(1, 5 - max(y, x) if number == 0 else 4, 2))
-        disposal, clear = int(random.integers(0, 4)), random.choice([None, 3])
+        disposal, clear = random.choice([None, 0, 1, 2, 3]), random.choice([None, 3])
         parts.append((x, y, disposal, clear, pixels))
         before, there = canvas.copy(), (slice(y, y + pixels.shape[0]), slice(x, x + pixels.shape[1]))
         inside = pixels[: 4 - y, : 4 - x]  # what sticks out of the canvas is cut off
