@@ -178,6 +178,8 @@ def scores(args: argparse.Namespace) -> None:
     steps."""
     figure_class()  # says what to install, if anything
     runs = finished_runs(args.runs)
+    check_splits(args.splits, runs)
+    args.splits = [CHEAP] if args.splits is None else args.splits
     paces = paces_of(args.paces, args.runs, runs) if args.paces else {}
     scored = Scored("held-out", runs, args)
     rows, front, trained, pictures = [], {}, {}, {}
@@ -198,7 +200,7 @@ def scores(args: argparse.Namespace) -> None:
             pictures[system] = sampled(weights, scored.labels[:8], args, 30).cpu()
         totals = args.steps, *args.sampling_steps
         even, *splits = (tuple(split_steps(total, weights.stages, pyramid.lengths)) for total in totals)
-        splits += [CHEAP] if weights.stages == len(CHEAP) else []
+        splits += [split for split in args.splits if len(split) == weights.stages]
         known = {("euler", even): points[-1][1]["distance"]}
         clip = 1, weights.model.config.channels, options.frames, *height_width(options.size)
         calls = {split: sample.full_rate_steps(split, pyramid, clip) for split in splits}
@@ -215,22 +217,34 @@ def scores(args: argparse.Namespace) -> None:
     draw_clips(pictures, "Real clips: samples of each system, the same labels", args.out / "real-clips.png")
 
 
+def check_splits(splits: list[tuple[int, ...]] | None, runs: dict[Path, argparse.Namespace]) -> None:
+    """Raises ValueError if one is for a number of stages that no run has."""
+    for split in splits or ():
+        if len(split) not in {options.stages for options in runs.values()}:
+            raise ValueError(f"--splits {'-'.join(map(str, split))} is for {len(split)} stages, which no run has")
+
+
 def settings(args: argparse.Namespace) -> None:
     """Distance of runs with other options to clips that are there to choose options by, the split *settings*. --runs
     holds a folder for each choice, with runs of the systems in it. Give all systems equally many choices. The split has
-    other clips, and fewer, so compare these distances with no others. Their last weights are measured."""
+    other clips, and fewer, so compare these distances with no others. Their last weights are measured, sampled with
+    --steps of Euler, or in the ways of --splits with both solvers."""
     runs, rows = finished_runs(args.runs, "*/"), []
+    check_splits(args.splits, runs)
     scored = Scored("settings", runs, args)
     for folder, options in runs.items():
         file = folder / f"weights-{options.steps}.pt"
         weights = load_weights(file, scored.device)
         even = tuple(split_steps(args.steps, weights.stages, make_pyramid(weights).lengths))
-        distance = scored.after_sampling(file, weights, even, "euler")
+        splits = [split for split in args.splits if len(split) == weights.stages]
+        ways = itertools.product(splits, ("euler", "ab2")) if args.splits else [(even, "euler")]
         seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-        rows.append([folder.name, folder.parent.name, options.steps, f"{seconds:.0f}", f"{distance:.0f}"])
+        for split, solver in ways:
+            row = [folder.name, folder.parent.name, options.steps, f"{seconds:.0f}", "-".join(map(str, split)), solver]
+            rows.append([*row, f"{scored.after_sampling(file, weights, split, solver):.0f}"])
     rows.sort(key=itemgetter(0, 1))
-    rows.append(["real training clips", "", "", "", f"{scored.floor():.0f}"])
-    header = ["run", "choice", "steps", "seconds", "distance"]
+    rows.append(["real training clips", *[""] * 5, f"{scored.floor():.0f}"])
+    header = ["run", "choice", "steps", "seconds", "sampling steps", "solver", "distance"]
     made_by = args.made_by | {"options": options_of(runs, args.runs)}
     publish([(header, rows)], made_by, args.out / "real-settings.json")
 
@@ -245,7 +259,7 @@ def publish_scores(rows: list, trained: dict[str, list], front: dict[tuple, list
         losses[system] = {f"stage {k}": over_seeds(runs, lambda found, k=k: found["losses"][k]) for k in stages}
     for (system, counts, solver, calls), distances in front.items():
         ways.append([system, counts, solver, f"{calls:.3g}", spread(distances, ".0f")])
-        if counts != "-".join(map(str, CHEAP)):  # a line joins like with like
+        if tuple(map(int, counts.split("-"))) not in args.splits:  # a line joins like with like
             costs.setdefault(f"{system}, {solver}", []).append((calls, distances))
     tables = [(["run", "steps", "seconds", "distance", *NAMED, "held-out loss by stage, 0 first"], rows)]
     tables += [(["system", "steps", "solver", "full-rate calls", "distance"], ways), gains(curves)]
@@ -280,6 +294,10 @@ def gains(curves: dict[str, list]) -> tuple[list, list]:
     return header, rows
 
 
+def split(text: str) -> tuple[int, ...]:
+    return tuple(positive_int(number) for number in text.split("-"))
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="experiments.real", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -305,6 +323,9 @@ def make_parser() -> Parser:
         add("--batch", type=positive_int, default=8, help="clips sampled at once; a GPU wants more")
         add("--seed", type=non_negative_int, default=0, help="of the noise that clips are sampled from")
     scores_("--sampling-steps", type=positive_int, nargs="+", default=[3, 6, 9, 15, 30], help="totals to compare")
+    splits = "solver steps of each stage, noisiest first, as 5-3-1, for runs of so many stages"
+    scores_("--splits", type=split, nargs="*", help=f"{splits}, beside the totals [5-3-1]")
+    settings_("--splits", type=split, nargs="*", default=[], help=f"{splits}; each with both solvers [--steps, Euler]")
     for add in (settings_, scores_):
         add("--reference", type=whole_number(2), default=400, help="clips to compare with, at most four windows a clip")
     distance_("--checkpoint", type=Path, nargs="*", default=[], help="weights whose samples are compared too")

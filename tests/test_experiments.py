@@ -622,6 +622,16 @@ def test_choices_of_options_are_compared_on_clips_of_their_own(scored, capsys):
     assert found["a, vanilla-seed-1"] != found["vanilla-seed-1"]  # of other clips
     said = fails_with_one_line(capsys, real.main, *f"settings --number 2 --runs {RUNS}".split())
     assert "CHOICE holds no finished runs" in said
+    real.main("settings --number 2 --reference 4 --splits 2-1-1 1-1-1".split())
+    ((header, rows),) = tables_of(RESULTS / "real-settings.json")
+    assert header[4:] == ["sampling steps", "solver", "distance"] and len(rows) == 3 * 4 + 1  # runs of three stages
+    ways = [["2-1-1", "euler"], ["2-1-1", "ab2"], ["1-1-1", "euler"], ["1-1-1", "ab2"]]
+    assert [row[4:6] for row in rows[:4]] == ways
+    capsys.readouterr()
+    assert "2 stages, which no run has" in fails_with_one_line(capsys, real.main, "scores", "--splits", "2-1")
+    shutil.rmtree(b)
+    said = fails_with_one_line(capsys, real.main, "settings", "--splits", "2-1-1-1")
+    assert "--splits 2-1-1-1 is for 4 stages, which no run has" in said
 
 
 def test_damaged_clips_and_samples_have_a_row_each_by_their_distance_and_by_their_names(scored):
