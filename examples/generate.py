@@ -125,6 +125,7 @@ def encode(vae: Module, clips: Tensor) -> Tensor:
     """Pixels in [-1, 1] (B, 3, T, H, W) -> latents (B, C, t, h, w) as the network sees them, float32."""
     mean, deviation = latent_scale(vae)
     if type(vae).__name__ == "AutoencoderKL":  # of pictures
+        vae.enable_slicing()  # one by one: all frames at once would need gigabytes
         frames = vae.encode(clips.transpose(1, 2).flatten(0, 1).to(vae.device)).latent_dist.mode()
         return (frames.unflatten(0, (len(clips), -1)).transpose(1, 2) - mean) / deviation
     return (vae.encode(clips.to(vae.device)).latent_dist.mode() - mean) / deviation

@@ -217,7 +217,10 @@ def test_one_stage_is_diffusers_own_pipeline_and_the_network_is_gone_when_clips_
 def test_encoded_clips_are_decoded_to_what_their_vae_makes_of_them(name, places):
     family, clips = prepared(places, name)[0], torch.rand(1, 3, 9, 32, 48)
     vae = generate.load_part(family.vae, places[name].split()[1], "vae")
+    seen = []
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     latents = generate.encode(vae, clips)
+    assert {*seen} == {1}  # or a clip's pictures would need gigabytes
     assert latents.shape[2:] == generate.latent_shape(family, vae, Pyramid("flow", 1), 9, (32, 48))
     ours, frames = generate.decode(vae, latents), clips
     if name == "animatediff":  # its VAE is of pictures
