@@ -8,6 +8,7 @@ A clip is float32 (C, T, H, W) with pixels in [-1, 1]; the label is an int, or -
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -269,8 +270,8 @@ class FolderClips(Dataset):
         warned = [f"{self._few(files)} {note}" for note, files in notes.items() if note]
         shown = {source: np.diff([*source.times, source.end]) / float(source.period) for source in self.sources}
         held = [source.files[0] for source, each in shown.items() if each[each > self.span].sum() > each.sum() / 10]
-        if held:
-            warned.append(f"{self._few(held)} often show one picture for longer than {self.span} frames")
+        if held and self.span > 1:
+            warned.append(f"{self._few(held)} for a tenth of the time or more stand still for over {self.span} frames")
         if self.latent:
             some = self.sources[:: max(1, len(self.sources) // 8)][:8]
             deviations = {source.files[0]: open_latent(source.files[0]).float().std() for source in some}
@@ -315,8 +316,9 @@ class FolderClips(Dataset):
         kept = before = self.cache.get(name, {})
         if not kept.keys() >= set(wanted):
             distinct = sorted(set(wanted))
-            keep_all = source.kind == "animation" and self.room > 0  # it is decoded from its beginning on
-            read = list(range(distinct[-1] + 1)) if keep_all else distinct
+            every = range(distinct[-1] + 1)  # an animation is decoded from its beginning
+            bytes_needed = len({*every} - before.keys()) * math.prod(height_width(self.size)) * self.channels
+            read = list(every) if source.kind == "animation" and bytes_needed <= self.room else distinct
             new = {number: self._picture(image) for number, image in read_images(source, read) if number not in before}
             together = np.stack(list(new.values()))  # small arrays that stay would keep the heap from being used again
             kept = before | dict(zip(new, together, strict=True))

@@ -31,7 +31,7 @@ VIDEOS = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .f
 CUT_ANYWHERE = (".ts", ".mts", ".m2ts", ".mpg", ".mpeg")  # what is cut off from these does not show in their packets
 RUN = "checkpoint.pt"  # in the folder of a run of train.py, whose samples are no data
 SUFFIXES = (".gif", ".webp", ".apng", *STILLS, *VIDEOS, *LATENTS)
-INDEX_FORMAT = 3  # of the file that keeps what the headers said; raised when old ones can no longer be read
+INDEX_FORMAT = 4  # of the file that keeps what the headers said; raised when old ones can no longer be read
 KEEP_SECONDS = 300  # how much of a long look at many files a kill may cost
 LATENT_CHANNELS = (4, 8, 12, 16, 24, 32, 48, 64, 128, 256)  # that VAEs have
 
@@ -172,7 +172,7 @@ def _durations(image: Image.Image, path: Path) -> list[float]:
                 found.append(int.from_bytes(content[place + 20 : place + 23], "little"))
             place += 8 + size + size % 2
     elif image.format == "GIF":
-        with suppress(Exception):  # cut off: what is there is a shorter clip
+        with suppress(IndexError):  # cut off: what is there is a shorter clip
             for part, *_ in _gif_parts(image):
                 found.append(part.info["duration"])
     else:
@@ -325,12 +325,12 @@ def _gif_parts(image: Image.Image) -> Iterator[tuple]:
         while size := content[place]:  # of a piece of data
             place += 1 + size
         block, place = content[start : place + 1], place + 1
-        if block[:2] == none[:2]:  # control of the picture that follows (GIF89a, section 23)
-            control = block
-        if kind == b",":
-            kept = none[:3] + bytes([control[3] & 1]) + control[4:]  # all but the disposal
-            alone = content[:6] + block[5:9] + shared + kept + b",\0\0\0\0" + block[5:] + b";"
-            disposal = (control[3] >> 2 & 7) - 1  # PNG's numbers are one less
+        control = block if block[:2] == none[:2] else control  # of the picture that follows (GIF89a, section 23)
+        if kind == b"," and all(struct.unpack("<2H", block[5:9])):  # one of no size shows nothing
+            kept = none[:3] + bytes([control[3] & 1]) + control[4:] + b",\0\0\0\0"  # all but disposal and place
+            palette = b"\0\0\0" if block[9] & 128 else shared  # Pillow takes a shared one before an own grey one
+            alone = content[:6] + block[5:9] + palette + kept + block[5:] + b";"
+            disposal = min(control[3] >> 2 & 7, 3) - 1  # PNG's numbers are one less; 4 is another name for 3
             yield Image.open(BytesIO(alone)), struct.unpack("<2H", block[1:5]), True, disposal
             control = none
 

@@ -200,6 +200,7 @@ def scores(args: argparse.Namespace) -> None:
             pictures[system] = sampled(weights, scored.labels[:8], args, 30).cpu()
         totals = args.steps, *args.sampling_steps
         even, *splits = (tuple(split_steps(total, weights.stages, pyramid.lengths)) for total in totals)
+        args.splits = [split for split in args.splits if split not in splits]  # those are no others
         splits += [split for split in args.splits if len(split) == weights.stages]
         known = {("euler", even): points[-1][1]["distance"]}
         clip = 1, weights.model.config.channels, options.frames, *height_width(options.size)
@@ -228,7 +229,7 @@ def settings(args: argparse.Namespace) -> None:
     """Distance of runs with other options to clips that are there to choose options by, the split *settings*. --runs
     holds a folder for each choice, with runs of the systems in it. Give all systems equally many choices. The split has
     other clips, and fewer, so compare these distances with no others. Their last weights are measured, sampled with
-    --steps of Euler, or in the ways of --splits with both solvers."""
+    both solvers in the ways of --splits for their number of stages, or, if there are none, with --steps of Euler."""
     runs, rows = finished_runs(args.runs, "*/"), []
     check_splits(args.splits, runs)
     scored = Scored("settings", runs, args)
@@ -237,7 +238,7 @@ def settings(args: argparse.Namespace) -> None:
         weights = load_weights(file, scored.device)
         even = tuple(split_steps(args.steps, weights.stages, make_pyramid(weights).lengths))
         splits = [split for split in args.splits if len(split) == weights.stages]
-        ways = itertools.product(splits, ("euler", "ab2")) if args.splits else [(even, "euler")]
+        ways = itertools.product(splits, ("euler", "ab2")) if splits else [(even, "euler")]
         seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
         for split, solver in ways:
             row = [folder.name, folder.parent.name, options.steps, f"{seconds:.0f}", "-".join(map(str, split)), solver]

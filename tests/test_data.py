@@ -261,7 +261,7 @@ def test_a_lack_of_memory_is_not_taken_for_a_damaged_file(clip_folder, monkeypat
 
 
 def test_without_room_to_keep_them_only_the_pictures_of_a_window_are_made_small(clip_folder, monkeypatch):
-    data, made = FolderClips(clip_folder, 4, 8, cache_bytes=0), []
+    data, made = FolderClips(clip_folder, 4, 8, cache_bytes=10), []
     (source,) = [source for source in data.sources if source.files[0].name == "b.webp"]
     small = data._picture
     monkeypatch.setattr(data, "_picture", lambda image: made.append(1) or small(image))
@@ -273,7 +273,8 @@ def test_clips_that_stand_still_for_longer_than_a_window_are_named(tmp_path):
     for name, last in (("a", 100), ("long", 3000)):
         animation(tmp_path / f"{name}.webp", 10, duration=[100] * 9 + [last])
     data = FolderClips(tmp_path, 6, 8)
-    assert data.summary.endswith("\nwarning: long.webp often show one picture for longer than 6 frames")
+    assert data.summary.endswith("\nwarning: long.webp for a tenth of the time or more stand still for over 6 frames")
+    assert "stand still" not in FolderClips(tmp_path, 1, 8).summary
 
 
 def test_what_latents_were_understood_to_be_is_said(tmp_path):

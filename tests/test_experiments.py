@@ -624,7 +624,9 @@ def test_choices_of_options_are_compared_on_clips_of_their_own(scored, capsys):
     assert "CHOICE holds no finished runs" in said
     real.main("settings --number 2 --reference 4 --splits 2-1-1 1-1-1".split())
     ((header, rows),) = tables_of(RESULTS / "real-settings.json")
-    assert header[4:] == ["sampling steps", "solver", "distance"] and len(rows) == 3 * 4 + 1  # runs of three stages
+    assert (
+        header[4:] == ["sampling steps", "solver", "distance"] and len(rows) == 3 * 4 + 4 + 1
+    )  # of three stages, of one
     ways = [["2-1-1", "euler"], ["2-1-1", "ab2"], ["1-1-1", "euler"], ["1-1-1", "ab2"]]
     assert [row[4:6] for row in rows[:4]] == ways
     capsys.readouterr()

@@ -217,15 +217,20 @@ def test_pictures_of_an_animated_png_lie_over_one_another_as_its_specification_s
 
 def write_gif(path: Path, parts: list[tuple]) -> None:
     """Of 4 x 4 pixels, each the number of one of 8 greys. Of each picture its corner (x, y), its disposal, the number
-    that is transparent or None, its pixels (H, W). Nothing is compressed: the table of codes is cleared in time."""
+    that is transparent or None, whether it has darker greys of its own, its pixels (H, W). Nothing is compressed: the
+    table of codes is cleared in time. A picture of no size is in front of the second."""
     content = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x82, 7, 0) + bytes(np.arange(8, dtype=np.uint8).repeat(3) * 36)
     content += b"\0\0"  # colors too many, as Pillow writes some files
-    for x, y, disposal, clear, pixels in parts:
+    parts = [*parts[:1], (0, 0, None, None, False, np.zeros((0, 0), int)), *parts[1:]]
+    for x, y, disposal, clear, own, pixels in parts:
         control = struct.pack("<BHB", (disposal or 0) << 2 | (clear is not None), 10, clear or 0)
         codes = [code for row in pixels.tolist() for code in (8, *row)] + [9]
         bits = "".join(f"{code:04b}" for code in codes[::-1])  # each in 4 bits, the first one last
         data = int(bits, 2).to_bytes((len(bits) + 7) // 8, "little")
-        place = struct.pack("<4HB", x, y, *pixels.shape[::-1], 0)
+        place = (
+            struct.pack("<4HB", x, y, *pixels.shape[::-1], 0x82 * own)
+            + bytes(np.arange(8, dtype=np.uint8).repeat(3)) * own
+        )
         content += b"" if disposal is clear is None else b"!\xf9\4" + control + b"\0"
         content += b"," + place + bytes([3, len(data)]) + data + b"\0"
     path.write_bytes(content + b";")
@@ -238,15 +243,16 @@ def test_pictures_of_an_animated_gif_lie_over_one_another_as_its_specification_s
     for number in range(8):
         y, x = random.integers(0, 3, 2) if number or seed % 2 else (0, 0)
         pixels = random.integers(0, 8, random.integers(1, 5 - max(y, x) if number == 0 else 4, 2))
-        disposal, clear = random.choice([None, 0, 1, 2, 3]), random.choice([None, 3])
-        parts.append((x, y, disposal, clear, pixels))
+        disposal, clear = random.choice([None, 0, 1, 2, 3, 4]), random.choice([None, 3])
+        own = bool(random.integers(2))
+        parts.append((x, y, disposal, clear, own, pixels))
         before, there = canvas.copy(), (slice(y, y + pixels.shape[0]), slice(x, x + pixels.shape[1]))
         inside = pixels[: 4 - y, : 4 - x]  # what sticks out of the canvas is cut off
-        canvas[there] = np.where(inside == clear, canvas[there], inside * 36)
+        canvas[there] = np.where(inside == clear, canvas[there], inside * (1 if own else 36))
         expected.append(canvas.copy())
         if disposal == 2:
             canvas[there] = 255
-        canvas = before if disposal == 3 else canvas
+        canvas = before if disposal in (3, 4) else canvas  # another name for it
     write_gif(tmp_path / "a.gif", parts)
     data, source = opened(tmp_path, size=4)
     shown = np.concatenate([data._picture(image)[None] for _, image in video.read_images(source, list(range(8)))])
@@ -367,6 +373,18 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
     (tmp_path / "a.mp4").unlink()
     data, source = opened(tmp_path)
     assert source.frames == 40 and numbers(data.window(source, 5)) == list(range(5, 13))
+
+
+def test_a_lack_of_memory_while_looking_at_an_animation_does_not_make_it_a_still(tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    index, read = tmp_path / "run" / "index.json", Path.read_bytes
+    write_animation(tmp_path / "a.gif", range(10))
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="1 unusable: cannot be decoded"):
+        patch.setattr(Path, "read_bytes", no_memory)
+        opened(tmp_path, index=index)
+    assert Path.read_bytes is read and opened(tmp_path, index=index)[1].frames == 10
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".npy"])
